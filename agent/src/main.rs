@@ -1,0 +1,3 @@
+//! The `culvert` command: parses, builds the runtime and calls the library.
+
+fn main() {}

@@ -1,0 +1,303 @@
+//! Keys and values of the maps, and the events of the ring buffer.
+
+use crate::addr::Addr;
+
+/// Value of `PODS`, by netns cookie: one enrolled pod. One write of it switches the pod's policy generation.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PodValue {
+    /// The pod's IPv4 address, mapped; unspecified if it has none. Redirected IPv4 connections go to it.
+    pub addr4: Addr,
+    /// The pod's IPv6 address; unspecified if it has none.
+    pub addr6: Addr,
+    /// Policy generation: selects the entries of `MODES`.
+    pub generation: u32,
+    /// Index of the rule that set [`PodValue::mode`]; 0 for none.
+    pub rule: u32,
+    /// Number of the listeners of each kind in `LISTENERS`: the agent's workers.
+    pub workers: u32,
+    /// [`crate::PodState`].
+    pub state: u8,
+    /// [`crate::Mode`] of every port without an entry in `MODES`.
+    pub mode: u8,
+    /// 1 if ports of this generation have entries in `MODES`; 0 spares the look-up.
+    pub has_port_modes: u8,
+    /// 1 if the agent decides plaintext.
+    pub plaintext_by_agent: u8,
+}
+const _: () = assert!(size_of::<PodValue>() == 48);
+
+/// Value of `POD_ADDRS`, by address: whose it is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PodAddrValue {
+    /// Cookie of the pod's network namespace: a key of `PODS`.
+    pub netns_cookie: u64,
+}
+const _: () = assert!(size_of::<PodAddrValue>() == 8);
+
+/// Key of `MODES`: a port of a pod in one policy generation.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ModeKey {
+    /// Cookie of the pod's network namespace.
+    pub netns_cookie: u64,
+    /// As in [`PodValue::generation`].
+    pub generation: u32,
+    /// The workload's port, host byte order.
+    pub port: u16,
+    /// Zero.
+    pub _pad: u16,
+}
+const _: () = assert!(size_of::<ModeKey>() == 16);
+
+/// Value of `MODES`: the effective PeerAuthentication mode of a port that differs from the pod's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ModeValue {
+    /// Index of the rule that set it; 0 for none.
+    pub rule: u32,
+    /// [`crate::Mode`].
+    pub mode: u8,
+    /// Zero.
+    pub _pad: [u8; 3],
+}
+const _: () = assert!(size_of::<ModeValue>() == 8);
+
+/// Key of `LISTENERS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct ListenerKey {
+    /// Cookie of the pod's network namespace.
+    pub netns_cookie: u64,
+    /// [`ListenerKind`].
+    pub kind: u32,
+    /// Which worker's: 0 to [`PodValue::workers`] − 1.
+    pub worker: u32,
+}
+const _: () = assert!(size_of::<ListenerKey>() == 16);
+
+/// The three listeners that the agent holds in a pod, per worker.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ListenerKind {
+    /// Redirected connections of the pod.
+    Outbound = 0,
+    /// Tunnels to the pod (port 15008).
+    Tunnel = 1,
+    /// Plaintext to the pod whose verdict needs the agent.
+    Plaintext = 2,
+}
+
+/// Key of `FLOWS`: a connection in its handshake, as the *receiving* side sees it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FlowKey {
+    /// Source address.
+    pub src: Addr,
+    /// Destination address.
+    pub dst: Addr,
+    /// Source port, host byte order.
+    pub sport: u16,
+    /// Destination port, host byte order.
+    pub dport: u16,
+    /// Zero.
+    pub _pad: u32,
+}
+const _: () = assert!(size_of::<FlowKey>() == 40);
+
+/// What a recorded flow is.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FlowKind {
+    /// A pod's connection, rewritten to the pod itself: [`FlowValue::addr`] is the original destination.
+    Redirected = 1,
+    /// The agent's leg to an application: [`FlowValue::addr`] is the client that the application is to see.
+    Leg = 2,
+    /// A connection of the kubelet of this node.
+    Probe = 3,
+}
+
+/// Value of `FLOWS`: bridges the handshake between the two ends of a connection on one node.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlowValue {
+    /// By [`FlowKind`].
+    pub addr: Addr,
+    /// Netns cookie of the socket that connects.
+    pub netns_cookie: u64,
+    /// `bpf_ktime_get_ns` when recorded: nanoseconds since boot, suspend excluded.
+    pub at_ns: u64,
+    /// Port that goes with [`FlowValue::addr`], host byte order.
+    pub port: u16,
+    /// [`FlowKind`].
+    pub kind: u8,
+    /// 1 once the accepting side has taken it over; a leg that the agent finds at 0 was not delivered as promised.
+    pub taken: u8,
+    /// Zero.
+    pub _pad: u32,
+}
+const _: () = assert!(size_of::<FlowValue>() == 40);
+
+/// What a socket's storage says of it.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SocketKind {
+    /// A pod's socket whose connect was rewritten: [`SocketValue::addr`] is what it asked for.
+    Redirected = 1,
+    /// The agent's listener accepted a redirected connection: [`SocketValue::addr`] is the original destination.
+    Accepted = 2,
+    /// The agent's own socket, no client to show.
+    Agent = 3,
+    /// The agent's leg to an application: [`SocketValue::addr`] is the client.
+    Leg = 4,
+    /// An application's socket that serves a leg: [`SocketValue::addr`] is the client.
+    Served = 5,
+    /// A kubelet's socket.
+    Probe = 6,
+    /// An application's socket whose plaintext connection the kernel passed.
+    Passed = 7,
+    /// An application's socket that serves a probe.
+    Probed = 8,
+}
+
+/// Value of `SOCKETS`, the storage of a socket: freed with it, so no tuple is ever mistaken for another.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketValue {
+    /// By [`SocketKind`].
+    pub addr: Addr,
+    /// Netns cookie of the pod, or of the socket that connected.
+    pub netns_cookie: u64,
+    /// `bpf_ktime_get_ns` when noted.
+    pub at_ns: u64,
+    /// Rule of the verdict, for [`SocketKind::Passed`].
+    pub rule: u32,
+    /// Policy generation of the verdict, for [`SocketKind::Passed`].
+    pub generation: u32,
+    /// Port that goes with [`SocketValue::addr`], host byte order.
+    pub port: u16,
+    /// [`SocketKind`].
+    pub kind: u8,
+    /// [`crate::Reason`] of the verdict, for [`SocketKind::Passed`].
+    pub reason: u8,
+    /// Zero.
+    pub _pad: u32,
+}
+const _: () = assert!(size_of::<SocketValue>() == 48);
+
+/// Key of `VERDICTS`, the counters.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct VerdictKey {
+    /// The pod's network namespace.
+    pub netns_cookie: u64,
+    /// Rule that decided, 0 for none.
+    pub rule: u32,
+    /// [`crate::Direction`].
+    pub direction: u8,
+    /// [`crate::Answer`].
+    pub answer: u8,
+    /// [`crate::Reason`].
+    pub reason: u8,
+    /// Zero.
+    pub _pad: u8,
+}
+const _: () = assert!(size_of::<VerdictKey>() == 16);
+
+/// The one value of `HEARTBEAT`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HeartbeatValue {
+    /// `CLOCK_MONOTONIC` of the agent's last sign of life, in nanoseconds; 0 while there has been none.
+    pub at_ns: u64,
+}
+
+/// The one value of `SETTINGS`: facts about the node, written by the agent.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SettingsValue {
+    /// Id of the kubelet's cgroup; 0 if there is none yet.
+    pub kubelet_cgroup: u64,
+    /// Cookie of the node's own network namespace.
+    pub host_netns_cookie: u64,
+    /// Depth of the kubelet's cgroup, as `bpf_get_current_ancestor_cgroup_id` counts: the root is 0.
+    pub kubelet_level: u32,
+    /// 1: every socket of the node's own namespace counts as the kubelet's (the fall-back of [K.5]).
+    pub probes_by_netns: u32,
+}
+const _: () = assert!(size_of::<SettingsValue>() == 24);
+
+/// What an event tells.
+#[repr(u8)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EventKind {
+    /// A connection was refused in the kernel.
+    Refused = 1,
+    /// A connection that the kernel had passed has ended.
+    Closed = 2,
+}
+
+/// A record of the ring buffer `EVENTS`, sent without waking the agent.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Event {
+    /// The client's address.
+    pub src: Addr,
+    /// The address that it asked for.
+    pub dst: Addr,
+    /// The enrolled pod's network namespace.
+    pub netns_cookie: u64,
+    /// `bpf_ktime_get_ns` of the record.
+    pub at_ns: u64,
+    /// When the connection was opened, for [`EventKind::Closed`].
+    pub opened_ns: u64,
+    /// Bytes client → server, for [`EventKind::Closed`].
+    pub received_bytes: u64,
+    /// Bytes server → client that were acknowledged, for [`EventKind::Closed`].
+    pub sent_bytes: u64,
+    /// Rule that decided, 0 for none.
+    pub rule: u32,
+    /// Policy generation that decided.
+    pub generation: u32,
+    /// Client's port, host byte order; 0 where it is not chosen yet.
+    pub sport: u16,
+    /// Server's port, host byte order.
+    pub dport: u16,
+    /// [`EventKind`].
+    pub kind: u8,
+    /// [`crate::Direction`].
+    pub direction: u8,
+    /// [`crate::Reason`].
+    pub reason: u8,
+    /// Zero.
+    pub _pad: u8,
+}
+const _: () = assert!(size_of::<Event>() == 88);
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::*;
+
+    macro_rules! plain {
+        ($($name:ty),* $(,)?) => { $(
+            // SAFETY: `repr(C)`, integers and byte arrays only, no implicit padding (sizes asserted above).
+            unsafe impl aya::Pod for $name {}
+        )* };
+    }
+    plain!(
+        Addr,
+        PodValue,
+        PodAddrValue,
+        ModeKey,
+        ModeValue,
+        ListenerKey,
+        FlowKey,
+        FlowValue,
+        SocketValue,
+        VerdictKey,
+        HeartbeatValue,
+        SettingsValue,
+        Event,
+    );
+}

@@ -1,0 +1,45 @@
+//! Plain data that crosses the border between the kernel programs and the agent, and the one verdict function.
+//!
+//! `no_std`; integers and byte arrays only, since `bool`, `Option` and enums have bit patterns that are not values.
+//! Padding is written out and must be zero (the kernel hashes it as part of a key); sizes are asserted when compiling.
+//! Every address is 16 bytes in network byte order, IPv4 mapped into IPv6 (RFC 4291 §2.5.5.2); every port whose name
+//! ends in `_be` is in network byte order, every other one in the host's.
+#![cfg_attr(not(test), no_std)]
+
+pub mod addr;
+pub mod layout;
+pub mod verdict;
+
+pub use addr::Addr;
+pub use layout::*;
+pub use verdict::{Answer, Direction, Inputs, Mode, Peer, PodState, Reason, Verdict, decide};
+
+/// Port of the outbound capture in the reference data plane; a mesh connection *to* it is refused as a loop ([K.2]).
+pub const PORT_OUTBOUND: u16 = 15001;
+/// Port of the inbound plaintext capture in the reference data plane; refused like [`PORT_OUTBOUND`] ([K.2]).
+pub const PORT_INBOUND: u16 = 15006;
+/// Port of the HBONE tunnel: TCP connections to it reach the tunnel endpoint, tunnelled ones are a loop ([K.2]).
+pub const PORT_HBONE: u16 = 15008;
+
+/// First port of the range over which redirected connections of a pod are spread.
+///
+/// One (source, destination, port) triple has about 28 000 source ports; the destination is rewritten to the pod's own
+/// address and one of [`REDIRECT_PORT_COUNT`] ports, all of which the pod's `sk_lookup` program recognises by the
+/// recorded tuple, so a pod never runs out of them. The range lies above Linux's default ephemeral ports (32768 to
+/// 60999).
+pub const REDIRECT_PORT_FIRST: u16 = 61000;
+/// Number of ports from [`REDIRECT_PORT_FIRST`] on: a power of two.
+pub const REDIRECT_PORT_COUNT: u16 = 4096;
+
+/// First 16 bits of the source address of the agent's leg to an application (127.6.0.0/16).
+///
+/// A loopback source lets the kernel reuse TIME_WAIT ports (`tcp_tw_reuse=2`, the default); the application never sees
+/// it, since `getpeername` and `accept` are answered with the client's address.
+pub const LEG_SOURCE_PREFIX: [u8; 2] = [127, 6];
+
+/// The silence after which connections of enrolled pods are refused, in nanoseconds: a listener's backlog would
+/// otherwise accept for an agent that is stopped or hung.
+pub const SILENT_AFTER_NS: u64 = 10_000_000_000;
+
+/// Version of the pinned layout: part of the pin directory's name, raised when a map's key or value changes.
+pub const LAYOUT_VERSION: u32 = 1;

@@ -1,0 +1,3 @@
+//! Culvert's kernel programs.
+#![no_std]
+#![no_main]
