@@ -10,5 +10,6 @@
 //!                               └─ asks policy::decide, identity and dns
 //! ```
 
+pub mod datapath;
 pub mod model;
 pub mod policy;
