@@ -10,5 +10,8 @@
 //!                               └─ asks policy::decide, identity and dns
 //! ```
 
+pub mod drain;
 pub mod model;
+pub mod netns;
 pub mod policy;
+pub mod telemetry;
