@@ -11,5 +11,8 @@
 //! ```
 
 pub mod datapath;
+pub mod drain;
 pub mod model;
+pub mod netns;
 pub mod policy;
+pub mod telemetry;
