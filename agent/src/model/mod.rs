@@ -55,6 +55,18 @@ pub struct MeshConfig {
     pub trust_domain_aliases: Vec<TrustDomain>,
     /// Upstream connect time-out.
     pub connect_timeout: std::time::Duration,
+    /// `outboundTrafficPolicy.mode`: what becomes of destinations that are in no registry.
+    pub outbound: OutboundPolicy,
+}
+
+/// What becomes of a destination that is in no registry (specification §9.4, last row).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OutboundPolicy {
+    /// Passed through.
+    #[default]
+    AllowAny,
+    /// Refused.
+    RegistryOnly,
 }
 
 impl Default for MeshConfig {
@@ -64,6 +76,7 @@ impl Default for MeshConfig {
             trust_domain: TrustDomain::default(),
             trust_domain_aliases: Vec::new(),
             connect_timeout: std::time::Duration::from_secs(10),
+            outbound: OutboundPolicy::default(),
         }
     }
 }
@@ -193,6 +206,26 @@ pub struct SliceEndpoint {
     pub node: Option<Arc<str>>,
 }
 
+impl ObjectRef {
+    /// From its two parts.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl std::fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl PeerAuthentication {
+    /// Its namespace and name.
+    pub fn object(&self) -> ObjectRef {
+        ObjectRef { namespace: self.age.namespace.clone(), name: self.age.name.clone() }
+    }
+}
+
 /// Age order of [C.2]: creation (seconds since the epoch; absent = oldest), name, namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Age {
@@ -225,6 +258,8 @@ pub struct PeerAuthentication {
     pub age: Age,
     /// `spec.selector.matchLabels`; absent and empty mean the same ([C.4]).
     pub selector: Labels,
+    /// The selector was written, but empty: worth a warning ([C.4]).
+    pub selector_written_empty: bool,
     /// `spec.mtls.mode`.
     pub mode: MtlsMode,
     /// `spec.portLevelMtls`, by workload port.
