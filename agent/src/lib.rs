@@ -10,5 +10,7 @@
 //!                               └─ asks policy::decide, identity and dns
 //! ```
 
+pub mod ca;
+pub mod identity;
 pub mod model;
 pub mod policy;
