@@ -12,6 +12,8 @@
 
 pub mod datapath;
 pub mod drain;
+pub mod ca;
+pub mod identity;
 pub mod model;
 pub mod netns;
 pub mod policy;
