@@ -12,3 +12,5 @@
 
 pub mod model;
 pub mod policy;
+pub mod proxy;
+pub mod tunnel;
