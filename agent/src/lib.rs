@@ -18,3 +18,5 @@ pub mod model;
 pub mod netns;
 pub mod policy;
 pub mod telemetry;
+pub mod proxy;
+pub mod tunnel;

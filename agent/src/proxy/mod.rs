@@ -1,0 +1,3 @@
+//! The story of one connection.
+
+pub mod copy;
