@@ -10,13 +10,15 @@
 //!                               └─ asks policy::decide, identity and dns
 //! ```
 
+pub mod ca;
 pub mod datapath;
 pub mod drain;
-pub mod ca;
 pub mod identity;
+pub mod listen;
 pub mod model;
 pub mod netns;
 pub mod policy;
-pub mod telemetry;
 pub mod proxy;
+pub mod telemetry;
 pub mod tunnel;
+pub mod worker;

@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use culvert::datapath::{Config, Datapath, NetnsCookie, PodPolicy};
+use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy};
 use culvert_common::{Answer, Direction, EventKind, ListenerKind, Mode, PORT_HBONE, Reason, SettingsValue};
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -351,8 +351,8 @@ fn the_application_sees_the_client_behind_the_agents_leg() {
         let shown = server.peer_addr().expect("getpeername");
         assert_eq!((shown.ip().to_canonical(), shown.port()), (client.ip(), client.port()), "getpeername");
         let source = leg.local_addr().expect("source").as_socket().expect("an address");
-        assert!(sockets.leg_was_taken(source, target));
-        assert!(!sockets.leg_was_taken(source, target), "only once");
+        assert_eq!(sockets.leg(source, target), Leg::Taken);
+        assert_eq!(sockets.leg(source, target), Leg::Lost, "only once");
     }
 }
 

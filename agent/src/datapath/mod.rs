@@ -8,9 +8,9 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
@@ -331,6 +331,14 @@ impl Datapath {
         Ok(Events { ring: RingBuf::try_from(Map::RingBuf(map)).context("open EVENTS")? })
     }
 
+    /// The map of socket storage, for `sock_diag` to show its values.
+    ///
+    /// # Errors
+    /// The pinned map could not be opened.
+    pub fn storage_fd(&self) -> anyhow::Result<OwnedFd> {
+        sys::open_pinned(&self.dir.join("SOCKETS")).context("open SOCKETS")
+    }
+
     /// A worker's own view of the maps that it needs for each connection.
     ///
     /// # Errors
@@ -425,6 +433,17 @@ impl AsFd for Events {
     }
 }
 
+/// How far the agent's leg to an application has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leg {
+    /// The application's end does not exist yet.
+    Waiting,
+    /// The application's end exists and shows the client.
+    Taken,
+    /// The record is gone: the application would see the agent's own address, so the leg must not be used.
+    Lost,
+}
+
 /// One worker's view of the per-connection maps.
 pub struct Sockets {
     sockets: SkStorage<MapData, SocketValue>,
@@ -453,7 +472,7 @@ impl Sockets {
     ///
     /// # Errors
     /// As for [`Sockets::mark`].
-    pub fn mark_leg(&mut self, socket: &impl AsRawFd, client: std::net::SocketAddr) -> anyhow::Result<()> {
+    pub fn mark_leg(&mut self, socket: &impl AsRawFd, client: SocketAddr) -> anyhow::Result<()> {
         let value = SocketValue {
             addr: client.ip().into(),
             port: client.port(),
@@ -463,26 +482,36 @@ impl Sockets {
         self.sockets.insert(socket, value, 0).context("mark a socket as the agent's leg")
     }
 
-    /// Whether the application's end of a connected leg took the client's address over; removes the record.
-    pub fn leg_was_taken(&mut self, source: std::net::SocketAddr, target: std::net::SocketAddr) -> bool {
-        let key = FlowKey {
-            src: source.ip().into(),
-            dst: target.ip().into(),
-            sport: source.port(),
-            dport: target.port(),
-            _pad: 0,
-        };
-        let taken = self.flows.get(&key, 0).is_ok_and(|flow| flow.taken == 1);
-        // An entry that was pushed out is as good as removed.
-        let _ = self.flows.remove(&key);
-        taken
+    /// How far a connected leg has come; removes the record once the application's end has taken it over.
+    ///
+    /// [`Leg::Waiting`] is what a full accept queue looks like: the kernel has told this end that it is connected, and
+    /// the other end does not exist yet.
+    pub fn leg(&mut self, source: SocketAddr, target: SocketAddr) -> Leg {
+        let key = flow_key(source, target);
+        match self.flows.get(&key, 0) {
+            Ok(flow) if flow.taken == 0 => Leg::Waiting,
+            Ok(_) => {
+                // An entry that was pushed out meanwhile is as good as removed.
+                let _ = self.flows.remove(&key);
+                Leg::Taken
+            }
+            Err(_) => Leg::Lost,
+        }
+    }
+
+    /// Forgets the record of a leg that did not connect.
+    pub fn forget_leg(&mut self, source: SocketAddr, target: SocketAddr) {
+        if self.leg(source, target) == Leg::Waiting {
+            // As above.
+            let _ = self.flows.remove(&flow_key(source, target));
+        }
     }
 
     /// Where a connection that one of the outbound listeners accepted meant to go; `None` if it was not redirected,
     /// which is a process that dialled the listener itself.
-    pub fn original_destination(&self, socket: &impl AsRawFd) -> Option<std::net::SocketAddr> {
+    pub fn original_destination(&self, socket: &impl AsRawFd) -> Option<SocketAddr> {
         let value = self.sockets.get(socket, 0).ok()?;
-        (value.kind == SocketKind::Accepted as u8).then(|| std::net::SocketAddr::new(value.addr.ip(), value.port))
+        (value.kind == SocketKind::Accepted as u8).then(|| SocketAddr::new(value.addr.ip(), value.port))
     }
 }
 
@@ -558,6 +587,16 @@ fn netns_inode(netns: BorrowedFd<'_>) -> anyhow::Result<u32> {
     let file = File::from(netns.try_clone_to_owned().context("duplicate a namespace handle")?);
     let inode = file.metadata().context("stat of a network namespace")?.ino();
     u32::try_from(inode).context("inode of a network namespace")
+}
+
+fn flow_key(source: SocketAddr, target: SocketAddr) -> FlowKey {
+    FlowKey {
+        src: source.ip().into(),
+        dst: target.ip().into(),
+        sport: source.port(),
+        dport: target.port(),
+        _pad: 0,
+    }
 }
 
 fn first(ips: &[IpAddr], of: impl Fn(&IpAddr) -> bool) -> Addr {
