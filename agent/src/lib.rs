@@ -13,5 +13,6 @@
 pub mod drain;
 pub mod model;
 pub mod netns;
+pub mod pods;
 pub mod policy;
 pub mod telemetry;
