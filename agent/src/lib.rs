@@ -17,6 +17,7 @@ pub mod identity;
 pub mod listen;
 pub mod model;
 pub mod netns;
+pub mod pods;
 pub mod policy;
 pub mod proxy;
 pub mod telemetry;

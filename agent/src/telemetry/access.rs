@@ -621,15 +621,21 @@ mod tests {
 
     /// A reader that can be held up.
     #[derive(Clone, Default)]
-    struct Gate(Arc<(Mutex<(bool, Vec<Vec<u8>>)>, Condvar)>);
+    struct Gate(Arc<(Mutex<GateState>, Condvar)>);
+
+    #[derive(Default)]
+    struct GateState {
+        open: bool,
+        writes: Vec<Vec<u8>>,
+    }
 
     impl Write for Gate {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             let mut state = self.0.0.lock().expect("no panic inside");
-            while !state.0 {
+            while !state.open {
                 state = self.0.1.wait(state).expect("no panic inside");
             }
-            state.1.push(bytes.to_vec());
+            state.writes.push(bytes.to_vec());
             Ok(bytes.len())
         }
 
@@ -640,12 +646,12 @@ mod tests {
 
     impl Gate {
         fn open(&self) {
-            self.0.0.lock().expect("no panic inside").0 = true;
+            self.0.0.lock().expect("no panic inside").open = true;
             self.0.1.notify_all();
         }
 
         fn writes(&self) -> Vec<Vec<u8>> {
-            self.0.0.lock().expect("no panic inside").1.clone()
+            self.0.0.lock().expect("no panic inside").writes.clone()
         }
     }
 
