@@ -10,5 +10,16 @@
 //!                               └─ asks policy::decide, identity and dns
 //! ```
 
+pub mod ca;
+pub mod datapath;
+pub mod drain;
+pub mod identity;
+pub mod listen;
 pub mod model;
+pub mod netns;
+pub mod pods;
 pub mod policy;
+pub mod proxy;
+pub mod telemetry;
+pub mod tunnel;
+pub mod worker;
