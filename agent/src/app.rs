@@ -128,9 +128,8 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         kubelet_cgroup: config.kubelet_cgroup.clone(),
     })?;
     let (identities, renewal) = Identities::new(identity_config(&config, &views.borrow()))?;
-    let (log, writer) =
-        access::start(access::Config { format: config.log_format, ..access::Config::default() })
-            .context("start the access log")?;
+    let (log, writer) = access::start(access::Config { format: config.log_format, ..access::Config::default() })
+        .context("start the access log")?;
     let cluster: Arc<str> = config.cluster_id.as_str().into();
 
     let mut first = policy::compile(&views.borrow().cluster, &options, None);
@@ -326,8 +325,11 @@ impl Control {
             Kubelet::Absent(why) => warn!(why, "no kubelet's cgroup: probes are judged as plaintext until it is there"),
             Kubelet::Indistinct(why) => {
                 settings.probes_by_netns = 1;
-                warn!(why, "the kubelet cannot be told apart: every process of the node's own network namespace may \
-                    reach pods as a probe ([K.5]); give --kubelet-cgroup if it has a cgroup of its own");
+                warn!(
+                    why,
+                    "the kubelet cannot be told apart: every process of the node's own network namespace may \
+                    reach pods as a probe ([K.5]); give --kubelet-cgroup if it has a cgroup of its own"
+                );
             }
         }
         self.datapath.settings(settings)?;

@@ -11,7 +11,12 @@ use crate::{
 
 /// The table.
 pub const SETTINGS: &[Setting] = &[
-    Setting { name: "listen", value: "ADDRESS", default: Some("0.0.0.0:15012"), help: "Where the CA answers (gRPC over TLS)" },
+    Setting {
+        name: "listen",
+        value: "ADDRESS",
+        default: Some("0.0.0.0:15012"),
+        help: "Where the CA answers (gRPC over TLS)",
+    },
     Setting {
         name: "manifests",
         value: "DIR",

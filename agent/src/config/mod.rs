@@ -105,9 +105,8 @@ impl Values {
         };
         for setting in settings {
             let from_file = file.remove(setting.name);
-            let value = typed(setting)
-                .or(from_file)
-                .or_else(|| setting.default.map(|text| (text.to_owned(), Place::Default)));
+            let value =
+                typed(setting).or(from_file).or_else(|| setting.default.map(|text| (text.to_owned(), Place::Default)));
             if let Some(value) = value {
                 values.values.insert(setting.name, value);
             }
@@ -147,7 +146,11 @@ impl Values {
     }
 
     /// Parses a setting with a parser of its own.
-    pub fn parse<T, E: fmt::Display>(&mut self, name: &'static str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
+    pub fn parse<T, E: fmt::Display>(
+        &mut self,
+        name: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<T> {
         debug_assert!(self.settings.iter().any(|setting| setting.name == name), "{name} is in the table");
         let (text, place) = self.values.get(name)?;
         match parse(text) {

@@ -120,7 +120,11 @@ pub(crate) fn mapping(text: &str) -> anyhow::Result<Vec<(String, Option<String>)
             .filter(|(_, node)| node.value != Value::Null)
             .map(|(key, node)| (key.name, setting(&node)))
             .collect()),
-        _ => anyhow::bail!("line {}: is {}, not a mapping of settings to values", document.root.line, document.root.kind()),
+        _ => anyhow::bail!(
+            "line {}: is {}, not a mapping of settings to values",
+            document.root.line,
+            document.root.kind()
+        ),
     }
 }
 
@@ -129,9 +133,11 @@ fn setting(node: &Node) -> Option<String> {
         Value::String(text) => Some(text.clone()),
         Value::Number(number) => Some(number.to_string()),
         Value::Bool(flag) => Some(flag.to_string()),
-        Value::List(items) => {
-            items.iter().map(|item| item.as_str().map(str::to_owned)).collect::<Option<Vec<_>>>().map(|all| all.join(","))
-        }
+        Value::List(items) => items
+            .iter()
+            .map(|item| item.as_str().map(str::to_owned))
+            .collect::<Option<Vec<_>>>()
+            .map(|all| all.join(",")),
         Value::Null | Value::Map(_) => None,
     }
 }
