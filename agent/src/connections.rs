@@ -151,12 +151,7 @@ impl Passed {
         let result = SockDiag::open(&pod.netns).map(|mut diag| {
             let id = SocketId { local: dst(event), remote: src(event), ifindex: 0, cookie: 0 };
             let reason = Reason::from_u8(event.reason).unwrap_or(Reason::KernelCapacity);
-            let verdict = Verdict {
-                answer: Answer::Refuse,
-                reason,
-                rule: event.rule,
-                generation: event.generation,
-            };
+            let verdict = Verdict { answer: Answer::Refuse, reason, rule: event.rule, generation: event.generation };
             self.close(&mut diag, &id, verdict, snapshot.explain(&verdict));
         });
         if let Err(error) = result {

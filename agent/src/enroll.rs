@@ -61,7 +61,8 @@ impl Enrollments {
     ) -> Changes {
         let mut changes = Changes::default();
         let wanted = wanted(snapshot, node);
-        let leaving: Vec<PodUid> = self.enrolled.keys().filter(|uid| self.leaves(uid, &wanted, snapshot, node)).cloned().collect();
+        let leaving: Vec<PodUid> =
+            self.enrolled.keys().filter(|uid| self.leaves(uid, &wanted, snapshot, node)).cloned().collect();
         for uid in leaving {
             self.leave(&uid, datapath, workers);
         }
@@ -111,9 +112,9 @@ impl Enrollments {
             if self.by_cookie.contains_key(&cookie) {
                 continue;
             }
-            let on_node = node.pods.values().find(|pod| {
-                matches!(&pod.network, PodNetwork::Own(netns) if netns.cookie().is_ok_and(|own| own == cookie.0))
-            });
+            let on_node = node.pods.values().find(
+                |pod| matches!(&pod.network, PodNetwork::Own(netns) if netns.cookie().is_ok_and(|own| own == cookie.0)),
+            );
             let unknown = on_node.is_some_and(|pod| snapshot.workload(&pod.uid).is_none());
             let result = if unknown { datapath.suspend(cookie) } else { datapath.remove(cookie) };
             if let Err(error) = result {
@@ -196,12 +197,8 @@ fn enter(
     datapath.prepare(cookie, netns.as_fd(), &workload.ips)?;
     let count = u32::try_from(workers.len()).context("number of workers")?;
     let listeners = listen::open(netns, count)?;
-    let pod = Arc::new(ServedPod {
-        uid: workload.uid.clone(),
-        netns: netns.clone(),
-        cookie,
-        ips: workload.ips.clone(),
-    });
+    let pod =
+        Arc::new(ServedPod { uid: workload.uid.clone(), netns: netns.clone(), cookie, ips: workload.ips.clone() });
     for ((number, worker), listeners) in (0..count).zip(workers).zip(listeners) {
         for kind in [ListenerKind::Outbound, ListenerKind::Tunnel, ListenerKind::Plaintext] {
             datapath.listener(cookie, kind, number, listeners.of(kind))?;

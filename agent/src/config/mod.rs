@@ -19,6 +19,8 @@ use anyhow::Context as _;
 pub mod agent;
 pub mod ca;
 
+use crate::source::yaml;
+
 /// One setting: the row of the table that everything else is made from.
 #[derive(Clone, Copy, Debug)]
 pub struct Setting {
@@ -103,9 +105,8 @@ impl Values {
         };
         for setting in settings {
             let from_file = file.remove(setting.name);
-            let value = typed(setting)
-                .or(from_file)
-                .or_else(|| setting.default.map(|text| (text.to_owned(), Place::Default)));
+            let value =
+                typed(setting).or(from_file).or_else(|| setting.default.map(|text| (text.to_owned(), Place::Default)));
             if let Some(value) = value {
                 values.values.insert(setting.name, value);
             }
@@ -119,29 +120,17 @@ impl Values {
 
     fn read(&mut self, path: &Path) -> anyhow::Result<BTreeMap<String, (String, Place)>> {
         let text = fs::read_to_string(path).with_context(|| format!("read configuration {}", path.display()))?;
-        let yaml: serde_json::Value = serde_yaml_ng::from_str(&text)
-            .with_context(|| format!("configuration {} is not YAML", path.display()))?;
         let place = Place::File(path.to_owned());
-        let entries = match yaml {
-            serde_json::Value::Null => return Ok(BTreeMap::new()),
-            serde_json::Value::Object(entries) => entries,
-            _ => anyhow::bail!("configuration {} is not a mapping of settings to values", path.display()),
-        };
         let mut read = BTreeMap::new();
+        let entries = yaml::mapping(&text).with_context(|| format!("configuration {}", path.display()))?;
         for (key, value) in entries {
-            let text = match value {
-                serde_json::Value::String(text) => text,
-                serde_json::Value::Number(number) => number.to_string(),
-                serde_json::Value::Bool(flag) => flag.to_string(),
-                serde_json::Value::Array(items) if items.iter().all(serde_json::Value::is_string) => {
-                    items.iter().filter_map(serde_json::Value::as_str).collect::<Vec<_>>().join(",")
+            match value {
+                Some(text) => drop(read.insert(key, (text, place.clone()))),
+                None => {
+                    let label = label(&place, &key);
+                    self.problems.push(format!("{label}: must be a text, a number or a list of texts"));
                 }
-                _ => {
-                    self.problems.push(format!("{}: must be a text, a number or a list of texts", label(&place, &key)));
-                    continue;
-                }
-            };
-            read.insert(key, (text, place.clone()));
+            }
         }
         Ok(read)
     }
@@ -157,7 +146,11 @@ impl Values {
     }
 
     /// Parses a setting with a parser of its own.
-    pub fn parse<T, E: fmt::Display>(&mut self, name: &'static str, parse: impl FnOnce(&str) -> Result<T, E>) -> Option<T> {
+    pub fn parse<T, E: fmt::Display>(
+        &mut self,
+        name: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+    ) -> Option<T> {
         debug_assert!(self.settings.iter().any(|setting| setting.name == name), "{name} is in the table");
         let (text, place) = self.values.get(name)?;
         match parse(text) {

@@ -590,13 +590,7 @@ fn netns_inode(netns: BorrowedFd<'_>) -> anyhow::Result<u32> {
 }
 
 fn flow_key(source: SocketAddr, target: SocketAddr) -> FlowKey {
-    FlowKey {
-        src: source.ip().into(),
-        dst: target.ip().into(),
-        sport: source.port(),
-        dport: target.port(),
-        _pad: 0,
-    }
+    FlowKey { src: source.ip().into(), dst: target.ip().into(), sport: source.port(), dport: target.port(), _pad: 0 }
 }
 
 fn first(ips: &[IpAddr], of: impl Fn(&IpAddr) -> bool) -> Addr {

@@ -112,7 +112,7 @@ struct Mount {
 }
 
 fn cgroup2_mounts() -> anyhow::Result<Vec<Mount>> {
-    let text = fs::read("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
+    let text = fs::read("/proc/thread-self/mountinfo").context("read /proc/thread-self/mountinfo")?;
     Ok(parse_mountinfo(&text))
 }
 
@@ -155,7 +155,7 @@ fn depth(path: &Path) -> u32 {
 fn in_initial_cgroup_namespace() -> bool {
     /// `PROC_CGROUP_INIT_INO`, linux/proc_ns.h.
     const INITIAL: u64 = 0xEFFF_FFFB;
-    fs::metadata("/proc/self/ns/cgroup").is_ok_and(|meta| meta.ino() == INITIAL)
+    fs::metadata("/proc/thread-self/ns/cgroup").is_ok_and(|meta| meta.ino() == INITIAL)
 }
 
 /// Whether a directory's name is that of the common parent of all pods: `kubepods`, `kubepods.slice`, and below a cgroup

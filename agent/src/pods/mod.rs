@@ -1,7 +1,7 @@
 //! The pods of this node as the cgroup tree shows them, joined with their network namespaces; and the kubelet's cgroup.
 //!
 //! Which of them are in the mesh, and what follows, is `enroll`'s business: here a pod is a UID, a cgroup and a
-//! namespace. Nothing is polled: [`watch`] listens to the tree (inotify) on a thread of its own and publishes whole
+//! namespace. Nothing is polled: [`watch()`] listens to the tree (inotify) on a thread of its own and publishes whole
 //! values.
 //!
 //! # What a pod is

@@ -357,8 +357,15 @@ fn a_namespace_that_a_process_makes_for_itself_does_not_move_the_pod() {
     let seen = eyes.until("the other pod is there", |node| own(node, B).is_some());
     assert_eq!(own(&seen, A).map(|found| found.id()), Some(sandbox.id()));
 
-    // The sandbox is made anew: the old namespace has no process left.
+    // Its eldest is gone, but the namespace is kept while anybody is in it.
+    let youngest = node.spawn(&format!("kubepods/pod{A}/app4"), Net::Own(&sandbox));
     node.kill(pause);
+    node.spawn(&format!("kubepods/pod{C}/pause"), Net::Own(&new_netns()));
+    let seen = eyes.until("a third pod is there", |node| own(node, C).is_some());
+    assert_eq!(own(&seen, A).map(|found| found.id()), Some(sandbox.id()));
+
+    // The sandbox is made anew: the old namespace has no process left.
+    node.kill(youngest);
     let anew = eyes.until("it is reported anew", |node| own(node, A).is_some_and(|found| found.id() != sandbox.id()));
     assert_eq!(own(&anew, A).map(|found| found.id()), Some(private.id()));
     // The handle of before still works for whoever holds it.
@@ -372,8 +379,9 @@ fn settled_pods_are_not_looked_at_again_without_an_event() {
     let mut tree = Tree::new(node.config()).expect("readable");
     assert!(own(&tree.node(), A).is_some());
     assert_eq!(tree.look_again_at(), None);
-    // And one that is not settled only so often.
+    // And those that are not settled only so often.
     node.spawn(&format!("kubepods/pod{B}/0123"), Net::Host);
+    node.spawn(&format!("kubepods/pod{C}/crio-conmon-0123.scope"), Net::Host);
     tree.read_events().expect("readable");
     let mut looks = 0;
     while let Some(at) = tree.look_again_at() {
@@ -382,6 +390,8 @@ fn settled_pods_are_not_looked_at_again_without_an_event() {
         assert!(looks < 100, "for ever");
     }
     assert_eq!(tree.node().pods[&uid(B)].network, PodNetwork::Host);
+    // A monitor is no process of the pod, and says nothing about its network.
+    assert_eq!(tree.node().pods[&uid(C)].network, PodNetwork::Pending);
 }
 
 #[test]
@@ -505,5 +515,145 @@ fn a_cgroup_root_that_is_none_is_named() {
         let config = Config { cgroup_root: wrong.into(), ..TestNode::new().config() };
         let error = format!("{:#}", watch(config).expect_err(wrong));
         assert!(error.contains(wrong) && !error.contains('\n'), "{error}");
+    }
+}
+
+/// How many watches a tree holds in the kernel.
+fn watches(tree: &Tree) -> usize {
+    use std::os::fd::AsRawFd;
+    let fd = tree.event_fd().expect("a descriptor");
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).expect("/proc is mounted");
+    info.lines().filter(|line| line.starts_with("inotify ")).count()
+}
+
+/// The kernel does not take a watch away when a cgroup is removed.
+#[test]
+fn watches_of_removed_directories_are_given_back() {
+    let mut node = TestNode::new();
+    let mut tree = Tree::new(node.config()).expect("readable");
+    let before = watches(&tree);
+    let netns = new_netns();
+    for _ in 0..5 {
+        let pid = node.spawn(&format!("kubepods/burstable/pod{A}/0123"), Net::Own(&netns));
+        node.mkdir(&format!("kubepods/burstable/pod{B}/0123"));
+        tree.read_events().expect("readable");
+        assert_eq!(
+            watches(&tree),
+            before + 10,
+            "two each for pods and containers, one each for kubepods and its class"
+        );
+        node.kill(pid);
+        node.rmdir("kubepods");
+        tree.read_events().expect("readable");
+        assert_eq!(watches(&tree), before);
+    }
+}
+
+/// A part of the hierarchy, mounted somewhere else, is as deep as it is.
+#[test]
+fn levels_count_from_the_root_of_the_hierarchy_also_through_a_bind_mount() {
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::unshare,
+    };
+    let node = TestNode::new();
+    let Some(expected) = Hierarchy::of(&node.root).expect("cgroup2").level(&node.root) else {
+        panic!("this test needs the node's cgroup namespace");
+    };
+    let deep = node.mkdir("a/b/c");
+    let place = tempfile::tempdir().expect("a writable /tmp");
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let none = None::<&str>;
+            unshare(CloneFlags::CLONE_NEWNS).expect("root");
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("a mount namespace of our own");
+            mount(Some(&deep), place.path(), none, MsFlags::MS_BIND, none).expect("bind");
+            let hierarchy = Hierarchy::of(place.path()).expect("cgroup2");
+            assert_eq!(hierarchy.mount, place.path());
+            assert_eq!(hierarchy.level(place.path()), Some(expected + 3));
+            assert_eq!(hierarchy.level(&place.path().join("x")), Some(expected + 4));
+        });
+    });
+}
+
+/// [K.5]: a private cgroup namespace hides the kubelet's level, so the kubelet cannot be told apart; pods still can.
+#[test]
+fn a_private_cgroup_namespace_is_recognised() {
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::unshare,
+    };
+    const INSIDE: &str = "CULVERT_TEST_PRIVATE_CGROUP_NAMESPACE";
+    const NAME: &str = "pods::tests::a_private_cgroup_namespace_is_recognised";
+    if let Some(root) = std::env::var_os(INSIDE) {
+        let config = Config {
+            cgroup_root: root.into(),
+            proc_root: "/proc".into(),
+            host_netns: Arc::new(NetnsHandle::current().expect("/proc is mounted")),
+            kubelet_cgroup: None,
+        };
+        let node = Tree::new(config).expect("readable").node();
+        match &node.kubelet {
+            Kubelet::Indistinct(reason) => assert!(reason.contains("private cgroup namespace"), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(node.pods[&uid(A)].cgroup.level, None);
+        assert!(own(&node, A).is_some());
+        return;
+    }
+
+    let mut node = TestNode::new();
+    node.mkdir("private/system.slice/kubelet.service");
+    node.spawn(&format!("private/kubepods/pod{A}/0123"), Net::Own(&new_netns()));
+    let place = tempfile::tempdir().expect("a writable /tmp");
+    let at = place.path().to_owned();
+    let procs =
+        fs::OpenOptions::new().write(true).open(node.mkdir("private/agent").join("cgroup.procs")).expect("a cgroup");
+    let above = fs::OpenOptions::new().write(true).open(node.root.join("private/cgroup.procs")).expect("a cgroup");
+    let mut command = Command::new(std::env::current_exe().expect("this test"));
+    command.args([NAME, "--exact", "--nocapture"]).env(INSIDE, &at);
+    // SAFETY: between fork and exec only system calls are made: write, unshare and mount, on paths made before.
+    unsafe {
+        command.pre_exec(move || {
+            let none = None::<&str>;
+            // The root of a cgroup namespace is where its maker is.
+            (&above).write_all(b"0")?;
+            unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWCGROUP)?;
+            (&procs).write_all(b"0")?;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+            mount(Some("none"), &at, Some("cgroup2"), MsFlags::empty(), none)?;
+            Ok(())
+        });
+    }
+    let output = command.output().expect("this test runs again");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(text.contains("1 passed"), "{text}");
+}
+
+#[test]
+fn no_directory_made_while_we_look_is_missed() {
+    const PODS: usize = 300;
+    let node = TestNode::new();
+    let mut tree = Tree::new(node.config()).expect("readable");
+    let before = watches(&tree);
+    for round in 0..3 {
+        thread::scope(|scope| {
+            let maker = scope.spawn(|| {
+                for pod in 0..PODS {
+                    for container in 0..3 {
+                        node.mkdir(&format!("kubepods/burstable/pod{pod}/{container}"));
+                    }
+                }
+            });
+            while !maker.is_finished() {
+                tree.read_events().expect("readable");
+            }
+        });
+        tree.read_events().expect("readable");
+        assert_eq!(watches(&tree), before + 2 + PODS * 8, "round {round}");
+        node.rmdir("kubepods");
+        tree.read_events().expect("readable");
+        assert_eq!(watches(&tree), before, "round {round}");
     }
 }

@@ -129,7 +129,8 @@ async fn judge(
     story.hbone_addr = Some(target);
     if target.ip().to_canonical() != local.ip() {
         // [H.1]: the connection goes to the pod that TCP addressed, or nowhere.
-        let outcome = Outcome::failed(Flag::Refused, format_args!("authority {target} is not this pod, {}", local.ip()));
+        let outcome =
+            Outcome::failed(Flag::Refused, format_args!("authority {target} is not this pod, {}", local.ip()));
         return refuse(incoming, 400, outcome);
     }
     let verdict = snapshot.decide(own, Peer::Tunnel, target.port());

@@ -128,7 +128,9 @@ impl Context {
                 }
                 Leg::Lost => {
                     reset(&stream);
-                    anyhow::bail!("the client's address could not be shown to the application: refused (FLOWS is full)");
+                    anyhow::bail!(
+                        "the client's address could not be shown to the application: refused (FLOWS is full)"
+                    );
                 }
             }
         }
@@ -181,10 +183,8 @@ fn reset(socket: &TcpStream) {
 
 /// TCP keepalive of tunnels (specification §14.3).
 fn keepalive(socket: &TcpStream) {
-    let keepalive = TcpKeepalive::new()
-        .with_time(Duration::from_secs(180))
-        .with_interval(Duration::from_secs(180))
-        .with_retries(9);
+    let keepalive =
+        TcpKeepalive::new().with_time(Duration::from_secs(180)).with_interval(Duration::from_secs(180)).with_retries(9);
     // A tunnel without it is found dead by its PINGs.
     let _ = socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive);
 }

@@ -14,7 +14,7 @@ use std::{
         mpsc,
     },
     thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use super::Format;
@@ -132,7 +132,7 @@ pub struct Writer {
 
 #[derive(Debug)]
 enum Order {
-    Line(Box<str>),
+    Line(String),
     Stop,
 }
 
@@ -172,7 +172,7 @@ impl AccessLog {
             return;
         }
         let line = line(self.format, SystemTime::now(), access);
-        if self.queue.try_send(Order::Line(line.into_boxed_str())).is_err() {
+        if self.queue.try_send(Order::Line(line)).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -192,23 +192,34 @@ impl Writer {
     /// `TimedOut` if the reader of standard output took nothing for `patience`. The thread is then left behind in its
     /// system call, for the end of the process to take.
     pub fn finish(mut self, patience: Duration) -> io::Result<u64> {
+        self.end(patience)?;
+        Ok(self.dropped.load(Ordering::Relaxed))
+    }
+
+    fn end(&mut self, patience: Duration) -> io::Result<()> {
+        let Some(thread) = self.thread.take() else { return Ok(()) };
         let timed_out = || io::Error::new(io::ErrorKind::TimedOut, "the access log's reader does not read");
-        let deadline = std::time::Instant::now() + patience;
+        let deadline = Instant::now() + patience;
         while let Err(mpsc::TrySendError::Full(_)) = self.queue.try_send(Order::Stop) {
-            if std::time::Instant::now() >= deadline {
+            if Instant::now() >= deadline {
                 return Err(timed_out());
             }
             thread::sleep(Duration::from_millis(1));
         }
         if let Err(mpsc::RecvTimeoutError::Timeout) =
-            self.done.recv_timeout(deadline.saturating_duration_since(std::time::Instant::now()))
+            self.done.recv_timeout(deadline.saturating_duration_since(Instant::now()))
         {
             return Err(timed_out());
         }
-        if let Some(thread) = self.thread.take() {
-            thread.join().map_err(|_| io::Error::other("the access log's thread panicked"))?;
+        thread.join().map_err(|_| io::Error::other("the access log's thread panicked"))
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if let Err(error) = self.end(Duration::from_secs(1)) {
+            tracing::warn!(%error, "end the access log");
         }
-        Ok(self.dropped.load(Ordering::Relaxed))
     }
 }
 
@@ -400,20 +411,26 @@ struct Escaped<'a>(&'a mut String);
 
 impl fmt::Write for Escaped<'_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        for character in text.chars() {
-            match character {
-                '"' => self.0.push_str("\\\""),
-                '\\' => self.0.push_str("\\\\"),
-                '\n' => self.0.push_str("\\n"),
-                '\r' => self.0.push_str("\\r"),
-                '\t' => self.0.push_str("\\t"),
+        let mut plain = 0;
+        for (at, character) in text.char_indices() {
+            let named = match character {
+                '"' => "\\\"",
+                '\\' => "\\\\",
+                '\n' => "\\n",
+                '\r' => "\\r",
+                '\t' => "\\t",
                 // Besides what JSON demands, what would move a terminal's cursor or break a reader's lines.
-                c if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') => {
-                    write!(self.0, "\\u{:04x}", u32::from(c))?
-                }
-                c => self.0.push(c),
+                c if c.is_control() || matches!(c, '\u{2028}' | '\u{2029}') => "",
+                _ => continue,
+            };
+            self.0.push_str(&text[plain..at]);
+            plain = at + character.len_utf8();
+            match named {
+                "" => write!(self.0, "\\u{:04x}", u32::from(character))?,
+                named => self.0.push_str(named),
             }
         }
+        self.0.push_str(&text[plain..]);
         Ok(())
     }
 }
@@ -660,7 +677,7 @@ mod tests {
         let gate = Gate::default();
         let config = Config { queue: 10, ..Config::default() };
         let (log, writer) = start_on(config, gate.clone()).expect("a thread");
-        let start = std::time::Instant::now();
+        let start = Instant::now();
         for _ in 0..1000 {
             log.record(&full());
         }
