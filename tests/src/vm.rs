@@ -80,8 +80,10 @@ impl Kernel {
         let tree = work.join("tree");
         command::run("dpkg-deb", &["-x".as_ref(), deb.as_os_str(), tree.as_os_str()])?;
         let release = package.trim_start_matches("linux-image-").to_owned();
-        fs::rename(tree.join("boot").join(format!("vmlinuz-{release}")), work.join("vmlinuz")).context("find vmlinuz")?;
-        fs::rename(tree.join("lib/modules").join(&release).join("kernel"), work.join("modules")).context("find modules")?;
+        fs::rename(tree.join("boot").join(format!("vmlinuz-{release}")), work.join("vmlinuz"))
+            .context("find vmlinuz")?;
+        fs::rename(tree.join("lib/modules").join(&release).join("kernel"), work.join("modules"))
+            .context("find modules")?;
         fs::remove_dir_all(&tree)?;
         fs::remove_file(&deb)?;
         fs::write(work.join("release"), &release)?;
@@ -97,7 +99,11 @@ impl Kernel {
         let found = command::run("apt-cache", &["search", "--names-only", &pattern])?;
         let names = found.lines().filter_map(|l| l.split(' ').next());
         names.max_by_key(|name| numbers(name)).map(str::to_owned).with_context(|| {
-            format!("apt offers no {}: Debian 12 has it; put its sources into /etc/apt to test on kernel {}", self.package(), self.series())
+            format!(
+                "apt offers no {}: Debian 12 has it; put its sources into /etc/apt to test on kernel {}",
+                self.package(),
+                self.series()
+            )
         })
     }
 }
@@ -246,7 +252,10 @@ impl Guest {
         })?;
         let text = read_lossy(&console).replace('\r', "");
         let (Some((_, output)), true) = (text.split_once(BEGIN), status.success()) else {
-            bail!("QEMU ended with {status} before the script began: {}\n{text}", read_lossy(&work.join("qemu")).trim());
+            bail!(
+                "QEMU ended with {status} before the script began: {}\n{text}",
+                read_lossy(&work.join("qemu")).trim()
+            );
         };
         let (output, rest) =
             output.rsplit_once(END).with_context(|| format!("the guest ended without a status:\n{text}"))?;
@@ -257,14 +266,19 @@ impl Guest {
     fn archive(&self, kernel: &Unpacked, work: &Path, to: &Path) -> Result<()> {
         let modules = kernel.with_dependencies(&self.modules)?;
         let mut archive = Archive::new(BufWriter::new(File::create(to)?))?;
-        archive.file("bin/busybox", 0o755, &fs::read("/bin/busybox").context("read /bin/busybox (package busybox-static)")?)?;
+        archive.file(
+            "bin/busybox",
+            0o755,
+            &fs::read("/bin/busybox").context("read /bin/busybox (package busybox-static)")?,
+        )?;
         archive.file("init", 0o755, self.init(&modules).as_bytes())?;
         archive.file("script", 0o755, self.script.as_bytes())?;
         for module in &modules {
             archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.bytes(work)?)?;
         }
         for (there, here) in &self.files {
-            let mode = fs::metadata(here).with_context(|| format!("look at {}", here.display()))?.permissions().mode() & 0o777;
+            let mode =
+                fs::metadata(here).with_context(|| format!("look at {}", here.display()))?.permissions().mode() & 0o777;
             let bytes = fs::read(here).with_context(|| format!("read {}", here.display()))?;
             archive.file(there.trim_start_matches('/'), mode, &bytes)?;
         }
@@ -273,7 +287,8 @@ impl Guest {
     }
 
     fn init(&self, modules: &[Module]) -> String {
-        let load: String = modules.iter().map(|m| format!("insmod /modules/{}.ko || echo 'no {}'\n", m.name, m.name)).collect();
+        let load: String =
+            modules.iter().map(|m| format!("insmod /modules/{}.ko || echo 'no {}'\n", m.name, m.name)).collect();
         format!(
             "#!/bin/busybox sh\n\
              /bin/busybox --install -s /bin\n\
@@ -369,7 +384,8 @@ fn list_modules(dir: &Path, files: &mut BTreeMap<String, PathBuf>) -> Result<()>
 }
 
 fn tempdir() -> Result<PathBuf> {
-    let dir = std::env::temp_dir().join(format!("culvert-modules-{}-{:?}", std::process::id(), std::thread::current().id()));
+    let dir =
+        std::env::temp_dir().join(format!("culvert-modules-{}-{:?}", std::process::id(), std::thread::current().id()));
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     Ok(dir)
 }

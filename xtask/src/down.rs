@@ -11,7 +11,9 @@ pub(crate) fn run() -> Result<()> {
         say::done(&format!("removed sandbox {instance}"));
     }
     for (instance, owner) in &swept.up {
-        say::warn(&format!("sandbox {instance} is up: press Ctrl-C where it runs, or end its owner with `kill {owner}`"));
+        say::warn(&format!(
+            "sandbox {instance} is up: press Ctrl-C where it runs, or end its owner with `kill {owner}`"
+        ));
     }
     if swept.removed.is_empty() && swept.up.is_empty() {
         say::done("nothing was left behind");

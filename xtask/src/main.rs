@@ -27,6 +27,8 @@ enum Command {
     Build,
     /// Show the mesh at work: two nodes, one scenario, expected against observed
     Run(run::Arguments),
+    /// Open a shell in a pod of the sandbox that `run` keeps up
+    Shell(run::ShellArguments),
     /// Run every check and test; the last line is the total
     #[command(visible_alias = "ci")]
     Test(test::Arguments),
@@ -41,6 +43,7 @@ fn main() -> Result<()> {
         Command::Setup => setup::run(setup::For::Test).map(|_| say::done("this machine has all it needs")),
         Command::Build => build::run(&setup::run(setup::For::Build)?),
         Command::Run(arguments) => run::run(&arguments),
+        Command::Shell(arguments) => run::shell(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Down => down::run(),
     }

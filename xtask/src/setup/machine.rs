@@ -27,7 +27,10 @@ pub(super) fn check(purpose: For) -> Result<()> {
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
         findings.extend(kernel(release.trim()));
         if !nix_is_root() {
-            findings.push("the sandbox needs root, for namespaces, cgroups and eBPF: run it as root, e.g. from `sudo -E bash`".to_owned());
+            findings.push(
+                "the sandbox needs root, for namespaces, cgroups and eBPF: run it as root, e.g. from `sudo -E bash`"
+                    .to_owned(),
+            );
         }
         if let Err(error) = cgroup2_mount() {
             findings.push(format!("{error:#}"));
@@ -39,7 +42,11 @@ pub(super) fn check(purpose: For) -> Result<()> {
                     .to_owned(),
             );
         }
-        if !fs::read_to_string("/proc/filesystems").unwrap_or_default().lines().any(|l| l.trim_start_matches("nodev").trim() == "bpf") {
+        if !fs::read_to_string("/proc/filesystems")
+            .unwrap_or_default()
+            .lines()
+            .any(|l| l.trim_start_matches("nodev").trim() == "bpf")
+        {
             findings.push("the kernel has no BPF file system: use one built with CONFIG_BPF_SYSCALL=y".to_owned());
         }
     }
@@ -66,7 +73,9 @@ fn kernel(release: &str) -> Option<String> {
         (Some(Ok(a)), Some(Ok(b))) => Some(format!(
             "the kernel is {a}.{b}, Culvert needs {major}.{minor} or newer: install your distribution's newer kernel and reboot"
         )),
-        _ => Some(format!("the kernel's version {release:?} cannot be read; Culvert needs Linux {major}.{minor} or newer")),
+        _ => Some(format!(
+            "the kernel's version {release:?} cannot be read; Culvert needs Linux {major}.{minor} or newer"
+        )),
     }
 }
 

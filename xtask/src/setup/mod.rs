@@ -89,7 +89,7 @@ fn cargo() -> Command {
 }
 
 /// `PATH` with one more directory in front.
-fn path_with(dir: &Path) -> Result<OsString> {
+pub(crate) fn path_with(dir: &Path) -> Result<OsString> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::join_paths([dir.to_owned()].into_iter().chain(env::split_paths(&path))).context("PATH")
 }

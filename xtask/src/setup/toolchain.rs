@@ -112,7 +112,8 @@ fn look_at(name: &str, sysroot: &Path) -> Result<Compiler> {
     }
     let mut version = Command::new(&rustc);
     let said = command::finish(version.arg("-vV").env_remove("RUSTC_BOOTSTRAP"), None)?;
-    let llvm = said.lines().find_map(|l| l.strip_prefix("LLVM version: ")).and_then(major).context("no LLVM version")?;
+    let llvm =
+        said.lines().find_map(|l| l.strip_prefix("LLVM version: ")).and_then(major).context("no LLVM version")?;
     let release = said.lines().find_map(|l| l.strip_prefix("release: ")).context("no release")?;
     let wanted = env!("CARGO_PKG_RUST_VERSION");
     if pair(release) < pair(wanted) {
@@ -153,7 +154,16 @@ fn install(reasons: &mut Vec<String>) -> Result<Compiler> {
         reasons.join("; ")
     ));
     let mut rustup = Command::new("rustup");
-    rustup.args(["toolchain", "install", "nightly", "--profile", "minimal", "--component", "rust-src", "--no-self-update"]);
+    rustup.args([
+        "toolchain",
+        "install",
+        "nightly",
+        "--profile",
+        "minimal",
+        "--component",
+        "rust-src",
+        "--no-self-update",
+    ]);
     show(&mut rustup)?;
     step.done();
     let host = command::run("rustup", &["run", "nightly", "rustc", "-vV"])?;

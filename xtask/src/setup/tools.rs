@@ -85,7 +85,11 @@ pub(super) fn kernels() -> Result<()> {
         if kernel.cached(&kernel_cache()?).is_some() {
             continue;
         }
-        let step = say::step(&format!("fetch Debian's kernel {} ({}) for the tests in QEMU", kernel.series(), kernel.package()));
+        let step = say::step(&format!(
+            "fetch Debian's kernel {} ({}) for the tests in QEMU",
+            kernel.series(),
+            kernel.package()
+        ));
         kernel.fetch(&kernel_cache()?)?;
         step.done();
     }
