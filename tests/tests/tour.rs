@@ -1,12 +1,12 @@
 //! The user's scenario, as `cargo xtask run` shows it: [PA.1]–[PA.3], [PA.6]–[PA.9], §5.3, [T.1], [I.7].
 
 use anyhow::{Result, ensure};
-use culvert_tests::sandbox::{MeshPlan, Sandbox, built};
+use culvert_tests::sandbox::{MeshPlan, Sandbox, built, own_name};
 use culvert_tests::tour;
 
 #[test]
 fn every_row_of_the_tour_is_as_expected() -> Result<()> {
-    let mut sandbox = Sandbox::build(tour::plan("t-tour"))?;
+    let mut sandbox = Sandbox::build(tour::plan(&own_name("tour")))?;
     let mut mesh = MeshPlan::new(built("culvert")?);
     mesh.cert_ttl = Some(tour::CERT_TTL.to_owned());
     sandbox.start_mesh(&mesh)?;
