@@ -1,3 +1,20 @@
-//! The `culvert` command: parses, builds the runtime and calls the library.
+//! The `culvert` command: parses, and calls the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+use culvert::{app, cli};
+
+fn main() -> ExitCode {
+    let result = cli::parse().and_then(|cli| match cli {
+        cli::Cli::Agent(config) => app::agent(*config),
+        cli::Cli::Ca(config) => app::ca(*config),
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line with the whole chain; of several wrong values, one line each.
+            eprintln!("culvert: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

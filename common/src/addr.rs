@@ -6,7 +6,10 @@ use core::{
 };
 
 /// An IPv6 address, or an IPv4 one mapped into it (RFC 4291 §2.5.5.2); network byte order.
-#[repr(C)]
+///
+/// Aligned so that the kernel side moves it in two words: with the alignment of a byte the compiler takes it apart, and
+/// runs out of the 512 bytes of a program's stack.
+#[repr(C, align(8))]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Addr {
     /// The sixteen bytes, most significant first.
@@ -20,14 +23,13 @@ impl Addr {
     /// Maps four bytes of an IPv4 address, most significant first.
     #[inline(always)]
     pub const fn from_v4(octets: [u8; 4]) -> Self {
-        let [a, b, c, d] = octets;
-        Self { bytes: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] }
+        Self::from_be32(u32::from_ne_bytes(octets))
     }
 
     /// From the kernel's `__be32` as a context holds it.
     #[inline(always)]
     pub const fn from_be32(word: u32) -> Self {
-        Self::from_v4(word.to_ne_bytes())
+        Self::from_be32x4([0, 0, u32::from_ne_bytes([0, 0, 0xff, 0xff]), word])
     }
 
     /// From the kernel's four `__be32` as a context holds them.
@@ -41,13 +43,8 @@ impl Addr {
     /// The four words as the kernel's contexts want them written.
     #[inline(always)]
     pub const fn to_be32x4(self) -> [u32; 4] {
-        let b = self.bytes;
-        [
-            u32::from_ne_bytes([b[0], b[1], b[2], b[3]]),
-            u32::from_ne_bytes([b[4], b[5], b[6], b[7]]),
-            u32::from_ne_bytes([b[8], b[9], b[10], b[11]]),
-            u32::from_ne_bytes([b[12], b[13], b[14], b[15]]),
-        ]
+        // SAFETY: as above, and the type's alignment is at least a word's.
+        unsafe { core::mem::transmute::<Self, [u32; 4]>(self) }
     }
 
     /// Whether this is an IPv4 address, mapped.

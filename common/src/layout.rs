@@ -181,8 +181,12 @@ pub struct SocketValue {
     pub kind: u8,
     /// [`crate::Reason`] of the verdict, for [`SocketKind::Passed`].
     pub reason: u8,
+    /// 1 once the peer's FIN has arrived, which the kernel counts as a byte received.
+    pub fin_received: u8,
+    /// 1 once our FIN was acknowledged, which the kernel counts as a byte.
+    pub fin_acked: u8,
     /// Zero.
-    pub _pad: u32,
+    pub _pad: u16,
 }
 const _: () = assert!(size_of::<SocketValue>() == 48);
 
@@ -236,6 +240,9 @@ pub enum EventKind {
     Refused = 1,
     /// A connection that the kernel had passed has ended.
     Closed = 2,
+    /// A connection was passed when it began and is refused now that it is established: policy changed in between, or
+    /// the socket could not be accounted for. The agent must end it; this event wakes it.
+    Overtaken = 3,
 }
 
 /// A record of the ring buffer `EVENTS`, sent without waking the agent.

@@ -1,3 +1,77 @@
-//! Culvert's kernel programs.
+//! Culvert's kernel programs: the list of what is attached, and where.
+//!
+//! | program | hook | attached to | does |
+//! |---|---|---|---|
+//! | `connect4`, `connect6` | `cgroup/connect4`, `6` | the node's cgroup | captures or refuses a pod's connection; notes the kubelet's |
+//! | `peername4`, `peername6` | `cgroup/getpeername4`, `6` | the node's cgroup | shows the application who it really talks to |
+//! | `handshake` | `sock_ops` | the node's cgroup | carries what is known of a connection from one end to the other |
+//! | `inbound` | `sk_lookup` | each enrolled pod's network namespace | passes, refuses or hands over what arrives |
+//!
+//! None of them runs per packet of an established connection. What a connection deserves is decided by
+//! `culvert_common::decide`; the files here gather its inputs and carry out its answer.
 #![no_std]
 #![no_main]
+#![expect(missing_docs, unreachable_pub, reason = "aya's macros make the entry points public functions of their own")]
+
+mod connect;
+mod context;
+mod handshake;
+mod inbound;
+mod maps;
+mod peername;
+mod report;
+
+use aya_ebpf::{
+    macros::{cgroup_sock_addr, sk_lookup, sock_ops},
+    programs::{SkLookupContext, SockAddrContext, SockOpsContext},
+};
+
+/// `cgroup/connect4`: 1 lets the connect go on, 0 refuses it with the errno that was set.
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    connect::connect(&ctx, false)
+}
+
+/// `cgroup/connect6`, which sees IPv4-mapped destinations of IPv6 sockets too.
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    connect::connect(&ctx, true)
+}
+
+/// `cgroup/getpeername4`, which `accept` goes through too. Must return 1.
+#[cgroup_sock_addr(getpeername4)]
+pub fn peername4(ctx: SockAddrContext) -> i32 {
+    peername::v4(&ctx);
+    1
+}
+
+/// `cgroup/getpeername6`, which `accept` goes through too. Must return 1.
+#[cgroup_sock_addr(getpeername6)]
+pub fn peername6(ctx: SockAddrContext) -> i32 {
+    peername::v6(&ctx);
+    1
+}
+
+/// `sock_ops`: connect, accept and close of TCP sockets.
+#[sock_ops]
+pub fn handshake(ctx: SockOpsContext) -> u32 {
+    handshake::run(&ctx);
+    1
+}
+
+/// `sk_lookup`: which socket a new connection to the pod reaches.
+#[sk_lookup]
+pub fn inbound(ctx: SkLookupContext) -> u32 {
+    inbound::run(&ctx)
+}
+
+/// Never reached: the verifier rejects a program that could panic.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// Helpers such as `bpf_ktime_get_ns` are free; the licence keeps the GPL-only ones open to us.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -3,7 +3,7 @@
 //! A source (`crate::source`) reads manifests or the API server and publishes a whole [`Cluster`]; `crate::policy`
 //! compiles it. Nothing after the source can tell which source it was.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
 pub mod identity;
 
@@ -12,6 +12,12 @@ pub use identity::{SpiffeId, TrustDomain};
 /// UID of a pod (`metadata.uid`; for a static pod, its `kubernetes.io/config.hash`). Names are for humans.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PodUid(pub Arc<str>);
+
+impl fmt::Display for PodUid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 /// `namespace/name` of an object.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -55,6 +61,18 @@ pub struct MeshConfig {
     pub trust_domain_aliases: Vec<TrustDomain>,
     /// Upstream connect time-out.
     pub connect_timeout: std::time::Duration,
+    /// `outboundTrafficPolicy.mode`: what becomes of destinations that are in no registry.
+    pub outbound: OutboundPolicy,
+}
+
+/// What becomes of a destination that is in no registry (specification §9.4, last row).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OutboundPolicy {
+    /// Passed through.
+    #[default]
+    AllowAny,
+    /// Refused.
+    RegistryOnly,
 }
 
 impl Default for MeshConfig {
@@ -64,6 +82,7 @@ impl Default for MeshConfig {
             trust_domain: TrustDomain::default(),
             trust_domain_aliases: Vec::new(),
             connect_timeout: std::time::Duration::from_secs(10),
+            outbound: OutboundPolicy::default(),
         }
     }
 }
@@ -193,6 +212,26 @@ pub struct SliceEndpoint {
     pub node: Option<Arc<str>>,
 }
 
+impl ObjectRef {
+    /// From its two parts.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+impl PeerAuthentication {
+    /// Its namespace and name.
+    pub fn object(&self) -> ObjectRef {
+        ObjectRef { namespace: self.age.namespace.clone(), name: self.age.name.clone() }
+    }
+}
+
 /// Age order of [C.2]: creation (seconds since the epoch; absent = oldest), name, namespace.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Age {
@@ -225,6 +264,8 @@ pub struct PeerAuthentication {
     pub age: Age,
     /// `spec.selector.matchLabels`; absent and empty mean the same ([C.4]).
     pub selector: Labels,
+    /// The selector was written, but empty: worth a warning ([C.4]).
+    pub selector_written_empty: bool,
     /// `spec.mtls.mode`.
     pub mode: MtlsMode,
     /// `spec.portLevelMtls`, by workload port.

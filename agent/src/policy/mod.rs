@@ -1,100 +1,48 @@
 //! From the cluster as it is to one compiled snapshot, and from the snapshot to an answer about one connection.
 //!
-//! Pure: no I/O, no clock, no randomness of its own. `compile` turns a [`Cluster`] into a [`Snapshot`];
+//! Pure: no I/O, no clock, no randomness of its own. [`compile`] turns a [`Cluster`] into a [`Snapshot`];
 //! [`Snapshot::route`] answers the client side (specification §13, §8) and [`Snapshot::decide`] the server side (§5, §8).
+//! Carrying the answer out, and waiting where a tunnel is not ready yet ([T.1]), is for `proxy` and `datapath`.
+//!
+//! [`Cluster`]: crate::model::Cluster
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-};
+use std::collections::BTreeSet;
 
-use culvert_common::Mode;
+use crate::model::ObjectRef;
 
-use crate::model::{Labels, MeshConfig, ObjectRef, PodUid, SpiffeId};
+mod compile;
+mod endpoints;
+mod enrollment;
+mod peer_auth;
+mod route;
+mod snapshot;
+#[cfg(test)]
+mod testing;
 
-/// Index of the object that made a rule, 1-based; 0 is "no rule". Stable for an object while the agent runs, so that
-/// the kernel's counters keep their meaning from one generation to the next.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RuleId(pub u32);
+pub use compile::compile;
+pub use endpoints::{CompiledService, Endpoint};
+pub use enrollment::{DATAPLANE_MODE, Enrollment, REVISION, SIDECAR_INJECT, enrollment};
+pub use peer_auth::PeerAuth;
+pub use route::{Choice, Route, RouteRefusal};
+pub use snapshot::{Occupant, RuleId, RuleKind, RuleObject, Snapshot, Workload};
 
-/// Whether a pod is in the mesh, and the row of specification §2 that decided.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Enrollment {
-    /// In or out.
-    pub enrolled: bool,
-    /// The row of the table in specification §2, 1 to 16.
-    pub row: u8,
-    /// One line for humans.
-    pub reason: String,
-}
-
-/// Effective PeerAuthentication of one pod (specification §5.2), a single unit ([PA.13]).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PeerAuth {
-    /// Mode of every port that is not in [`PeerAuth::ports`].
-    pub mode: Mode,
-    /// The object that set it; 0 for the built-in PERMISSIVE.
-    pub rule: RuleId,
-    /// Ports whose mode differs from [`PeerAuth::mode`].
-    pub ports: BTreeMap<u16, (Mode, RuleId)>,
-}
-
-/// One pod as the data path sees it.
+/// What the operator configured that changes the meaning of the cluster's objects.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Workload {
-    /// See [`PodUid`].
-    pub uid: PodUid,
-    /// Namespace and name of the pod.
-    pub object: ObjectRef,
-    /// Its identity ([I.2]).
-    pub identity: SpiffeId,
-    /// Its addresses; empty for hostNetwork pods, which are never identified by IP (§13).
-    pub ips: Vec<IpAddr>,
-    /// Its node.
-    pub node: Arc<str>,
-    /// In the mesh or not.
-    pub enrollment: Enrollment,
-    /// Effective PeerAuthentication; kept for pods outside the mesh too, where nothing enforces it ([PA.11]).
-    pub peer_auth: PeerAuth,
-    /// For telemetry (§16).
-    pub workload_name: Arc<str>,
-    /// For telemetry and selectors.
-    pub labels: Labels,
+pub struct Options {
+    /// Revision of this agent ([C.5]); `default` where not set.
+    pub revision: String,
+    /// Namespaces whose pods are never enrolled, even with labels (specification §2, row 3).
+    pub exclude_namespaces: BTreeSet<String>,
+    /// Service accounts of the mesh's own pods, never enrolled either (row 3).
+    pub own_accounts: BTreeSet<ObjectRef>,
 }
 
-/// What the client side does with a captured connection.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Route {
-    /// Through a tunnel to this pod.
-    Tunnel {
-        /// The server.
-        workload: Arc<Workload>,
-        /// Pod address and target port: the authority of the CONNECT (§14.2).
-        target: SocketAddr,
-        /// The Service that was addressed, if one was.
-        service: Option<ObjectRef>,
-    },
-    /// Untouched bytes to this address: the server is outside the mesh (§8).
-    Plaintext {
-        /// Where to connect.
-        target: SocketAddr,
-        /// The server, if it is a pod we know.
-        workload: Option<Arc<Workload>>,
-        /// The Service that was addressed, if one was.
-        service: Option<ObjectRef>,
-    },
-    /// Refused, with the reason.
-    Refuse(RouteRefusal),
-}
-
-/// Why the client side refuses (closed list; the words are those of the access log).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum RouteRefusal {
-    /// The Service has no such port (§13).
-    NoSuchServicePort,
-    /// The Service has no eligible endpoint ([S.1]).
-    NoEndpoint,
-    /// Through the mesh to 15001, 15006 or 15008 of a pod ([K.2]).
-    Loop,
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            revision: "default".into(),
+            exclude_namespaces: ["kube-system".to_owned()].into(),
+            own_accounts: [ObjectRef::new("istio-system", "culvert")].into(),
+        }
+    }
 }

@@ -1,0 +1,384 @@
+//! Wiring: what exists, in which order it starts, and how it ends. Nothing clever.
+//!
+//! One thread controls: it owns the kernel side, compiles what the source says, enrols pods, and gives the sign of
+//! life, but only while every worker gives its own. The workers carry connections (`worker`); a thread of its own
+//! watches the cgroup tree (`pods`), another writes the access log (`telemetry`).
+
+use std::{collections::BTreeSet, os::fd::AsFd as _, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, anyhow};
+use culvert_common::SettingsValue;
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    time::{MissedTickBehavior, interval},
+};
+use tracing::{error, info, warn};
+
+use crate::{
+    ca,
+    config::{
+        self,
+        agent::{Certificates, Config},
+    },
+    connections::Passed,
+    datapath::{self, Datapath},
+    drain,
+    enroll::Enrollments,
+    identity::{self, Identities},
+    model::{ObjectRef, PodUid, TrustDomain},
+    netns::NetnsHandle,
+    pods::{self, Kubelet},
+    policy::{self, Snapshot},
+    proxy::Context,
+    source::{self, View},
+    telemetry::{self, access, readiness},
+    tunnel,
+    worker::Worker,
+};
+
+/// Period of the sign of life, and of whatever is looked at again.
+const TICK: Duration = Duration::from_millis(250);
+/// A worker that is silent for longer is stuck, and the sign of life is withheld.
+const WORKER_SILENCE: Duration = Duration::from_secs(5);
+/// Lifetime that certificates are asked for.
+const CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 3600);
+/// How long the writer of the access log may take for its last lines.
+const LOG_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Runs `culvert agent` until SIGTERM or SIGINT, and drains.
+///
+/// # Errors
+/// What kept it from starting, or ended it: one line.
+pub fn agent(config: Config) -> anyhow::Result<()> {
+    telemetry::init(config.log_format, &config.log_level)?;
+    info!(version = env!("CARGO_PKG_VERSION"), ?config, "culvert agent starts");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("build the runtime")?;
+    runtime.block_on(run_agent(config))
+}
+
+/// Runs `culvert ca` until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What kept it from starting, or ended it: one line.
+pub fn ca(config: config::ca::Config) -> anyhow::Result<()> {
+    telemetry::init(config.log_format, &config.log_level)?;
+    info!(version = env!("CARGO_PKG_VERSION"), listen = %config.ca.listen, "culvert ca starts");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("build the runtime")?;
+    runtime.block_on(async {
+        let (views, reading) = source::file::watch(source::file::Config {
+            path: config.manifests,
+            system_namespace: config.system_namespace,
+        })?;
+        let (sender, clusters) = watch::channel(views.borrow().cluster.clone());
+        let forwarding = async {
+            let mut views = views;
+            while views.changed().await.is_ok() {
+                let cluster = views.borrow_and_update().cluster.clone();
+                sender.send_replace(cluster);
+            }
+            anyhow::Ok(())
+        };
+        tokio::select! {
+            result = ca::run(config.ca, clusters, stopped()?) => result,
+            result = reading => result.and_then(|()| Err(anyhow!("the source of manifests has ended"))),
+            result = forwarding => result,
+        }
+    })
+}
+
+/// Resolves at SIGTERM or SIGINT.
+fn stopped() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut term = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut int = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+    })
+}
+
+async fn run_agent(config: Config) -> anyhow::Result<()> {
+    let stop = stopped()?;
+    let ready = readiness::Ready::default();
+    let first_pass = ready.hold("first pass over the pods of the node");
+    let answering = readiness::bind(config.readiness_address).await?;
+
+    let (views, reading) = source::file::watch(source::file::Config {
+        path: config.manifests.clone(),
+        system_namespace: config.system_namespace.clone(),
+    })?;
+    let options = options(&config);
+    let cgroup_root = match &config.cgroup_root {
+        Some(path) => path.clone(),
+        None => pods::find_cgroup2_mount()?,
+    };
+    let host = Arc::new(NetnsHandle::current().context("open the node's network namespace")?);
+    let datapath = Datapath::load(datapath::Config {
+        pin_dir: config.pin_dir.clone(),
+        cgroup_root: cgroup_root.clone(),
+        workers: config.workers,
+    })?;
+    let (nodes, watcher) = pods::watch(pods::Config {
+        cgroup_root,
+        proc_root: PathBuf::from("/proc"),
+        host_netns: host.clone(),
+        kubelet_cgroup: config.kubelet_cgroup.clone(),
+    })?;
+    let (identities, renewal) = Identities::new(identity_config(&config, &views.borrow()))?;
+    let (log, writer) = access::start(access::Config { format: config.log_format, ..access::Config::default() })
+        .context("start the access log")?;
+    let cluster: Arc<str> = config.cluster_id.as_str().into();
+
+    let mut first = policy::compile(&views.borrow().cluster, &options, None);
+    // Numbers of an earlier agent must not be taken for ours.
+    first.generation = datapath.last_generation().wrapping_add(1).max(1);
+    let (snapshots, snapshot) = watch::channel(Arc::new(first));
+    let (mut draining, drain) = drain::channel();
+    let workers = (0..config.workers)
+        .map(|number| {
+            let sockets = datapath.sockets()?;
+            let (snapshot, identities, log) = (snapshot.clone(), identities.clone(), log.clone());
+            let (cluster, drained) = (cluster.clone(), drain.clone());
+            Worker::start(number, drain.clone(), move || {
+                let limits = tunnel::Config::default();
+                Ok(Context {
+                    snapshot,
+                    identities,
+                    pool: tunnel::Pool::new(limits),
+                    tunnel: limits,
+                    sockets: sockets.into(),
+                    access: log,
+                    cluster,
+                    drain: drained,
+                })
+            })
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    drop(drain);
+    let passed = Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), cluster);
+    let mut control = Control {
+        options,
+        datapath,
+        workers,
+        enrollments: Enrollments::default(),
+        passed,
+        identities,
+        host,
+        kubelet: None,
+        snapshots,
+        retry: false,
+    };
+
+    let (ended, until_end) = watch::channel(());
+    let until = |mut end: watch::Receiver<()>| async move {
+        // Closed at the end; never sent to.
+        let _ = end.changed().await;
+    };
+    let serving = readiness::serve(answering, ready, until(until_end.clone()));
+    let renewing = renewal.run(until(until_end));
+    let result = tokio::select! {
+        () = stop => Ok(()),
+        result = control.run(views, nodes, first_pass) => result,
+        result = reading => result.and_then(|()| Err(anyhow!("the source of manifests has ended"))),
+        result = serving => result.context("readiness").and_then(|()| Err(anyhow!("readiness has ended"))),
+        () = renewing => Err(anyhow!("the renewal of certificates has ended")),
+    };
+    drop(ended);
+    info!(deadline = ?config.drain_deadline, "draining");
+    // Without a successor nobody serves the pods: refuse now, not in ten seconds.
+    if let Err(error) = control.datapath.silence() {
+        error!(error = format!("{error:#}"), "the kernel could not be told that the agent ends");
+    }
+    if let Err(unfinished) = draining.drain(config.drain_deadline + Duration::from_secs(1)).await {
+        warn!(workers = unfinished.0, "not everything ended by the deadline");
+    }
+    control.workers.drain(..).for_each(Worker::join);
+    control.tell();
+    watcher.stop()?;
+    drop(control);
+    drop(log);
+    let dropped = writer.finish(LOG_PATIENCE).context("finish the access log")?;
+    if dropped > 0 {
+        warn!(dropped, "lines of the access log were lost: its reader was too slow");
+    }
+    result
+}
+
+/// The thread that controls, and what only it touches.
+struct Control {
+    options: policy::Options,
+    datapath: Datapath,
+    workers: Vec<Worker>,
+    enrollments: Enrollments,
+    passed: Passed,
+    identities: Identities,
+    host: Arc<NetnsHandle>,
+    kubelet: Option<Kubelet>,
+    snapshots: watch::Sender<Arc<Snapshot>>,
+    /// Something failed and is to be tried again.
+    retry: bool,
+}
+
+impl Control {
+    async fn run(
+        &mut self,
+        mut views: watch::Receiver<Arc<View>>,
+        mut nodes: watch::Receiver<Arc<pods::Node>>,
+        first_pass: readiness::Hold,
+    ) -> anyhow::Result<()> {
+        let wakes = self.passed.wakes().as_fd().try_clone_to_owned().context("duplicate the events' descriptor")?;
+        // SAFETY: an OwnedFd is open, and the same descriptor, until the AsyncFd that owns it is dropped.
+        let wakes = unsafe { AsyncFd::register_with_interest(wakes, Interest::READABLE) }
+            .context("poll the kernel's events")?;
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut first_pass = Some(first_pass);
+        let mut work = true;
+        loop {
+            if std::mem::take(&mut work) {
+                let view = views.borrow_and_update().clone();
+                let node = nodes.borrow_and_update().clone();
+                self.compile(&view);
+                self.settle(&node)?;
+                if first_pass.take().is_some() {
+                    let snapshot = self.snapshots.borrow().clone();
+                    self.enrollments.adopt(&mut self.datapath, &snapshot, &node);
+                    self.datapath.beat()?;
+                    info!(generation = snapshot.generation, pods = node.pods.len(), "ready");
+                }
+            }
+            tokio::select! {
+                changed = views.changed() => {
+                    changed.context("the source of manifests has ended")?;
+                    work = true;
+                }
+                changed = nodes.changed() => {
+                    changed.context("watching the pods of this node has ended")?;
+                    work = true;
+                }
+                woken = wakes.readable() => {
+                    woken.context("poll the kernel's events")?.clear_ready();
+                    self.tell();
+                }
+                _ = tick.tick() => {
+                    self.beat()?;
+                    self.datapath.maintain();
+                    self.tell();
+                    work = std::mem::take(&mut self.retry);
+                }
+            }
+        }
+    }
+
+    /// From what the source says to a snapshot; the workers see it at once.
+    fn compile(&mut self, view: &View) {
+        let before = self.snapshots.borrow().clone();
+        let next = policy::compile(&view.cluster, &self.options, Some(&before));
+        for warning in next.warnings.iter().filter(|warning| !before.warnings.contains(warning)) {
+            warn!("{warning}");
+        }
+        if next.generation != before.generation {
+            info!(generation = next.generation, "policy compiled");
+            let mesh = &next.mesh;
+            self.identities.set_trust_domains(mesh.trust_domain.clone(), mesh.trust_domain_aliases.clone());
+            self.snapshots.send_replace(Arc::new(next));
+        }
+    }
+
+    /// Makes the node equal to the snapshot.
+    fn settle(&mut self, node: &pods::Node) -> anyhow::Result<()> {
+        let snapshot = self.snapshots.borrow().clone();
+        self.tell_kubelet(&node.kubelet)?;
+        self.identities.want(&Enrollments::identities(&snapshot, node));
+        let changes = self.enrollments.reconcile(&mut self.datapath, &self.workers, &snapshot, node);
+        self.retry |= changes.failed > 0;
+        for (uids, entered) in [(&changes.entered, true), (&changes.changed, false)] {
+            uids.iter().for_each(|uid| self.judge_again(&snapshot, uid, entered));
+        }
+        Ok(())
+    }
+
+    fn judge_again(&mut self, snapshot: &Snapshot, uid: &PodUid, entered: bool) {
+        let (Some(pod), Some(own)) = (self.enrollments.pod(uid), snapshot.workload(uid)) else { return };
+        if let Err(error) = self.passed.judge_again(snapshot, pod, own, entered) {
+            warn!(pod = %own.object, error = format!("{error:#}"), "open connections could not be judged again");
+        }
+    }
+
+    fn tell_kubelet(&mut self, kubelet: &Kubelet) -> anyhow::Result<()> {
+        if self.kubelet.as_ref() == Some(kubelet) {
+            return Ok(());
+        }
+        let mut settings = SettingsValue {
+            host_netns_cookie: self.host.cookie().context("cookie of the node's network namespace")?,
+            ..SettingsValue::default()
+        };
+        match kubelet {
+            Kubelet::Known(dir) => {
+                settings.kubelet_cgroup = dir.id.0;
+                settings.kubelet_level = dir.level.unwrap_or_default();
+                info!(path = %dir.path.display(), "kubelet's cgroup");
+            }
+            Kubelet::Absent(why) => warn!(why, "no kubelet's cgroup: probes are judged as plaintext until it is there"),
+            Kubelet::Indistinct(why) => {
+                settings.probes_by_netns = 1;
+                warn!(
+                    why,
+                    "the kubelet cannot be told apart: every process of the node's own network namespace may \
+                    reach pods as a probe ([K.5]); give --kubelet-cgroup if it has a cgroup of its own"
+                );
+            }
+        }
+        self.datapath.settings(settings)?;
+        self.kubelet = Some(kubelet.clone());
+        Ok(())
+    }
+
+    fn beat(&mut self) -> anyhow::Result<()> {
+        match self.workers.iter().map(Worker::silent_for).max() {
+            Some(silence) if silence > WORKER_SILENCE => {
+                error!(?silence, "a worker is stuck: the sign of life is withheld, connections will be refused");
+                Ok(())
+            }
+            _ => self.datapath.beat(),
+        }
+    }
+
+    fn tell(&mut self) {
+        let snapshot = self.snapshots.borrow().clone();
+        let enrollments = &self.enrollments;
+        self.passed.tell(&snapshot, |cookie| enrollments.by_cookie(cookie));
+    }
+}
+
+fn options(config: &Config) -> policy::Options {
+    policy::Options {
+        revision: config.revision.clone(),
+        exclude_namespaces: config.exclude_namespaces.clone(),
+        own_accounts: BTreeSet::from([ObjectRef::new(config.system_namespace.as_str(), "culvert")]),
+    }
+}
+
+fn identity_config(config: &Config, view: &View) -> identity::Config {
+    let mesh = &view.cluster.mesh;
+    let (trust_domain, trust_domain_aliases): (TrustDomain, Vec<TrustDomain>) =
+        (mesh.trust_domain.clone(), mesh.trust_domain_aliases.clone());
+    identity::Config {
+        source: match &config.certificates {
+            Certificates::Ca { address, root, server_name, token } => identity::Source::Ca(identity::CaConfig {
+                address: address.clone(),
+                root_file: root.clone(),
+                server_name: server_name.clone(),
+                token_file: token.clone(),
+                cluster_id: config.cluster_id.clone(),
+                ttl: CERTIFICATE_TTL,
+            }),
+            Certificates::Files(dir) => identity::Source::Files(dir.clone()),
+        },
+        trust_domain,
+        trust_domain_aliases,
+    }
+}

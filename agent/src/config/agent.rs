@@ -1,0 +1,226 @@
+//! The settings of `culvert agent`.
+
+use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration};
+
+use super::{Invalid, Setting, Values};
+use crate::telemetry::{self, Format};
+
+/// The table.
+pub const SETTINGS: &[Setting] = &[
+    Setting { name: "node-name", value: "NAME", default: None, help: "Name of this node, as in Pod spec.nodeName" },
+    Setting {
+        name: "manifests",
+        value: "DIR",
+        default: None,
+        help: "Folder of manifests to watch: pods, services, namespaces and policies of the cluster",
+    },
+    Setting {
+        name: "cgroup-root",
+        value: "DIR",
+        default: None,
+        help: "cgroup (v2) that holds the node's pods, kubelet and this agent; the cgroup2 mount unless set",
+    },
+    Setting {
+        name: "kubelet-cgroup",
+        value: "DIR",
+        default: None,
+        help: "The kubelet's cgroup, absolute or below the cgroup root; looked for in the usual places unless set",
+    },
+    Setting {
+        name: "pin-dir",
+        value: "DIR",
+        default: Some("/sys/fs/bpf/culvert"),
+        help: "Directory on a bpffs for maps and links; one per agent of a machine",
+    },
+    Setting {
+        name: "workers",
+        value: "N",
+        default: None,
+        help: "Threads that carry connections, 1 to 64; the number of CPUs, at most 8, unless set",
+    },
+    Setting {
+        name: "revision",
+        value: "NAME",
+        default: Some("default"),
+        help: "Revision: objects labelled istio.io/rev with another one do not concern this agent",
+    },
+    Setting {
+        name: "exclude-namespaces",
+        value: "NAMES",
+        default: Some("kube-system"),
+        help: "Namespaces whose pods are never enrolled, separated by commas",
+    },
+    Setting {
+        name: "system-namespace",
+        value: "NAME",
+        default: Some("istio-system"),
+        help: "Namespace of ConfigMap istio and of the mesh's own pods",
+    },
+    Setting { name: "ca-address", value: "HOST:PORT", default: None, help: "CA that issues the certificates" },
+    Setting {
+        name: "ca-root",
+        value: "FILE",
+        default: None,
+        help: "PEM certificates that the CA's own certificate must chain to (root-cert.pem of istio-ca-root-cert)",
+    },
+    Setting {
+        name: "ca-server-name",
+        value: "NAME",
+        default: Some("istiod.istio-system.svc"),
+        help: "Name that the CA's certificate must carry",
+    },
+    Setting {
+        name: "ca-token",
+        value: "FILE",
+        default: None,
+        help: "Bound service account token with audience istio-ca; read again for every request",
+    },
+    Setting {
+        name: "cluster-id",
+        value: "NAME",
+        default: Some("Kubernetes"),
+        help: "Cluster that this node belongs to, as the CA and telemetry know it",
+    },
+    Setting {
+        name: "cert-dir",
+        value: "DIR",
+        default: None,
+        help: "Certificates from files instead of a CA: DIR/root-cert.pem and \
+               DIR/<namespace>/<service account>/{cert-chain,key}.pem",
+    },
+    Setting {
+        name: "readiness-address",
+        value: "ADDRESS",
+        default: Some("0.0.0.0:15021"),
+        help: "Where GET /healthz/ready answers",
+    },
+    Setting { name: "log-format", value: "FORMAT", default: Some("text"), help: "text or json" },
+    Setting {
+        name: "log-level",
+        value: "FILTER",
+        default: Some("info"),
+        help: "error, warn, info, debug or trace, or per module as in info,culvert::tunnel=debug",
+    },
+    Setting {
+        name: "drain-deadline",
+        value: "TIME",
+        default: Some("5s"),
+        help: "How long open connections may go on after SIGTERM before they are reset",
+    },
+];
+
+/// The agent's configuration.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `--node-name`
+    pub node_name: String,
+    /// `--manifests`
+    pub manifests: PathBuf,
+    /// `--cgroup-root`
+    pub cgroup_root: Option<PathBuf>,
+    /// `--kubelet-cgroup`
+    pub kubelet_cgroup: Option<PathBuf>,
+    /// `--pin-dir`
+    pub pin_dir: PathBuf,
+    /// `--workers`, 1 to 64.
+    pub workers: u32,
+    /// `--revision`
+    pub revision: String,
+    /// `--exclude-namespaces`
+    pub exclude_namespaces: BTreeSet<String>,
+    /// `--system-namespace`
+    pub system_namespace: String,
+    /// Where certificates come from.
+    pub certificates: Certificates,
+    /// `--cluster-id`
+    pub cluster_id: String,
+    /// `--readiness-address`
+    pub readiness_address: SocketAddr,
+    /// `--log-format`
+    pub log_format: Format,
+    /// `--log-level`
+    pub log_level: String,
+    /// `--drain-deadline`
+    pub drain_deadline: Duration,
+}
+
+/// A CA, or files.
+#[derive(Clone, Debug)]
+pub enum Certificates {
+    /// `--ca-address` and what belongs to it.
+    Ca {
+        /// `HOST:PORT`.
+        address: String,
+        /// `--ca-root`
+        root: PathBuf,
+        /// `--ca-server-name`
+        server_name: String,
+        /// `--ca-token`
+        token: PathBuf,
+    },
+    /// `--cert-dir`
+    Files(PathBuf),
+}
+
+/// From values to meaning.
+///
+/// # Errors
+/// [`Invalid`], with every value that is wrong.
+pub fn understand(mut values: Values) -> Result<Config, Invalid> {
+    let certificates = certificates(&mut values);
+    let node_name = values.required::<String>("node-name");
+    let manifests = values.required::<PathBuf>("manifests");
+    let log_format = values.optional::<Format>("log-format");
+    let log_level = values.parse("log-level", |text| telemetry::parse_filter(text).map(|_| text.to_owned()));
+    let workers = if values.has("workers") {
+        values.parse("workers", |text| match text.parse() {
+            Ok(workers @ 1..=64) => Ok(workers),
+            _ => Err("must be a number from 1 to 64"),
+        })
+    } else {
+        Some(std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1).min(8)))
+    };
+    let config = (|| {
+        Some(Config {
+            node_name: node_name?,
+            manifests: manifests?,
+            cgroup_root: values.optional("cgroup-root"),
+            kubelet_cgroup: values.optional("kubelet-cgroup"),
+            pin_dir: values.optional("pin-dir")?,
+            workers: workers?,
+            revision: values.optional("revision")?,
+            exclude_namespaces: values.list("exclude-namespaces").into_iter().collect(),
+            system_namespace: values.optional("system-namespace")?,
+            certificates: certificates?,
+            cluster_id: values.optional("cluster-id")?,
+            readiness_address: values.listen_address("readiness-address")?,
+            log_format: log_format?,
+            log_level: log_level?,
+            drain_deadline: values.duration("drain-deadline")?,
+        })
+    })();
+    values.finish(config)
+}
+
+fn certificates(values: &mut Values) -> Option<Certificates> {
+    match (values.has("ca-address"), values.has("cert-dir")) {
+        (true, true) => {
+            values.problem("--ca-address and --cert-dir exclude each other: keep one");
+            None
+        }
+        (false, false) => {
+            values.problem("certificates have no source: give --ca-address, --ca-root and --ca-token, or --cert-dir");
+            None
+        }
+        (false, true) => values.optional("cert-dir").map(Certificates::Files),
+        (true, false) => {
+            let (root, token) = (values.required("ca-root"), values.required("ca-token"));
+            Some(Certificates::Ca {
+                address: values.optional("ca-address")?,
+                root: root?,
+                server_name: values.optional("ca-server-name")?,
+                token: token?,
+            })
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! The few `bpf(2)` calls that aya does not offer: links of any kind, created, replaced, pinned and looked at alike.
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+const BPF_OBJ_PIN: libc::c_long = 6;
+const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
+const BPF_LINK_CREATE: libc::c_long = 28;
+const BPF_LINK_UPDATE: libc::c_long = 29;
+
+/// Where a program is attached: numbers of `enum bpf_attach_type` (include/uapi/linux/bpf.h).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum AttachType {
+    SockOps = 3,
+    Connect4 = 10,
+    Connect6 = 11,
+    Getpeername4 = 29,
+    Getpeername6 = 30,
+    SkLookup = 36,
+}
+
+/// `attr` of BPF_LINK_CREATE and, with other names, of BPF_LINK_UPDATE: four words.
+#[repr(C)]
+struct LinkAttr {
+    first_fd: u32,
+    second_fd: u32,
+    third: u32,
+    flags: u32,
+}
+
+#[repr(C, align(8))]
+struct PathAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+#[repr(C, align(8))]
+struct InfoAttr {
+    fd: u32,
+    len: u32,
+    info: u64,
+}
+
+/// What the kernel says of a link (`struct bpf_link_info`): its first bytes, which are the same for all kinds.
+#[repr(C, align(8))]
+#[derive(Default)]
+struct RawLinkInfo {
+    kind: u32,
+    id: u32,
+    prog_id: u32,
+    _pad: u32,
+    /// cgroup: the cgroup's id. netns: inode in the lower half, attach type in the upper.
+    target: u64,
+    attach_type: u32,
+    _rest: [u32; 32],
+}
+
+/// A link's target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    /// Id of the cgroup; 0 if it is gone.
+    Cgroup(u64),
+    /// Inode of the network namespace; 0 if it is gone.
+    Netns(u32),
+    /// Some other kind of link.
+    Other,
+}
+
+fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: `attr` is a live, fully initialised `repr(C)` value and its size is passed with it.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    u32::try_from(fd.as_raw_fd()).expect("a borrowed descriptor is not negative")
+}
+
+fn owned(fd: libc::c_long) -> OwnedFd {
+    let fd = i32::try_from(fd).expect("the kernel returns descriptors that fit");
+    // SAFETY: the kernel has just returned this descriptor to us.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))
+}
+
+/// Attaches a program to a cgroup or a network namespace.
+pub(super) fn link_create(prog: BorrowedFd<'_>, target: BorrowedFd<'_>, kind: AttachType) -> io::Result<OwnedFd> {
+    bpf(BPF_LINK_CREATE, &mut LinkAttr { first_fd: raw(prog), second_fd: raw(target), third: kind as u32, flags: 0 })
+        .map(owned)
+}
+
+/// Replaces the program of a link; at no instant is there none.
+pub(super) fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
+    // In this command the third word is the flags.
+    bpf(BPF_LINK_UPDATE, &mut LinkAttr { first_fd: raw(link), second_fd: raw(prog), third: 0, flags: 0 }).map(drop)
+}
+
+/// Pins a link under a path of a bpffs.
+pub(super) fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    bpf(BPF_OBJ_PIN, &mut PathAttr { path: path.as_ptr() as u64, fd: raw(fd), flags: 0 }).map(drop)
+}
+
+/// Opens what is pinned under a path.
+pub(super) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    bpf(BPF_OBJ_GET, &mut PathAttr { path: path.as_ptr() as u64, fd: 0, flags: 0 }).map(owned)
+}
+
+/// What a link is attached to.
+pub(super) fn link_target(link: BorrowedFd<'_>) -> io::Result<Target> {
+    const LINK_TYPE_CGROUP: u32 = 3;
+    const LINK_TYPE_NETNS: u32 = 5;
+    let mut info = RawLinkInfo::default();
+    let len = u32::try_from(size_of::<RawLinkInfo>()).expect("a small struct");
+    let info_ptr = std::ptr::from_mut(&mut info) as u64;
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut InfoAttr { fd: raw(link), len, info: info_ptr })?;
+    Ok(match info.kind {
+        LINK_TYPE_CGROUP => Target::Cgroup(info.target),
+        LINK_TYPE_NETNS => Target::Netns((info.target & u64::from(u32::MAX)) as u32),
+        _ => Target::Other,
+    })
+}
+
+/// Pins `link` at `path` in place of whatever is there, without an instant in which nothing is.
+pub(super) fn pin_over(link: &OwnedFd, path: &Path) -> io::Result<()> {
+    let fresh = path.with_file_name(format!(
+        "{}_new",
+        path.file_name().and_then(|name| name.to_str()).ok_or(io::ErrorKind::InvalidInput)?
+    ));
+    match std::fs::remove_file(&fresh) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    pin(link.as_fd(), &fresh)?;
+    std::fs::rename(&fresh, path)
+}

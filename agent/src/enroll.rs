@@ -1,0 +1,230 @@
+//! Brings pods in and out, in the right order, and again without harm.
+//!
+//! In: refuse (`prepare`), listen, hand the listeners to the workers, put the policy in force and open (`ready`). A
+//! step that fails leaves the pod refused, never half open, and is tried again. Out: first the kernel's entries, then
+//! the listeners; open tunnels end by themselves ([E.5]).
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use culvert_common::ListenerKind;
+use tracing::{error, info, warn};
+
+use crate::{
+    connections,
+    datapath::{Datapath, NetnsCookie, PodPolicy},
+    listen,
+    model::{PodUid, SpiffeId},
+    netns::NetnsHandle,
+    pods::{self, PodNetwork},
+    policy::{Snapshot, Workload},
+    proxy::ServedPod,
+    worker::{Command, Worker},
+};
+
+/// The pods of this node that are in the mesh.
+#[derive(Default)]
+pub struct Enrollments {
+    enrolled: BTreeMap<PodUid, Enrolled>,
+    by_cookie: BTreeMap<NetnsCookie, Arc<ServedPod>>,
+    failures: BTreeMap<PodUid, String>,
+}
+
+struct Enrolled {
+    pod: Arc<ServedPod>,
+    policy: PodPolicy,
+}
+
+/// What one pass changed.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Brought in by this pass.
+    pub entered: Vec<PodUid>,
+    /// In before, and with another policy now.
+    pub changed: Vec<PodUid>,
+    /// Could not be brought in or changed: to be tried again.
+    pub failed: usize,
+}
+
+impl Enrollments {
+    /// Makes the kernel and the workers equal to what the snapshot says of the pods that are on the node.
+    pub fn reconcile(
+        &mut self,
+        datapath: &mut Datapath,
+        workers: &[Worker],
+        snapshot: &Snapshot,
+        node: &pods::Node,
+    ) -> Changes {
+        let mut changes = Changes::default();
+        let wanted = wanted(snapshot, node);
+        let leaving: Vec<PodUid> =
+            self.enrolled.keys().filter(|uid| self.leaves(uid, &wanted, snapshot, node)).cloned().collect();
+        for uid in leaving {
+            self.leave(&uid, datapath, workers);
+        }
+        for (uid, (workload, netns)) in &wanted {
+            let policy = policy(snapshot, workload);
+            let known = self.enrolled.get(uid);
+            if known.is_some_and(|known| same_policy(&known.policy, &policy)) {
+                continue;
+            }
+            let result = match known.map(|known| known.pod.cookie) {
+                Some(cookie) => datapath.ready(cookie, &policy).map(|()| {
+                    changes.changed.push(uid.clone());
+                    None
+                }),
+                None => enter(datapath, workers, workload, netns, &policy).map(Some),
+            };
+            match result {
+                Ok(entered) => {
+                    self.failures.remove(uid);
+                    if let Some(pod) = entered {
+                        info!(pod = %workload.object, %uid, row = workload.enrollment.row, "pod enrolled");
+                        self.by_cookie.insert(pod.cookie, pod.clone());
+                        self.enrolled.insert(uid.clone(), Enrolled { pod, policy });
+                        changes.entered.push(uid.clone());
+                    } else if let Some(known) = self.enrolled.get_mut(uid) {
+                        known.policy = policy;
+                    }
+                }
+                Err(error) => {
+                    changes.failed += 1;
+                    let text = format!("{error:#}");
+                    if self.failures.get(uid) != Some(&text) {
+                        error!(pod = %workload.object, %uid, error = text, "pod could not be enrolled; it stays refused");
+                        self.failures.insert(uid.clone(), text);
+                    }
+                }
+            }
+        }
+        self.failures.retain(|uid, _| wanted.contains_key(uid));
+        changes
+    }
+
+    /// Decides about entries that an earlier agent left: pods that are gone or out of the mesh are forgotten, pods that
+    /// nobody knows stay refused.
+    pub fn adopt(&self, datapath: &mut Datapath, snapshot: &Snapshot, node: &pods::Node) {
+        for cookie in datapath.enrolled() {
+            if self.by_cookie.contains_key(&cookie) {
+                continue;
+            }
+            let on_node = node.pods.values().find(
+                |pod| matches!(&pod.network, PodNetwork::Own(netns) if netns.cookie().is_ok_and(|own| own == cookie.0)),
+            );
+            let unknown = on_node.is_some_and(|pod| snapshot.workload(&pod.uid).is_none());
+            let result = if unknown { datapath.suspend(cookie) } else { datapath.remove(cookie) };
+            if let Err(error) = result {
+                warn!(cookie = cookie.0, error = format!("{error:#}"), "an earlier agent's entry could not be settled");
+            }
+        }
+    }
+
+    /// The pod of a network namespace.
+    pub fn by_cookie(&self, cookie: NetnsCookie) -> Option<&Arc<ServedPod>> {
+        self.by_cookie.get(&cookie)
+    }
+
+    /// A pod that is in.
+    pub fn pod(&self, uid: &PodUid) -> Option<&Arc<ServedPod>> {
+        self.enrolled.get(uid).map(|enrolled| &enrolled.pod)
+    }
+
+    /// The identities of the pods that are in, or are to be.
+    pub fn identities(snapshot: &Snapshot, node: &pods::Node) -> BTreeSet<SpiffeId> {
+        wanted(snapshot, node).into_values().map(|(workload, _)| workload.identity.clone()).collect()
+    }
+
+    /// A pod leaves when it is gone from the node, has another namespace or other addresses, or the source says that it
+    /// is out. One that has only vanished from the source keeps what it had until its processes are gone.
+    fn leaves(
+        &self,
+        uid: &PodUid,
+        wanted: &BTreeMap<PodUid, (Arc<Workload>, Arc<NetnsHandle>)>,
+        snapshot: &Snapshot,
+        node: &pods::Node,
+    ) -> bool {
+        let Some(enrolled) = self.enrolled.get(uid) else { return false };
+        match wanted.get(uid) {
+            Some((workload, netns)) => {
+                enrolled.pod.netns.id() != netns.id() || !same_addresses(&enrolled.pod.ips, &workload.ips)
+            }
+            None => match node.pods.get(uid) {
+                Some(pod) => snapshot.workload(uid).is_some() || !matches!(pod.network, PodNetwork::Own(_)),
+                None => true,
+            },
+        }
+    }
+
+    fn leave(&mut self, uid: &PodUid, datapath: &mut Datapath, workers: &[Worker]) {
+        let Some(enrolled) = self.enrolled.remove(uid) else { return };
+        let cookie = enrolled.pod.cookie;
+        self.by_cookie.remove(&cookie);
+        if let Err(error) = datapath.remove(cookie) {
+            warn!(%uid, error = format!("{error:#}"), "a pod that left could not be forgotten completely");
+        }
+        for worker in workers {
+            worker.tell(Command::Leave(cookie));
+        }
+        info!(%uid, "pod left");
+    }
+}
+
+/// Pods that are on the node, have a namespace of their own, and are in the mesh by the snapshot.
+fn wanted(snapshot: &Snapshot, node: &pods::Node) -> BTreeMap<PodUid, (Arc<Workload>, Arc<NetnsHandle>)> {
+    let of = |pod: &Arc<pods::NodePod>| {
+        let PodNetwork::Own(netns) = &pod.network else { return None };
+        let workload = snapshot.workload(&pod.uid)?;
+        let in_mesh = workload.enrollment.enrolled && !workload.ips.is_empty();
+        in_mesh.then(|| (pod.uid.clone(), (workload.clone(), netns.clone())))
+    };
+    node.pods.values().filter_map(of).collect()
+}
+
+fn enter(
+    datapath: &mut Datapath,
+    workers: &[Worker],
+    workload: &Workload,
+    netns: &Arc<NetnsHandle>,
+    policy: &PodPolicy,
+) -> anyhow::Result<Arc<ServedPod>> {
+    use std::os::fd::AsFd as _;
+
+    let cookie = connections::cookie(netns)?;
+    datapath.prepare(cookie, netns.as_fd(), &workload.ips)?;
+    let count = u32::try_from(workers.len()).context("number of workers")?;
+    let listeners = listen::open(netns, count)?;
+    let pod =
+        Arc::new(ServedPod { uid: workload.uid.clone(), netns: netns.clone(), cookie, ips: workload.ips.clone() });
+    for ((number, worker), listeners) in (0..count).zip(workers).zip(listeners) {
+        for kind in [ListenerKind::Outbound, ListenerKind::Tunnel, ListenerKind::Plaintext] {
+            datapath.listener(cookie, kind, number, listeners.of(kind))?;
+        }
+        worker.tell(Command::Serve(pod.clone(), listeners));
+    }
+    datapath.ready(cookie, policy)?;
+    Ok(pod)
+}
+
+fn policy(snapshot: &Snapshot, workload: &Workload) -> PodPolicy {
+    let auth = &workload.peer_auth;
+    PodPolicy {
+        generation: snapshot.generation,
+        mode: auth.mode,
+        rule: auth.rule.0,
+        ports: auth.ports.iter().map(|(port, (mode, rule))| (*port, (*mode, rule.0))).collect(),
+        plaintext_by_agent: false,
+    }
+}
+
+/// Equal but for the generation: a change elsewhere in the cluster costs this pod nothing.
+fn same_policy(a: &PodPolicy, b: &PodPolicy) -> bool {
+    (a.mode, a.rule, &a.ports, a.plaintext_by_agent) == (b.mode, b.rule, &b.ports, b.plaintext_by_agent)
+}
+
+fn same_addresses(a: &[IpAddr], b: &[IpAddr]) -> bool {
+    a.iter().collect::<BTreeSet<_>>() == b.iter().collect()
+}

@@ -1,0 +1,120 @@
+//! Binds inside a pod, accepts, and looks up where a redirected connection meant to go.
+//!
+//! What becomes of an accepted connection is `proxy`'s business.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use anyhow::Context as _;
+use culvert_common::{ListenerKind, REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST};
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::netns::NetnsHandle;
+
+/// Connections that may wait to be accepted: bursts of thousands; the pod's `net.core.somaxconn` bounds it further.
+const BACKLOG: i32 = 16384;
+
+/// The first port that is tried for a listener: above Linux's ephemeral ports and above the redirected ones, where
+/// applications rarely listen. Connections reach a listener by `sk_lookup` and not by its port.
+const FIRST_PORT: u16 = REDIRECT_PORT_FIRST + REDIRECT_PORT_COUNT;
+
+/// One worker's listening sockets in one pod.
+#[derive(Debug)]
+pub struct Listeners {
+    /// For redirected connections of the pod.
+    pub outbound: std::net::TcpListener,
+    /// For tunnels to the pod.
+    pub tunnel: std::net::TcpListener,
+    /// For plaintext to the pod whose verdict needs the agent.
+    pub plaintext: std::net::TcpListener,
+}
+
+impl Listeners {
+    /// The socket for a slot of the kernel's map.
+    pub fn of(&self, kind: ListenerKind) -> BorrowedFd<'_> {
+        match kind {
+            ListenerKind::Outbound => self.outbound.as_fd(),
+            ListenerKind::Tunnel => self.tunnel.as_fd(),
+            ListenerKind::Plaintext => self.plaintext.as_fd(),
+        }
+    }
+}
+
+/// Opens one set of listeners in a pod's network namespace for each of `workers`.
+///
+/// # Errors
+/// No descriptor or no port was left; nothing stays open.
+pub fn open(netns: &NetnsHandle, workers: u32) -> anyhow::Result<Vec<Listeners>> {
+    netns
+        .run(|| {
+            let mut next = FIRST_PORT;
+            (0..workers)
+                .map(|_| {
+                    Ok(Listeners {
+                        outbound: listener(&mut next)?,
+                        tunnel: listener(&mut next)?,
+                        plaintext: listener(&mut next)?,
+                    })
+                })
+                .collect::<io::Result<Vec<_>>>()
+        })
+        .context("enter the pod's network namespace")?
+        .context("listen in the pod's network namespace")
+}
+
+/// Listens for both families on the first free port from `next` on. (Bound to a loopback address, it would be open to
+/// one family only; a connection that was not handed over by the kernel program is recognised when it is accepted.)
+fn listener(next: &mut u16) -> io::Result<std::net::TcpListener> {
+    loop {
+        let port = *next;
+        *next = next.checked_add(1).ok_or(io::ErrorKind::AddrInUse)?;
+        match bind(port) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            other => return other,
+        }
+    }
+}
+
+fn bind(port: u16) -> io::Result<std::net::TcpListener> {
+    let (socket, addr) = match Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)) {
+        Ok(socket) => {
+            socket.set_only_v6(false)?;
+            (socket, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)))
+        }
+        // A kernel without IPv6.
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => (
+            Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?,
+            SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)),
+        ),
+        Err(error) => return Err(error),
+    };
+    socket.set_nonblocking(true)?;
+    socket.bind(&addr.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_worker_gets_three_listeners_for_both_families_outside_the_ephemeral_ports() {
+        let here = NetnsHandle::current().expect("this namespace");
+        let sets = open(&here, 2).expect("listeners");
+        let ports: Vec<u16> = sets
+            .iter()
+            .flat_map(|set| [&set.outbound, &set.tunnel, &set.plaintext])
+            .map(|listener| listener.local_addr().expect("bound").port())
+            .collect();
+        assert_eq!(ports.len(), 6);
+        assert!(ports.iter().all(|port| *port >= FIRST_PORT), "{ports:?}");
+        for host in ["127.0.0.1", "[::1]"] {
+            std::net::TcpStream::connect(format!("{host}:{}", ports[0])).expect("both families");
+        }
+        assert_eq!(open(&here, 1).expect("a second agent finds other ports").len(), 1);
+    }
+}

@@ -1,0 +1,272 @@
+//! From a cluster to a snapshot.
+//!
+//! What did not change since the previous snapshot is shared with it, so that readers can tell by pointer.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
+    hash::Hash,
+    sync::Arc,
+};
+
+use crate::model::{Cluster, ObjectRef, Pod, SpiffeId};
+
+use super::{
+    Occupant, Options, RuleId, RuleKind, RuleObject, Snapshot, Workload, endpoints::Lookup, enrollment,
+    peer_auth::Policies,
+};
+
+/// Compiles `cluster` as it is now.
+///
+/// `previous` gives rules their numbers and the generation its successor; where the content is the same, the
+/// generation is too.
+pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>) -> Snapshot {
+    let mut warnings = Vec::new();
+    let policies = Policies::of(cluster, options, &mut warnings);
+    let (rules, numbers) = number_rules(cluster, previous);
+    let lookup = Lookup::of(cluster);
+    let mut snapshot = Snapshot {
+        generation: 0,
+        mesh: cluster.mesh.clone(),
+        workloads: HashMap::with_capacity(cluster.pods.len()),
+        by_ip: HashMap::with_capacity(cluster.pods.len()),
+        services: BTreeMap::new(),
+        by_vip: HashMap::new(),
+        rules,
+        warnings: Vec::new(),
+    };
+    for pod in cluster.pods.values() {
+        let enrollment = enrollment(pod, cluster.namespaces.get(&pod.object.namespace).map(|n| &**n), options);
+        warnings.extend(enrollment.warnings.iter().map(|warning| format!("Pod {}: {warning}", pod.object)));
+        if enrollment.enrolled {
+            policies.hint_service_ports(pod, lookup.services_of(&pod.object.namespace), &mut warnings);
+        }
+        let peer_auth = policies.effective(pod, |object| numbers.get(object).copied().unwrap_or_default());
+        let workload = Workload {
+            uid: pod.uid.clone(),
+            object: pod.object.clone(),
+            identity: SpiffeId {
+                trust_domain: cluster.mesh.trust_domain.clone(),
+                namespace: pod.object.namespace.clone(),
+                service_account: pod.service_account.clone(),
+            },
+            ips: addresses(pod),
+            node: pod.node.clone(),
+            enrollment,
+            peer_auth,
+            workload_name: pod.workload_name.clone(),
+            labels: pod.labels.clone(),
+        };
+        let workload = shared(workload, previous.and_then(|p| p.workloads.get(&pod.uid)));
+        for ip in &workload.ips {
+            if let Some(other) = occupy(&mut snapshot.by_ip, *ip, &workload, |a, b| a.uid == b.uid) {
+                warnings.push(format!(
+                    "Pods {} and {} both have the address {ip}: connections to it are refused until one of them is gone",
+                    other.object, workload.object
+                ));
+            }
+        }
+        snapshot.workloads.insert(pod.uid.clone(), workload);
+    }
+    for service in cluster.services.values() {
+        let compiled = lookup.compile(service, &snapshot);
+        let compiled = shared(compiled, previous.and_then(|p| p.services.get(&service.object)));
+        for vip in &compiled.cluster_ips {
+            if let Some(other) = occupy(&mut snapshot.by_vip, *vip, &compiled, |a, b| a.object == b.object) {
+                warnings.push(format!(
+                    "Services {} and {} both have the cluster IP {vip}: connections to it are refused until one of \
+                     them is gone",
+                    other.object, compiled.object
+                ));
+            }
+        }
+        snapshot.services.insert(service.object.clone(), compiled);
+    }
+    // Sorted, and each once: many pods give the same hint.
+    snapshot.warnings = warnings.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
+    snapshot.generation = previous.map_or(1, |previous| {
+        snapshot.generation = previous.generation;
+        match snapshot == *previous {
+            true => previous.generation,
+            false => previous.generation.checked_add(1).unwrap_or(1),
+        }
+    });
+    snapshot
+}
+
+/// The addresses that identify the pod: none where it shares the node's, none once it has finished.
+fn addresses(pod: &Pod) -> Vec<std::net::IpAddr> {
+    if pod.host_network || pod.finished { Vec::new() } else { pod.ips.clone() }
+}
+
+/// Numbers stay with their objects; new objects get the next free ones, the oldest object first.
+fn number_rules(cluster: &Cluster, previous: Option<&Snapshot>) -> (Vec<RuleObject>, HashMap<ObjectRef, RuleId>) {
+    let mut rules = previous.map_or_else(Vec::new, |previous| previous.rules.clone());
+    let number = |index: usize| RuleId(u32::try_from(index + 1).expect("fewer than 2^32 policies"));
+    let mut numbers: HashMap<ObjectRef, RuleId> =
+        rules.iter().enumerate().map(|(index, rule)| (rule.object.clone(), number(index))).collect();
+    let mut policies: Vec<_> = cluster.peer_authentications.values().collect();
+    policies.sort_by(|a, b| a.age.cmp(&b.age));
+    for policy in policies {
+        if let Entry::Vacant(vacant) = numbers.entry(policy.object()) {
+            rules.push(RuleObject { kind: RuleKind::PeerAuthentication, object: vacant.key().clone() });
+            vacant.insert(number(rules.len() - 1));
+        }
+    }
+    (rules, numbers)
+}
+
+fn shared<T: Eq>(new: T, old: Option<&Arc<T>>) -> Arc<T> {
+    match old {
+        Some(old) if **old == new => old.clone(),
+        Some(_) | None => Arc::new(new),
+    }
+}
+
+/// Enters `who` at `key`; if somebody else was there alone, the entry becomes ambiguous and that other one is returned.
+fn occupy<K: Eq + Hash, T>(
+    map: &mut HashMap<K, Occupant<T>>,
+    key: K,
+    who: &Arc<T>,
+    same: impl Fn(&T, &T) -> bool,
+) -> Option<Arc<T>> {
+    match map.entry(key) {
+        Entry::Vacant(vacant) => {
+            vacant.insert(Occupant::One(who.clone()));
+            None
+        }
+        Entry::Occupied(mut occupied) => match occupied.get() {
+            Occupant::One(other) if same(other, who) => None,
+            Occupant::Ambiguous => None,
+            Occupant::One(other) => {
+                let other = other.clone();
+                occupied.insert(Occupant::Ambiguous);
+                Some(other)
+            }
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::{
+        super::{
+            Enrollment,
+            testing::{Put, app, cluster, pod, policy, service},
+        },
+        *,
+    };
+    use crate::model::{MtlsMode, PodUid, TargetPort};
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address of a test")
+    }
+
+    fn uid(text: &str) -> PodUid {
+        PodUid(text.into())
+    }
+
+    /// [D.5]: the same content has the same generation, and every change has its own.
+    #[test]
+    fn generations_count_changes() {
+        let mut cluster = cluster();
+        cluster.put(pod("test", "nginx", "10.0.0.1"));
+        let options = Options::default();
+        let first = compile(&cluster, &options, None);
+        assert_eq!(first.generation, 1);
+        let same = compile(&cluster, &options, Some(&first));
+        assert_eq!(same, first);
+        cluster.put(policy("test", "strict", 1, MtlsMode::Strict));
+        let second = compile(&cluster, &options, Some(&same));
+        assert_eq!(second.generation, 2);
+        assert_ne!(second.workload(&uid("test/nginx")), first.workload(&uid("test/nginx")));
+        let last = Snapshot { generation: u32::MAX, ..first };
+        assert_eq!(compile(&cluster, &options, Some(&last)).generation, 1, "0 means none");
+    }
+
+    #[test]
+    fn what_did_not_change_is_shared() {
+        let mut cluster = cluster();
+        cluster.put(Pod { labels: app("web"), ..pod("default", "web", "10.0.0.2") });
+        cluster.put(pod("test", "nginx", "10.0.0.1"));
+        cluster.put(service("default", "web", "10.96.0.1", 80, TargetPort::Number(8080)));
+        let first = compile(&cluster, &Options::default(), None);
+        cluster.put(policy("test", "strict", 1, MtlsMode::Strict));
+        let second = compile(&cluster, &Options::default(), Some(&first));
+        assert!(Arc::ptr_eq(&first.workloads[&uid("default/web")], &second.workloads[&uid("default/web")]));
+        assert!(!Arc::ptr_eq(&first.workloads[&uid("test/nginx")], &second.workloads[&uid("test/nginx")]));
+        let web = ObjectRef::new("default", "web");
+        assert!(Arc::ptr_eq(&first.services[&web], &second.services[&web]));
+    }
+
+    #[test]
+    fn rule_numbers_stay_with_their_objects() {
+        let mut cluster = cluster();
+        cluster.put(pod("test", "nginx", "10.0.0.1"));
+        cluster.put(policy("test", "b", 5, MtlsMode::Strict));
+        let first = compile(&cluster, &Options::default(), None);
+        cluster.put(policy("test", "a", 1, MtlsMode::Disable));
+        let second = compile(&cluster, &Options::default(), Some(&first));
+        cluster.peer_authentications.remove(&ObjectRef::new("test", "b"));
+        let third = compile(&cluster, &Options::default(), Some(&second));
+        let rule = |s: &Snapshot| s.workload(&uid("test/nginx")).map(|w| w.peer_auth.rule);
+        assert_eq!((rule(&first), rule(&second), rule(&third)), (Some(RuleId(1)), Some(RuleId(2)), Some(RuleId(2))));
+        assert_eq!(third.rule(RuleId(1)).map(ToString::to_string).as_deref(), Some("PeerAuthentication test/b"));
+        assert_eq!(third.rule(RuleId(0)), None);
+        assert_eq!(third.rule(RuleId(3)), None);
+    }
+
+    /// §13: never by the node's address; finished pods have given theirs back, terminating ones have not.
+    #[test]
+    fn only_pods_with_an_address_of_their_own_are_known_by_it() {
+        let mut cluster = cluster();
+        cluster.put(Pod { host_network: true, ..pod("test", "host", "192.168.0.1") });
+        cluster.put(Pod { finished: true, ..pod("test", "job", "10.0.0.1") });
+        cluster.put(Pod { terminating: true, ready: false, ..pod("test", "going", "10.0.0.2") });
+        let snapshot = compile(&cluster, &Options::default(), None);
+        assert_eq!(snapshot.workloads.len(), 3);
+        assert_eq!(snapshot.by_ip.keys().collect::<Vec<_>>(), [&ip("10.0.0.2")]);
+        assert_eq!(snapshot.workload_by_ip(ip("::ffff:10.0.0.2")), snapshot.workload_by_ip(ip("10.0.0.2")));
+        let Enrollment { row, .. } = snapshot.workloads[&uid("test/host")].enrollment;
+        assert_eq!(row, 1);
+    }
+
+    #[test]
+    fn an_address_of_two_pods_identifies_neither() {
+        let mut cluster = cluster();
+        for name in ["a", "b", "c"] {
+            cluster.put(pod("test", name, "10.0.0.1"));
+        }
+        let snapshot = compile(&cluster, &Options::default(), None);
+        assert_eq!(snapshot.workload_by_ip(ip("10.0.0.1")), Some(&Occupant::Ambiguous));
+        assert!(snapshot.warnings[0].starts_with("Pods test/a and test/b both have the address 10.0.0.1"));
+        // The new pod of an address that a finished one had is alone.
+        cluster.pods.clear();
+        cluster.put(pod("test", "a", "10.0.0.1"));
+        cluster.put(Pod { finished: true, ..pod("test", "b", "10.0.0.1") });
+        let snapshot = compile(&cluster, &Options::default(), Some(&snapshot));
+        assert!(matches!(snapshot.workload_by_ip(ip("10.0.0.1")), Some(Occupant::One(w)) if w.uid == uid("test/a")));
+    }
+
+    /// [I.1], [I.2]
+    #[test]
+    fn identity_comes_from_namespace_and_service_account() {
+        let mut cluster = cluster();
+        cluster.mesh.trust_domain = crate::model::TrustDomain::new("example.org").expect("valid");
+        cluster.put(Pod { service_account: "web".into(), ..pod("test", "nginx", "10.0.0.1") });
+        let snapshot = compile(&cluster, &Options::default(), None);
+        let identity = &snapshot.workloads[&uid("test/nginx")].identity;
+        assert_eq!(identity.to_string(), "spiffe://example.org/ns/test/sa/web");
+    }
+
+    /// [E.1]: with the pod's name.
+    #[test]
+    fn odd_labels_are_reported() {
+        let mut cluster = cluster();
+        let labels = [("istio.io/dataplane-mode".to_owned(), "off".to_owned())].into();
+        cluster.put(Pod { labels, ..pod("test", "nginx", "10.0.0.1") });
+        let snapshot = compile(&cluster, &Options::default(), None);
+        assert!(snapshot.warnings[0].starts_with("Pod test/nginx: label istio.io/dataplane-mode=\"off\" of the pod"));
+    }
+}

@@ -1,0 +1,342 @@
+//! Moves the bytes of one connection between two sockets, or between a socket and a tunnel stream.
+//!
+//! Knows nothing of policy; whoever wants to end a connection early drops the future, and both sides are then reset.
+//! A direction that ended with EOF is passed on as EOF while the other goes on; whatever was cut off is passed on as
+//! a reset, so that a truncated transfer never looks like a finished one.
+
+use std::{
+    cell::RefCell,
+    collections::VecDeque,
+    future::poll_fn,
+    io::{self, IoSlice},
+    net::Shutdown,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use tokio::{io::Interest, net::TcpStream, task::coop::consume_budget};
+
+use crate::tunnel::{self, StreamError};
+
+/// Most bytes read from a socket at once: four full TLS records.
+const CHUNK: usize = 64 << 10;
+/// Reads below this are copied out, so that a byte that waits for a window does not hold a whole buffer.
+const SMALL: usize = 4 << 10;
+/// Most chunks handed to the kernel in one call.
+const VECTORS: usize = 32;
+
+/// Bytes moved so far; readable from other threads while the copy runs.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// From the first side to the second: from the socket into the tunnel.
+    pub forward: AtomicU64,
+    /// From the second side to the first.
+    pub backward: AtomicU64,
+}
+
+/// One of the two sides that were passed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The socket, or the first of two.
+    Near,
+    /// The tunnel stream, or the second of two sockets.
+    Far,
+}
+
+/// How a connection ended.
+#[derive(Debug)]
+pub enum CopyOutcome {
+    /// Both directions ended with EOF.
+    Finished,
+    /// One side was reset or lost; so was the other, by us.
+    Cut {
+        /// Which side failed.
+        side: Side,
+        /// How.
+        cause: Cause,
+    },
+}
+
+/// How one side of a connection failed.
+#[derive(Debug)]
+pub enum Cause {
+    /// The peer of this side reset it.
+    Reset,
+    /// The tunnel connection that carried this side is gone; the text says how.
+    TunnelLost(Arc<str>),
+    /// Any other failure of a socket, such as a time-out.
+    Socket(io::Error),
+}
+
+impl From<io::Error> for Cause {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionAborted => {
+                Self::Reset
+            }
+            _ => Self::Socket(error),
+        }
+    }
+}
+
+impl From<StreamError> for Cause {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Reset(_) => Self::Reset,
+            StreamError::Lost(how) => Self::TunnelLost(how),
+        }
+    }
+}
+
+fn near(cause: impl Into<Cause>) -> CopyOutcome {
+    CopyOutcome::Cut { side: Side::Near, cause: cause.into() }
+}
+
+fn far(cause: impl Into<Cause>) -> CopyOutcome {
+    CopyOutcome::Cut { side: Side::Far, cause: cause.into() }
+}
+
+/// A socket that is reset when dropped, unless both directions have ended by then.
+struct ResetOnDrop(TcpStream, bool);
+
+impl Drop for ResetOnDrop {
+    fn drop(&mut self) {
+        if !self.1 {
+            // Fails only on a socket that has no connection, where there is nothing to reset.
+            let _ = socket2::SockRef::from(&self.0).set_linger(Some(Duration::ZERO));
+        }
+    }
+}
+
+/// Copies between `socket` and the tunnel until both directions have ended or one side was cut off.
+pub async fn bidirectional(socket: TcpStream, stream: tunnel::Stream, counters: &Counters) -> CopyOutcome {
+    let mut socket = ResetOnDrop(socket, false);
+    let (mut read, mut write) = stream.split();
+    let copied = {
+        let both = async {
+            tokio::try_join!(
+                into_tunnel(&socket.0, &mut write, &counters.forward),
+                out_of_tunnel(&mut read, &socket.0, &counters.backward),
+            )
+        };
+        tokio::select! {
+            copied = both => copied.map(drop),
+            cause = socket_error(&socket.0) => Err(near(cause)),
+        }
+    };
+    match copied {
+        Ok(()) => {
+            socket.1 = true;
+            CopyOutcome::Finished
+        }
+        Err(outcome) => {
+            write.reset(tunnel::code::CONNECT_ERROR);
+            outcome
+        }
+    }
+}
+
+/// Copies between two sockets until both directions have ended or one side was cut off.
+pub async fn bidirectional_plain(near_socket: TcpStream, far_socket: TcpStream, counters: &Counters) -> CopyOutcome {
+    let mut a = ResetOnDrop(near_socket, false);
+    let mut b = ResetOnDrop(far_socket, false);
+    let copied = {
+        let both = async {
+            tokio::try_join!(
+                between_sockets(&a.0, &b.0, &counters.forward, near, far),
+                between_sockets(&b.0, &a.0, &counters.backward, far, near),
+            )
+        };
+        tokio::select! {
+            copied = both => copied.map(drop),
+            cause = socket_error(&a.0) => Err(near(cause)),
+            cause = socket_error(&b.0) => Err(far(cause)),
+        }
+    };
+    match copied {
+        Ok(()) => {
+            a.1 = true;
+            b.1 = true;
+            CopyOutcome::Finished
+        }
+        Err(outcome) => outcome,
+    }
+}
+
+async fn into_tunnel(socket: &TcpStream, to: &mut tunnel::WriteHalf, count: &AtomicU64) -> Result<(), CopyOutcome> {
+    loop {
+        tokio::select! {
+            biased;
+            ready = socket.readable() => ready.map_err(near)?,
+            cut = poll_fn(|cx| to.poll_cut(cx)) => return Err(far(cut)),
+        }
+        // Window first, then bytes: what does not fit stays in the socket, where TCP holds the sender back.
+        let room = poll_fn(|cx| to.poll_ready(cx, CHUNK)).await.map_err(far)?;
+        match read_chunk(socket, room).map_err(near)? {
+            Read::Nothing => {}
+            Read::Eof => return to.shutdown().map_err(far),
+            Read::Bytes(bytes) => {
+                count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                to.send(bytes).map_err(far)?;
+            }
+        }
+        consume_budget().await;
+    }
+}
+
+async fn out_of_tunnel(from: &mut tunnel::ReadHalf, socket: &TcpStream, count: &AtomicU64) -> Result<(), CopyOutcome> {
+    let mut chunks: VecDeque<Bytes> = VecDeque::new();
+    loop {
+        let mut ended = false;
+        // Everything that is there, up to one call's worth; waits only if there is nothing.
+        let gathered = poll_fn(|cx| {
+            while chunks.len() < VECTORS {
+                match from.poll_read(cx) {
+                    Poll::Ready(Ok(Some(bytes))) => chunks.push_back(bytes),
+                    Poll::Ready(Ok(None)) => {
+                        ended = true;
+                        break;
+                    }
+                    // What came before the cut is not delivered: the reset overtakes it, as it does in TCP.
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(far(error))),
+                    Poll::Pending if chunks.is_empty() => return Poll::Pending,
+                    Poll::Pending => break,
+                }
+            }
+            Poll::Ready(Ok(()))
+        });
+        gathered.await?;
+        while !chunks.is_empty() {
+            let mut slices = [IoSlice::new(&[]); VECTORS];
+            for (slice, chunk) in slices.iter_mut().zip(&chunks) {
+                *slice = IoSlice::new(chunk);
+            }
+            let used = chunks.len().min(VECTORS);
+            match socket.try_write_vectored(&slices[..used]) {
+                Ok(written) => {
+                    count.fetch_add(written as u64, Ordering::Relaxed);
+                    advance(&mut chunks, written);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    socket.writable().await.map_err(near)?;
+                }
+                Err(error) => return Err(near(error)),
+            }
+        }
+        if ended {
+            return shut_down(socket).map_err(near);
+        }
+        consume_budget().await;
+    }
+}
+
+async fn between_sockets(
+    from: &TcpStream,
+    to: &TcpStream,
+    count: &AtomicU64,
+    read_failed: fn(io::Error) -> CopyOutcome,
+    write_failed: fn(io::Error) -> CopyOutcome,
+) -> Result<(), CopyOutcome> {
+    loop {
+        from.readable().await.map_err(read_failed)?;
+        match read_chunk(from, CHUNK).map_err(read_failed)? {
+            Read::Nothing => {}
+            Read::Eof => return shut_down(to).map_err(write_failed),
+            Read::Bytes(mut bytes) => {
+                while !bytes.is_empty() {
+                    match to.try_write(&bytes) {
+                        Ok(written) => {
+                            count.fetch_add(written as u64, Ordering::Relaxed);
+                            bytes.advance(written);
+                        }
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                            to.writable().await.map_err(write_failed)?;
+                        }
+                        Err(error) => return Err(write_failed(error)),
+                    }
+                }
+            }
+        }
+        consume_budget().await;
+    }
+}
+
+enum Read {
+    Nothing,
+    Eof,
+    Bytes(Bytes),
+}
+
+thread_local! {
+    /// Where this thread reads into. What is read is split off; the memory comes back when the last piece is sent, so
+    /// that connections with nothing to read hold no buffer.
+    static ARENA: RefCell<BytesMut> = RefCell::new(BytesMut::new());
+}
+
+/// One read of at most `most` bytes, which is not zero.
+fn read_chunk(socket: &TcpStream, most: usize) -> io::Result<Read> {
+    ARENA.with_borrow_mut(|arena| {
+        let most = most.min(CHUNK);
+        if arena.capacity() < most {
+            arena.reserve(4 * CHUNK);
+        }
+        let read = match socket.try_read_buf(&mut (&mut *arena).limit(most)) {
+            Ok(0) => return Ok(Read::Eof),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Nothing),
+            Err(error) => return Err(error),
+        };
+        if read < most {
+            // The socket is empty: say so to the reactor, instead of asking the kernel to hear it. A FIN or a reset
+            // that came meanwhile is remembered separately.
+            let _ = socket.try_io(Interest::READABLE, || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
+        }
+        Ok(Read::Bytes(if read < SMALL {
+            let bytes = Bytes::copy_from_slice(arena);
+            arena.clear();
+            bytes
+        } else {
+            arena.split().freeze()
+        }))
+    })
+}
+
+fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {
+    while written > 0 {
+        let Some(first) = chunks.front_mut() else { return };
+        if first.len() > written {
+            first.advance(written);
+            return;
+        }
+        written -= first.len();
+        chunks.pop_front();
+    }
+}
+
+/// Sends FIN. A socket whose peer is already gone entirely has nobody to tell.
+fn shut_down(socket: &TcpStream) -> io::Result<()> {
+    match socket2::SockRef::from(socket).shutdown(Shutdown::Write) {
+        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+        done => done,
+    }
+}
+
+/// Resolves when the socket has failed, even while nobody reads or writes because the other side is stalled.
+async fn socket_error(socket: &TcpStream) -> Cause {
+    loop {
+        if let Err(error) = socket.ready(Interest::ERROR).await {
+            return error.into();
+        }
+        match socket.take_error() {
+            Ok(Some(error)) | Err(error) => return error.into(),
+            Ok(None) => {
+                let _ = socket.try_io(Interest::ERROR, || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
+            }
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! A connection to a pod of this node: by a tunnel, judged and delivered with the client's address; or plaintext whose
+//! verdict needs the agent.
+
+use std::{net::SocketAddr, rc::Rc, sync::Arc};
+
+use culvert_common::{Answer, PORT_HBONE, Peer, Reason};
+use tokio::net::TcpStream;
+use tracing::{debug, warn};
+
+use super::{
+    Context, ServedPod, canonical,
+    copy::{self, CopyOutcome},
+    keepalive,
+    outbound::baggage,
+    report::{Flag, Outcome, Story},
+    reset, workload_at,
+};
+use crate::{
+    identity,
+    model::SpiffeId,
+    policy::{Snapshot, Workload},
+    telemetry::access::Direction,
+    tunnel::{headers, server},
+};
+
+/// Serves one connection to the tunnel port, with all its streams, to its end.
+pub async fn tunnel(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream) {
+    let (Ok(local), Ok(remote)) = (socket.local_addr().map(canonical), socket.peer_addr().map(canonical)) else {
+        return;
+    };
+    if local.port() != PORT_HBONE || !pod.ips.contains(&local.ip()) {
+        debug!(uid = %pod.uid, %local, "a process dialled the tunnel listener itself: refused");
+        return reset(&socket);
+    }
+    let story = || Story::new(Direction::Inbound, remote, local);
+    let Some(workload) = context.snapshot().workload(&pod.uid).cloned() else {
+        reset(&socket);
+        let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");
+        return story().end(&context, &outcome);
+    };
+    let tls = match context.identities.server_config(&workload.identity).await {
+        Ok(tls) => tls,
+        Err(error) => {
+            reset(&socket);
+            return story().end(&context, &Outcome::failed(Flag::IdentityError, error));
+        }
+    };
+    let _ = socket.set_nodelay(true);
+    keepalive(&socket);
+    let mut mismatch_told = false;
+    let drain = {
+        let mut drain = context.drain.clone();
+        async move { drain.started().await }
+    };
+    let served = server::serve(socket, tls, context.tunnel, drain, |incoming| {
+        if !mismatch_told {
+            mismatch_told = true;
+            tell_mismatch(&context, &incoming);
+        }
+        stream(context.clone(), pod.clone(), incoming)
+    })
+    .await;
+    if let Err(error) = served {
+        // What the streams carried has its own lines; this one is about a peer that got no further.
+        let flag = match error {
+            server::ServeError::HandshakeTimeout | server::ServeError::Tls(_) => Flag::TlsFailure,
+            server::ServeError::Protocol(_) => Flag::H2HandshakeFailure,
+            server::ServeError::Lost(_) => Flag::TunnelLost,
+        };
+        story().end(&context, &Outcome::failed(flag, error));
+    }
+}
+
+/// [I.11]: a tunnel from the address of a pod that has another service account.
+fn tell_mismatch(context: &Context, incoming: &server::Incoming) {
+    let (snapshot, peer) = (context.snapshot(), incoming.peer());
+    let Ok(proved) = identity::peer_identity(&peer.certificates) else { return };
+    if let Some(known) = workload_at(&snapshot, peer.remote.ip()).filter(|known| known.identity != proved) {
+        warn!(reason = "identity-address-mismatch", src = %peer.remote, %proved, known = %known.identity,
+            "a tunnel comes from the address of a pod with another identity");
+    }
+}
+
+/// One CONNECT.
+async fn stream(context: Rc<Context>, pod: Arc<ServedPod>, incoming: server::Incoming) {
+    let peer = incoming.peer().clone();
+    let (local, remote) = (canonical(peer.local), canonical(peer.remote));
+    let mut story = Story::new(Direction::Inbound, remote, local);
+    let outcome = judge(&context, &pod, incoming, local, remote, &peer.certificates, &mut story).await;
+    story.end(&context, &outcome);
+}
+
+async fn judge(
+    context: &Rc<Context>,
+    pod: &ServedPod,
+    mut incoming: server::Incoming,
+    local: SocketAddr,
+    remote: SocketAddr,
+    certificates: &[rustls::pki_types::CertificateDer<'static>],
+    story: &mut Story,
+) -> Outcome {
+    let refuse = |incoming: server::Incoming, status: u16, outcome: Outcome| {
+        let word = match &outcome {
+            Outcome::Complete(word) => word,
+            Outcome::Denied { reason, .. } => reason,
+            Outcome::Failed { .. } => "failed",
+        };
+        // The client has gone, or gets its answer.
+        let _ = incoming.refuse(status, Some(word));
+        outcome
+    };
+    let proved = match identity::peer_identity(certificates) {
+        Ok(proved) => proved,
+        Err(error) => return refuse(incoming, 401, Outcome::failed(Flag::IdentityError, error)),
+    };
+    let snapshot = context.snapshot();
+    tell_source(story, &snapshot, remote, proved);
+    let Some(own) = snapshot.workload(&pod.uid) else {
+        let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");
+        return refuse(incoming, 503, outcome);
+    };
+    story.dst_workload = Some(own.clone());
+    story.dst_identity = Some(own.identity.clone());
+    let Some(target) = incoming.authority().socket_addr() else {
+        // Names are for waypoints; this pod is nobody's.
+        let outcome = Outcome::failed(Flag::Refused, format_args!("unknown service {:?}", incoming.authority()));
+        return refuse(incoming, 503, outcome);
+    };
+    story.hbone_addr = Some(target);
+    if target.ip().to_canonical() != local.ip() {
+        // [H.1]: the connection goes to the pod that TCP addressed, or nowhere.
+        let outcome =
+            Outcome::failed(Flag::Refused, format_args!("authority {target} is not this pod, {}", local.ip()));
+        return refuse(incoming, 400, outcome);
+    }
+    let verdict = snapshot.decide(own, Peer::Tunnel, target.port());
+    if verdict.answer == Answer::Refuse {
+        let status = if verdict.reason == Reason::Loop { 503 } else { 401 };
+        let outcome = Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
+        return refuse(incoming, status, outcome);
+    }
+    // [H.2], [H.5]: the address is the TCP source; the header gives the port at most.
+    let forwarded = incoming.header("forwarded").and_then(headers::forwarded_client);
+    let client = forwarded.filter(|client| client.ip() == remote.ip()).unwrap_or(remote);
+    let leg = tokio::select! {
+        leg = context.leg(pod, client, SocketAddr::new(local.ip(), target.port()), snapshot.mesh.connect_timeout) => leg,
+        cut = incoming.cancelled() => return Outcome::failed(Flag::Reset, format_args!("the client gave up: {cut:?}")),
+    };
+    let leg = match leg {
+        Ok(leg) => leg,
+        Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::Connect, error)),
+    };
+    let stream = match incoming.accept(Some(&baggage(own, &context.cluster))) {
+        Ok(stream) => stream,
+        Err(error) => return Outcome::failed(Flag::Reset, format_args!("the client gave up: {error:?}")),
+    };
+    let word = verdict.reason.as_str();
+    let copied = copy::bidirectional(leg, stream, &story.counters);
+    watched(context, pod, Peer::Tunnel, target.port(), word, copied).await
+}
+
+fn tell_source(story: &mut Story, snapshot: &Snapshot, remote: SocketAddr, proved: SpiffeId) {
+    // Names only where address and certificate agree: a line must not say what nobody proved.
+    story.src_workload = workload_at(snapshot, remote.ip()).filter(|known| known.identity == proved).cloned();
+    story.src_identity = Some(proved);
+}
+
+/// Copies until the end, the drain deadline, or a policy that does not allow the connection any more ([D.1]).
+async fn watched(
+    context: &Context,
+    pod: &ServedPod,
+    peer: Peer,
+    port: u16,
+    word: &'static str,
+    copied: impl Future<Output = CopyOutcome>,
+) -> Outcome {
+    let mut snapshots = context.snapshot.clone();
+    snapshots.mark_unchanged();
+    tokio::pin!(copied);
+    let cut = context.cut();
+    tokio::pin!(cut);
+    loop {
+        tokio::select! {
+            ended = &mut copied => return Outcome::of_copy(ended, word, "the server", "the client"),
+            () = &mut cut => return Outcome::failed(Flag::Drained, "still open at the drain deadline"),
+            changed = snapshots.changed() => {
+                if changed.is_err() {
+                    return Outcome::failed(Flag::Drained, "the agent ends");
+                }
+                let snapshot = snapshots.borrow_and_update().clone();
+                if let Some(outcome) = no_longer(&snapshot, pod, peer, port) {
+                    return outcome;
+                }
+            }
+        }
+    }
+}
+
+fn no_longer(snapshot: &Snapshot, pod: &ServedPod, peer: Peer, port: u16) -> Option<Outcome> {
+    // A pod that has left the source ends by itself ([E.5]).
+    let own = snapshot.workload(&pod.uid)?;
+    let verdict = snapshot.decide(own, peer, port);
+    (verdict.answer == Answer::Refuse)
+        .then(|| Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) })
+}
+
+/// Serves plaintext whose verdict the kernel left to the agent.
+pub async fn plaintext(context: Rc<Context>, pod: Arc<ServedPod>, own_port: u16, socket: TcpStream) {
+    let (Ok(local), Ok(remote)) = (socket.local_addr().map(canonical), socket.peer_addr().map(canonical)) else {
+        return;
+    };
+    if local.port() == own_port || !pod.ips.contains(&local.ip()) {
+        debug!(uid = %pod.uid, %local, "a process dialled the plaintext listener itself: refused");
+        return reset(&socket);
+    }
+    let _ = socket.set_nodelay(true);
+    let mut story = Story::new(Direction::Inbound, remote, local);
+    let snapshot = context.snapshot();
+    story.src_workload = workload_at(&snapshot, remote.ip()).cloned();
+    let outcome = match snapshot.workload(&pod.uid) {
+        Some(own) => {
+            story.dst_workload = Some(own.clone());
+            deliver(&context, &pod, &snapshot, own, socket, local, remote, &mut story).await
+        }
+        None => {
+            reset(&socket);
+            Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source")
+        }
+    };
+    story.end(&context, &outcome);
+}
+
+#[expect(clippy::too_many_arguments, reason = "one call; the story of the connection in its own words")]
+async fn deliver(
+    context: &Context,
+    pod: &ServedPod,
+    snapshot: &Arc<Snapshot>,
+    own: &Workload,
+    socket: TcpStream,
+    local: SocketAddr,
+    remote: SocketAddr,
+    story: &mut Story,
+) -> Outcome {
+    let verdict = snapshot.decide(own, Peer::Plain, local.port());
+    if verdict.answer == Answer::Refuse {
+        reset(&socket);
+        return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
+    }
+    let leg = match context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await {
+        Ok(leg) => leg,
+        Err(error) => {
+            reset(&socket);
+            return Outcome::failed(Flag::Connect, error);
+        }
+    };
+    let word = verdict.reason.as_str();
+    let copied = copy::bidirectional_plain(leg, socket, &story.counters);
+    watched(context, pod, Peer::Plain, local.port(), word, copied).await
+}

@@ -1,0 +1,190 @@
+//! The story of one connection: captured in a pod and carried out ([`outbound`]), or arrived for a pod and delivered
+//! ([`inbound`]); [`copy`] moves its bytes.
+//!
+//! Everything of a connection happens on one worker's thread, from accept to end. Who is enrolled, what the policy is
+//! and which certificates there are is decided elsewhere; here the answers are carried out, and told in the access log.
+
+use std::{
+    cell::RefCell,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use culvert_common::LEG_SOURCE_PREFIX;
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    sync::watch,
+    time::timeout,
+};
+
+use crate::{
+    datapath::{Leg, NetnsCookie, Sockets},
+    drain,
+    identity::Identities,
+    model::PodUid,
+    netns::NetnsHandle,
+    policy::{Occupant, Snapshot, Workload},
+    telemetry::access::AccessLog,
+    tunnel,
+};
+
+pub mod copy;
+pub mod inbound;
+pub mod outbound;
+mod report;
+
+/// How often the handshake of a leg is looked at while the application's accept queue is full.
+const LEG_POLL: Duration = Duration::from_millis(1);
+
+/// A pod of this node as workers serve it.
+#[derive(Debug)]
+pub struct ServedPod {
+    /// Which pod.
+    pub uid: PodUid,
+    /// Its network namespace, kept open.
+    pub netns: Arc<NetnsHandle>,
+    /// Cookie of that namespace.
+    pub cookie: NetnsCookie,
+    /// Its addresses.
+    pub ips: Vec<IpAddr>,
+}
+
+/// What all connections of one worker share.
+pub struct Context {
+    /// The policy in force.
+    pub snapshot: watch::Receiver<Arc<Snapshot>>,
+    /// The certificates.
+    pub identities: Identities,
+    /// Tunnels to other pods.
+    pub pool: tunnel::Pool,
+    /// Limits of tunnels.
+    pub tunnel: tunnel::Config,
+    /// This worker's view of the kernel's maps.
+    pub sockets: RefCell<Sockets>,
+    /// Where ends of connections are told.
+    pub access: AccessLog,
+    /// Name of this cluster.
+    pub cluster: Arc<str>,
+    /// Says when it is time to finish.
+    pub drain: drain::Watch,
+}
+
+impl Context {
+    /// The snapshot of this moment: one connection is judged by one.
+    fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.borrow().clone()
+    }
+
+    /// Resolves when open connections must be cut: the drain's deadline ([H.4]).
+    async fn cut(&self) {
+        let deadline = self.drain.clone().started().await;
+        tokio::time::sleep_until(deadline).await;
+    }
+
+    /// A socket of the agent's own in the pod's namespace, connected to `target` from `source`.
+    async fn dial(
+        &self,
+        pod: &ServedPod,
+        source: IpAddr,
+        target: SocketAddr,
+        patience: Duration,
+    ) -> io::Result<TcpStream> {
+        let socket = socket_in(pod, target)?;
+        self.sockets.borrow_mut().mark(&socket).map_err(io::Error::other)?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
+        connect(socket, target, patience).await
+    }
+
+    /// The agent's leg to the application at `target`, which sees `client` as its peer ([K.3]).
+    async fn leg(
+        &self,
+        pod: &ServedPod,
+        client: SocketAddr,
+        target: SocketAddr,
+        patience: Duration,
+    ) -> anyhow::Result<TcpStream> {
+        let socket = socket_in(pod, target).context("make a socket in the pod")?;
+        self.sockets.borrow_mut().mark_leg(&socket, client)?;
+        socket.bind(&SocketAddr::new(leg_source(target), 0).into()).context("bind to loopback in the pod")?;
+        let deadline = Instant::now() + patience;
+        let stream = match connect(socket, target, patience).await {
+            Ok(stream) => stream,
+            Err(error) => return Err(error).with_context(|| format!("connect to the application at {target}")),
+        };
+        let source = stream.local_addr().context("address of the leg")?;
+        loop {
+            let state = self.sockets.borrow_mut().leg(source, target);
+            match state {
+                Leg::Taken => return Ok(stream),
+                Leg::Waiting if Instant::now() < deadline => tokio::time::sleep(LEG_POLL).await,
+                Leg::Waiting => {
+                    self.sockets.borrow_mut().forget_leg(source, target);
+                    reset(&stream);
+                    anyhow::bail!("the application at {target} does not accept: its backlog is full");
+                }
+                Leg::Lost => {
+                    reset(&stream);
+                    anyhow::bail!(
+                        "the client's address could not be shown to the application: refused (FLOWS is full)"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Only when exactly one pod has the address, and, where an identity was proved, only if it is that pod's.
+fn workload_at(snapshot: &Snapshot, ip: IpAddr) -> Option<&Arc<Workload>> {
+    match snapshot.workload_by_ip(ip)? {
+        Occupant::One(workload) => Some(workload),
+        Occupant::Ambiguous => None,
+    }
+}
+
+fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}
+
+fn socket_in(pod: &ServedPod, target: SocketAddr) -> io::Result<Socket> {
+    let socket = pod.netns.run(|| Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP)))??;
+    socket.set_nonblocking(true)?;
+    socket.set_tcp_nodelay(true)?;
+    Ok(socket)
+}
+
+async fn connect(socket: Socket, target: SocketAddr, patience: Duration) -> io::Result<TcpStream> {
+    let socket = TcpSocket::from_std_stream(socket.into());
+    match timeout(patience, socket.connect(target)).await {
+        Ok(result) => result,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {patience:?}"))),
+    }
+}
+
+/// A loopback source for a leg: spread over 127.6.0.0/16, so that ports never run out; IPv6 has only `::1`.
+fn leg_source(target: SocketAddr) -> IpAddr {
+    if target.is_ipv6() {
+        return Ipv6Addr::LOCALHOST.into();
+    }
+    let [first, second] = LEG_SOURCE_PREFIX;
+    let [third, fourth] = rand::random::<[u8; 2]>();
+    // .0 and .255 of the range would do as well; humans read them as networks.
+    Ipv4Addr::new(first, second, third, fourth.clamp(1, 254)).into()
+}
+
+/// Makes the drop of a socket a reset.
+fn reset(socket: &TcpStream) {
+    // Fails only on a socket that has no connection, where there is nothing to reset.
+    let _ = socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO));
+}
+
+/// TCP keepalive of tunnels (specification §14.3).
+fn keepalive(socket: &TcpStream) {
+    let keepalive =
+        TcpKeepalive::new().with_time(Duration::from_secs(180)).with_interval(Duration::from_secs(180)).with_retries(9);
+    // A tunnel without it is found dead by its PINGs.
+    let _ = socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive);
+}

@@ -1,0 +1,215 @@
+//! A pod's own connection: captured, routed, and carried through a tunnel or, out of the mesh, as it is.
+
+use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+
+use culvert_common::{PORT_HBONE, Peer};
+use tokio::{net::TcpStream, time::Instant};
+use tracing::debug;
+
+use super::{
+    Context, ServedPod, canonical,
+    copy::{self, Counters},
+    keepalive, report,
+    report::{Flag, Outcome, Story},
+    reset,
+};
+use crate::{
+    model::ObjectRef,
+    policy::{Choice, Route, Snapshot, Workload},
+    telemetry::access::Direction,
+    tunnel::{Authority, Connect, Host, OpenError, PoolKey, Stream, headers},
+};
+
+/// How long a connection waits for a server whose tunnel is not there yet ([T.1]).
+const TUNNEL_PATIENCE: Duration = Duration::from_secs(5);
+/// The first pause between two attempts; doubled each time, up to [`TUNNEL_PAUSE_MAX`].
+const TUNNEL_PAUSE: Duration = Duration::from_millis(25);
+const TUNNEL_PAUSE_MAX: Duration = Duration::from_millis(800);
+
+/// Carries one accepted connection to its end, and tells it.
+pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream) {
+    let Some(dst) = context.sockets.borrow().original_destination(&socket) else {
+        debug!(uid = %pod.uid, "a process dialled the outbound listener itself: refused");
+        return reset(&socket);
+    };
+    let client = match socket.peer_addr() {
+        Ok(client) => canonical(client),
+        // The client is gone already.
+        Err(_) => return,
+    };
+    // Small answers must not wait for acknowledgements of earlier ones.
+    let _ = socket.set_nodelay(true);
+    let mut story = Story::new(Direction::Outbound, client, dst);
+    let outcome = route(&context, &pod, socket, client, dst, &mut story).await;
+    story.end(&context, &outcome);
+}
+
+async fn route(
+    context: &Rc<Context>,
+    pod: &Arc<ServedPod>,
+    socket: TcpStream,
+    client: SocketAddr,
+    dst: SocketAddr,
+    story: &mut Story,
+) -> Outcome {
+    let snapshot = context.snapshot();
+    let Some(own) = snapshot.workload(&pod.uid) else {
+        reset(&socket);
+        return Outcome::failed(Flag::UnknownWorkload, "the client's pod is not in the source");
+    };
+    story.src_workload = Some(own.clone());
+    let choice = Choice { random: rand::random(), client: client.ip() };
+    match snapshot.route(own, dst, choice) {
+        Route::Refuse(refusal) => {
+            reset(&socket);
+            Outcome::failed(Flag::NoRoute(refusal), format_args!("{dst}: {}", refusal.as_str()))
+        }
+        Route::Plaintext { target, workload, service } => {
+            story.dst = target;
+            story.dst_workload = workload;
+            story.service = service;
+            match context.dial(pod, client.ip(), target, snapshot.mesh.connect_timeout).await {
+                Ok(server) => plain(context, socket, server, &story.counters).await,
+                Err(error) => {
+                    reset(&socket);
+                    Outcome::failed(Flag::Connect, format_args!("connect to {target}: {error}"))
+                }
+            }
+        }
+        Route::Tunnel { workload, target, service } if workload.uid == own.uid => {
+            story.dst = target;
+            story.dst_workload = Some(workload);
+            story.service = service;
+            to_itself(context, pod, &snapshot, own, socket, client, target, &story.counters).await
+        }
+        Route::Tunnel { workload, target, service } => {
+            story.dst = SocketAddr::new(target.ip(), PORT_HBONE);
+            story.hbone_addr = Some(target);
+            story.src_identity = Some(own.identity.clone());
+            story.dst_identity = Some(workload.identity.clone());
+            story.dst_workload = Some(workload.clone());
+            story.service = service.clone();
+            let opened = open(context, pod, own, &workload, client, target, service.as_ref(), &snapshot).await;
+            match opened {
+                Ok(stream) => {
+                    tokio::select! {
+                        ended = copy::bidirectional(socket, stream, &story.counters) => {
+                            Outcome::of_copy(ended, "tunnelled", "the client", "the server")
+                        }
+                        () = context.cut() => drained(),
+                    }
+                }
+                Err(error) => {
+                    // Never plaintext instead ([I.10], [T.2]).
+                    reset(&socket);
+                    Outcome::of_open(&error)
+                }
+            }
+        }
+    }
+}
+
+/// The pod calls itself by its Service: a short cut with the same answer that the tunnel would get.
+#[expect(clippy::too_many_arguments, reason = "one call; the story of the connection in its own words")]
+async fn to_itself(
+    context: &Context,
+    pod: &ServedPod,
+    snapshot: &Snapshot,
+    own: &Workload,
+    socket: TcpStream,
+    client: SocketAddr,
+    target: SocketAddr,
+    counters: &Arc<Counters>,
+) -> Outcome {
+    let verdict = snapshot.decide(own, Peer::Tunnel, target.port());
+    if verdict.answer == culvert_common::Answer::Refuse {
+        reset(&socket);
+        return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
+    }
+    match context.leg(pod, client, target, snapshot.mesh.connect_timeout).await {
+        Ok(server) => plain(context, socket, server, counters).await,
+        Err(error) => {
+            reset(&socket);
+            Outcome::failed(Flag::Connect, error)
+        }
+    }
+}
+
+async fn plain(context: &Context, client: TcpStream, server: TcpStream, counters: &Counters) -> Outcome {
+    tokio::select! {
+        ended = copy::bidirectional_plain(client, server, counters) => {
+            Outcome::of_copy(ended, "plaintext", "the client", "the server")
+        }
+        () = context.cut() => drained(),
+    }
+}
+
+fn drained() -> Outcome {
+    Outcome::failed(Flag::Drained, "still open at the drain deadline")
+}
+
+#[expect(clippy::too_many_arguments, reason = "one call; the story of the connection in its own words")]
+async fn open(
+    context: &Rc<Context>,
+    pod: &Arc<ServedPod>,
+    own: &Workload,
+    server: &Workload,
+    client: SocketAddr,
+    target: SocketAddr,
+    service: Option<&ObjectRef>,
+    snapshot: &Snapshot,
+) -> Result<Stream, OpenError> {
+    let key = PoolKey {
+        source: own.identity.clone(),
+        source_ip: client.ip(),
+        destination: SocketAddr::new(target.ip(), PORT_HBONE),
+        expected: [server.identity.clone()].into(),
+    };
+    let request = Connect {
+        authority: Authority { host: Host::Ip(target.ip()), port: target.port() },
+        forwarded: Some(headers::forwarded(client, service.map(report::hostname).as_deref())),
+        baggage: Some(baggage(own, &context.cluster)),
+        traceparent: Some(headers::traceparent(rand::random(), rand::random())),
+    };
+    let patience = snapshot.mesh.connect_timeout;
+    let dial = || {
+        let (context, pod, key) = (context.clone(), pod.clone(), key.clone());
+        async move {
+            let expected: Vec<_> = key.expected.iter().cloned().collect();
+            let tls = context.identities.client_config(&key.source, &expected).await?;
+            let socket = context.dial(&pod, key.source_ip, key.destination, patience).await?;
+            keepalive(&socket);
+            Ok((socket, tls))
+        }
+    };
+    let until = Instant::now() + TUNNEL_PATIENCE;
+    let mut pause = TUNNEL_PAUSE;
+    loop {
+        match context.pool.open(&key, &request, dial).await {
+            // Nobody there: the pod is just being enrolled, or its agent is just being replaced.
+            Err(OpenError::Connect(error)) if refused(&error) && Instant::now() + pause < until => {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(TUNNEL_PAUSE_MAX);
+            }
+            other => return other,
+        }
+    }
+}
+
+fn refused(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
+/// Telemetry for the other side (specification §14.2); unknown values are left out.
+pub(super) fn baggage(workload: &Workload, cluster: &str) -> String {
+    let label = |names: &[&str]| names.iter().find_map(|name| workload.labels.get(*name)).map(String::as_str);
+    let name = label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
+    let version = label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
+    headers::baggage([
+        ("k8s.cluster.name", cluster),
+        ("k8s.namespace.name", &workload.object.namespace),
+        ("k8s.pod.name", &workload.object.name),
+        ("service.name", name.unwrap_or(&workload.workload_name)),
+        ("service.version", version.unwrap_or("latest")),
+    ])
+}

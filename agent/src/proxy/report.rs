@@ -1,0 +1,211 @@
+//! How a connection ended, in the words of the access log and of the metrics, and the line that tells it.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
+
+use super::{
+    Context,
+    copy::{Cause, CopyOutcome, Counters, Side},
+};
+use crate::{
+    model::{ObjectRef, SpiffeId},
+    policy::{RouteRefusal, Workload},
+    telemetry::access::{Access, Direction, End, Event},
+    tunnel::OpenError,
+};
+
+/// How a connection ended; the closed list of words that follow `reason=`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// Both directions ended as they should.
+    Complete(&'static str),
+    /// Policy refused it, or ended it when policy changed.
+    Denied {
+        /// Word of the verdict.
+        reason: &'static str,
+        /// The verdict in words, with the object that decided.
+        detail: String,
+    },
+    /// Something else ended it.
+    Failed {
+        /// What kind of failure.
+        flag: Flag,
+        /// What happened, for humans.
+        detail: String,
+    },
+}
+
+/// Kinds of failure ([M.2], in the spelling of logs).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Flag {
+    /// The server could not be reached.
+    Connect,
+    /// The server's pod could not be reached at the tunnel's port in time: a NetworkPolicy, perhaps.
+    NetworkPolicy,
+    /// TLS failed.
+    TlsFailure,
+    /// HTTP/2 failed.
+    H2HandshakeFailure,
+    /// No certificate of our own.
+    IdentityError,
+    /// The other side of the tunnel refused.
+    Refused,
+    /// One side reset the connection.
+    Reset,
+    /// The tunnel was lost.
+    TunnelLost,
+    /// The connection outlived the drain deadline.
+    Drained,
+    /// The client asks for what there is not, or must not be reached.
+    NoRoute(RouteRefusal),
+    /// The pod is not in the snapshot (any more).
+    UnknownWorkload,
+}
+
+impl Flag {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::NetworkPolicy => "network-policy",
+            Self::TlsFailure => "tls-failure",
+            Self::H2HandshakeFailure => "h2-handshake-failure",
+            Self::IdentityError => "identity-error",
+            Self::Refused => "refused-by-peer",
+            Self::Reset => "reset",
+            Self::TunnelLost => "tunnel-lost",
+            Self::Drained => "drained",
+            Self::NoRoute(refusal) => refusal.as_str(),
+            Self::UnknownWorkload => "unknown-workload",
+        }
+    }
+}
+
+impl fmt::Display for Flag {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl Outcome {
+    pub(super) fn failed(flag: Flag, detail: impl fmt::Display) -> Self {
+        Self::Failed { flag, detail: format!("{detail:#}") }
+    }
+
+    /// Of a copy that ran to its end. `near` and `far` name the two sides for humans; `word` is the reason of a
+    /// connection that ended well.
+    pub(super) fn of_copy(outcome: CopyOutcome, word: &'static str, near: &str, far: &str) -> Self {
+        let (side, cause) = match outcome {
+            CopyOutcome::Finished => return Self::Complete(word),
+            CopyOutcome::Cut { side, cause } => (side, cause),
+        };
+        let who = match side {
+            Side::Near => near,
+            Side::Far => far,
+        };
+        match cause {
+            Cause::Reset => Self::failed(Flag::Reset, format_args!("reset by {who}")),
+            Cause::TunnelLost(how) => Self::failed(Flag::TunnelLost, format_args!("tunnel lost: {how}")),
+            Cause::Socket(error) => Self::failed(Flag::Reset, format_args!("socket of {who}: {error}")),
+        }
+    }
+
+    /// Of a tunnel that could not be opened.
+    pub(super) fn of_open(error: &OpenError) -> Self {
+        let flag = match error {
+            OpenError::ConnectTimeout => Flag::NetworkPolicy,
+            OpenError::Connect(cause) if cause.is::<crate::identity::Unavailable>() => Flag::IdentityError,
+            OpenError::Connect(_) | OpenError::Closed => Flag::Connect,
+            OpenError::HandshakeTimeout | OpenError::Tls(_) => Flag::TlsFailure,
+            OpenError::Protocol(_) | OpenError::BadRequest(_) => Flag::H2HandshakeFailure,
+            OpenError::Lost(_) => Flag::TunnelLost,
+            OpenError::Reset(_) => Flag::Reset,
+            OpenError::Refused { .. } => Flag::Refused,
+        };
+        Self::failed(flag, error)
+    }
+}
+
+/// What is known of a connection while it lasts; told once, at its end.
+pub(super) struct Story {
+    pub(super) direction: Direction,
+    pub(super) started: Instant,
+    pub(super) counters: Arc<Counters>,
+    pub(super) src: SocketAddr,
+    pub(super) src_workload: Option<Arc<Workload>>,
+    pub(super) src_identity: Option<SpiffeId>,
+    /// The socket's peer: for a tunnel, with the tunnel's port.
+    pub(super) dst: SocketAddr,
+    pub(super) dst_workload: Option<Arc<Workload>>,
+    pub(super) dst_identity: Option<SpiffeId>,
+    pub(super) hbone_addr: Option<SocketAddr>,
+    pub(super) service: Option<ObjectRef>,
+}
+
+impl Story {
+    pub(super) fn new(direction: Direction, src: SocketAddr, dst: SocketAddr) -> Self {
+        Self {
+            direction,
+            started: Instant::now(),
+            counters: Arc::default(),
+            src,
+            src_workload: None,
+            src_identity: None,
+            dst,
+            dst_workload: None,
+            dst_identity: None,
+            hbone_addr: None,
+            service: None,
+        }
+    }
+
+    /// Writes the line. The nearer side's bytes go `forward`: what this agent sent towards its remote peer.
+    pub(super) fn end(&self, context: &Context, outcome: &Outcome) {
+        let (reason, error): (&dyn fmt::Display, Option<&dyn fmt::Display>) = match outcome {
+            Outcome::Complete(word) => (word, None),
+            Outcome::Denied { reason, detail } => (reason, Some(detail)),
+            Outcome::Failed { flag, detail } => (flag, Some(detail)),
+        };
+        let event = match outcome {
+            Outcome::Failed { flag: Flag::UnknownWorkload, .. } => Event::Failed,
+            _ => Event::Complete,
+        };
+        let service = self.service.as_ref().map(hostname);
+        context.access.record(&Access {
+            event,
+            src: end(self.src, self.src_workload.as_deref(), self.src_identity.as_ref(), &context.cluster),
+            dst: end(self.dst, self.dst_workload.as_deref(), self.dst_identity.as_ref(), &context.cluster),
+            hbone_addr: self.hbone_addr.as_ref().map(|addr| addr as &dyn fmt::Display),
+            service: service.as_ref().map(|name| name as &dyn fmt::Display),
+            direction: self.direction,
+            bytes_sent: self.counters.forward.load(Ordering::Relaxed),
+            bytes_recv: self.counters.backward.load(Ordering::Relaxed),
+            duration: self.started.elapsed(),
+            error,
+            reason: Some(reason),
+        });
+    }
+}
+
+/// Name of a Service as clients spell it in full.
+pub(super) fn hostname(service: &ObjectRef) -> String {
+    format!("{}.{}.svc.cluster.local", service.name, service.namespace)
+}
+
+fn end<'a>(
+    addr: SocketAddr,
+    workload: Option<&'a Workload>,
+    identity: Option<&'a SpiffeId>,
+    cluster: &'a Arc<str>,
+) -> End<'a> {
+    End {
+        addr: Some(addr),
+        workload: workload.map(|workload| &workload.workload_name as &dyn fmt::Display),
+        namespace: workload.map(|workload| &workload.object.namespace as &dyn fmt::Display),
+        identity: identity.map(|identity| identity as &dyn fmt::Display),
+        cluster: workload.map(|_| cluster as &dyn fmt::Display),
+    }
+}

@@ -1,0 +1,185 @@
+//! What the agent says of itself: the set-up of its logs, the [`access`] log, and [`readiness`].
+//!
+//! What is worth saying is decided where it happens. Logs go to standard error, the access log to standard output.
+
+use std::{fmt, io, str::FromStr};
+
+use anyhow::Context;
+use tracing_subscriber::{
+    EnvFilter, Layer, Registry,
+    fmt::{MakeWriter, time::SystemTime},
+    layer::SubscriberExt,
+    reload,
+};
+
+pub mod access;
+pub mod readiness;
+
+/// How lines look, of the log and of the access log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            _ => Err(format!("log format {text:?} is not one of text, json")),
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        })
+    }
+}
+
+/// Changes the level filter of a running agent.
+#[derive(Clone, Debug)]
+pub struct LogLevel {
+    handle: reload::Handle<EnvFilter, Registry>,
+}
+
+impl LogLevel {
+    /// Puts another filter in force, written as for [`init`].
+    ///
+    /// # Errors
+    /// The filter is not understood; the old one stays.
+    pub fn set(&self, filter: &str) -> anyhow::Result<()> {
+        self.handle.reload(parse_filter(filter)?).context("change the log level")
+    }
+}
+
+/// Starts the log of the process, on standard error.
+///
+/// `filter` is a level (`info`), or levels by module: `warn,culvert::pods=debug`.
+///
+/// # Errors
+/// The filter is not understood, or this was called before.
+pub fn init(format: Format, filter: &str) -> anyhow::Result<LogLevel> {
+    let (subscriber, level) = subscriber(format, filter, io::stderr)?;
+    tracing::subscriber::set_global_default(subscriber).context("start the log")?;
+    Ok(level)
+}
+
+/// A filter; unlike [`EnvFilter`]'s own lenient parsing, a directive that is not understood is an error.
+///
+/// # Errors
+/// One line that names the filter.
+pub fn parse_filter(filter: &str) -> anyhow::Result<EnvFilter> {
+    // A lone word that is no level would be taken for the name of a module, and silence everything else.
+    for directive in filter.split(',').filter(|directive| !directive.contains(['=', '['])) {
+        if directive.trim().parse::<tracing::level_filters::LevelFilter>().is_err() {
+            anyhow::bail!("log level {directive:?} in {filter:?} is not one of off, error, warn, info, debug, trace");
+        }
+    }
+    EnvFilter::builder().parse(filter).with_context(|| format!("log level {filter:?}"))
+}
+
+fn subscriber<W>(
+    format: Format,
+    filter: &str,
+    writer: W,
+) -> anyhow::Result<(impl tracing::Subscriber + Send + Sync + 'static, LogLevel)>
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
+    let (filter, handle) = reload::Layer::new(parse_filter(filter)?);
+    let lines = tracing_subscriber::fmt::layer().with_ansi(false).with_timer(SystemTime).with_writer(writer);
+    let lines = match format {
+        Format::Text => lines.boxed(),
+        Format::Json => lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed(),
+    };
+    Ok((tracing_subscriber::registry().with(filter).with(lines), LogLevel { handle }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("no test panics inside").extend(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Lines {
+        fn text(&self) -> String {
+            String::from_utf8(self.0.lock().expect("no test panics inside").clone()).expect("UTF-8")
+        }
+    }
+
+    fn logged(format: Format, filter: &str, log: impl FnOnce(&LogLevel)) -> String {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let (subscriber, level) = subscriber(format, filter, move || writer.clone()).expect("a good filter");
+        tracing::subscriber::with_default(subscriber, || log(&level));
+        lines.text()
+    }
+
+    #[test]
+    fn json_lines_parse_and_carry_their_fields() {
+        let text = logged(Format::Json, "info", |_| {
+            tracing::info!(pod = "a\"b\n", bytes = 7u64, "enrolled");
+            tracing::debug!("not this one");
+        });
+        let lines: Vec<serde_json::Value> =
+            text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        assert_eq!(lines.len(), 1, "{text}");
+        assert_eq!(lines[0]["message"], "enrolled");
+        assert_eq!(lines[0]["pod"], "a\"b\n");
+        assert_eq!(lines[0]["bytes"], 7);
+        assert_eq!(lines[0]["level"], "INFO");
+    }
+
+    #[test]
+    fn the_level_changes_while_running() {
+        let text = logged(Format::Text, "info", |level| {
+            tracing::debug!("one");
+            level.set("debug").expect("a good filter");
+            tracing::debug!("two");
+            assert!(level.set("loud").is_err());
+            tracing::debug!("three");
+            level.set("off").expect("a good filter");
+            tracing::error!("four");
+        });
+        assert!(!text.contains("one") && text.contains("two") && text.contains("three") && !text.contains("four"));
+        assert!(!text.contains('\u{1b}'), "no colours in a file: {text:?}");
+    }
+
+    #[test]
+    fn a_wrong_level_is_named() {
+        for wrong in ["loud", "info,noisy", "culvert=loud", "info;debug"] {
+            let error = format!("{:#}", parse_filter(wrong).expect_err(wrong));
+            assert!(error.contains(wrong), "{error}");
+            assert!(!error.contains('\n'), "{error}");
+        }
+        for right in ["info", "warn,culvert::pods=debug", "off", "culvert::tunnel=trace,error"] {
+            parse_filter(right).expect(right);
+        }
+        assert!("xml".parse::<Format>().expect_err("no such format").contains("text, json"));
+        assert_eq!(Format::Json.to_string().parse(), Ok(Format::Json));
+    }
+}

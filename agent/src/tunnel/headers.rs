@@ -1,0 +1,110 @@
+//! The three telemetry headers of a CONNECT (semantics §14.2), written and read; never an input of policy ([H.2]).
+
+use std::{fmt::Write as _, net::SocketAddr};
+
+/// `forwarded`: `for="<client ip:port>"` and, if a service was addressed, `;host=<hostname>`.
+pub fn forwarded(client: SocketAddr, service: Option<&str>) -> String {
+    let client = SocketAddr::new(client.ip().to_canonical(), client.port());
+    match service {
+        None => format!("for=\"{client}\""),
+        Some(host) => format!("for=\"{client}\";host={host}"),
+    }
+}
+
+/// The client that a `forwarded` header names, or `None` if it names none with address and port.
+///
+/// The port may be used only if the address equals the TCP source of the tunnel ([H.5]).
+pub fn forwarded_client(header: &str) -> Option<SocketAddr> {
+    let (name, value) = header.split(';').find_map(|pair| pair.trim().split_once('='))?;
+    if !name.eq_ignore_ascii_case("for") {
+        return None;
+    }
+    let addr: SocketAddr = value.trim_matches('"').parse().ok()?;
+    Some(SocketAddr::new(addr.ip().to_canonical(), addr.port()))
+}
+
+/// `baggage`: a comma list of `key=value`; pairs whose value is empty (unknown) are left out.
+///
+/// Bytes that W3C Baggage does not allow in a value are percent-encoded.
+pub fn baggage<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> String {
+    let mut out = String::new();
+    for (key, value) in pairs.into_iter().filter(|(_, value)| !value.is_empty()) {
+        if !out.is_empty() {
+            out.push(',');
+        }
+        out.push_str(key);
+        out.push('=');
+        for byte in value.bytes() {
+            match byte {
+                // baggage-octet, without the `%` that starts an escape.
+                0x21 | 0x23..=0x24 | 0x26..=0x2b | 0x2d..=0x3a | 0x3c..=0x5b | 0x5d..=0x7e => out.push(byte as char),
+                other => {
+                    // Writing to a string does not fail.
+                    let _ = write!(out, "%{other:02X}");
+                }
+            }
+        }
+    }
+    out
+}
+
+/// The value of `key` in a `baggage` header, percent-decoded; `None` if absent or not UTF-8.
+pub fn baggage_value(header: &str, key: &str) -> Option<String> {
+    let (_, value) = header
+        .split(',')
+        .filter_map(|member| member.split(';').next()?.split_once('='))
+        .find(|(name, _)| name.trim() == key)?;
+    let mut bytes = Vec::new();
+    let mut rest = value.trim().as_bytes();
+    while let [first, tail @ ..] = rest {
+        match (first, tail) {
+            (b'%', [high, low, tail @ ..]) => {
+                let digit = |b: &u8| (*b as char).to_digit(16);
+                bytes.push((digit(high)? * 16 + digit(low)?) as u8);
+                rest = tail;
+            }
+            _ => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// `traceparent`: `00-<32 hex>-<16 hex>-00`; both ids are new per connection, and zero is not an id (W3C).
+pub fn traceparent(trace: u128, span: u64) -> String {
+    format!("00-{:032x}-{:016x}-00", trace.max(1), span.max(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// §14.2, the exact texts.
+    #[test]
+    fn headers_are_written_as_the_table_says() {
+        let v4: SocketAddr = "10.0.1.7:40312".parse().expect("address");
+        let v6: SocketAddr = "[fd00::7]:40312".parse().expect("address");
+        assert_eq!(forwarded(v4, None), r#"for="10.0.1.7:40312""#);
+        assert_eq!(forwarded(v6, Some("a.b.svc")), r#"for="[fd00::7]:40312";host=a.b.svc"#);
+        assert_eq!(traceparent(0xab, 0xcd), "00-000000000000000000000000000000ab-00000000000000cd-00");
+        let pairs = [("k8s.cluster.name", "c"), ("cloud.region", ""), ("service.name", "a,b\"ü%")];
+        assert_eq!(baggage(pairs), "k8s.cluster.name=c,service.name=a%2Cb%22%C3%BC%25");
+    }
+
+    #[test]
+    fn headers_are_read_back() {
+        let v4: SocketAddr = "10.0.1.7:40312".parse().expect("address");
+        let v6: SocketAddr = "[fd00::7]:40312".parse().expect("address");
+        assert_eq!(forwarded_client(&forwarded(v4, Some("x"))), Some(v4));
+        assert_eq!(forwarded_client(&forwarded(v6, None)), Some(v6));
+        for none in ["", "for=unknown", "host=x", "for=\"10.0.0.1\"", "by=\"10.0.0.1:2\""] {
+            assert_eq!(forwarded_client(none), None, "{none}");
+        }
+        let text = baggage([("a", "1"), ("service.name", "a,b\"ü%")]);
+        assert_eq!(baggage_value(&text, "service.name").as_deref(), Some("a,b\"ü%"));
+        assert_eq!(baggage_value(&text, "b"), None);
+        assert_eq!(baggage_value("a=%zz", "a"), None);
+    }
+}

@@ -1,0 +1,192 @@
+//! A byte stream through a tunnel, whatever kind of tunnel carries it.
+
+use std::{
+    fmt,
+    future::poll_fn,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+
+use super::hbone;
+
+/// Why a stream ended without END_STREAM: the bytes so far may be a truncated message, so that the socket on the
+/// other side must be reset, never closed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StreamError {
+    /// RST_STREAM with this code (RFC 9113 §7), by the peer or by ourselves.
+    Reset(u32),
+    /// The connection that carried the stream is gone; the text says how.
+    Lost(Arc<str>),
+}
+
+impl fmt::Display for StreamError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Reset(code) => write!(f, "tunnel stream reset with code {code:#x}"),
+            Self::Lost(how) => write!(f, "tunnel connection lost: {how}"),
+        }
+    }
+}
+
+impl std::error::Error for StreamError {}
+
+/// RST_STREAM codes that a proxy has use for (RFC 9113 §7).
+pub mod code {
+    /// Not an error: the rest is not wanted.
+    pub const NO_ERROR: u32 = 0x0;
+    /// We failed.
+    pub const INTERNAL_ERROR: u32 = 0x2;
+    /// Refused before anything was done with it; safe to try again.
+    pub const REFUSED_STREAM: u32 = 0x7;
+    /// No longer wanted.
+    pub const CANCEL: u32 = 0x8;
+    /// The TCP connection behind a CONNECT failed or was reset (RFC 9113 §8.5).
+    pub const CONNECT_ERROR: u32 = 0xa;
+}
+
+/// Both directions of one tunnelled connection.
+///
+/// Dropped before both directions have ended, it is reset: an unfinished stream never looks finished.
+#[derive(Debug)]
+pub struct Stream {
+    read: ReadHalf,
+    write: WriteHalf,
+    baggage: Option<String>,
+}
+
+impl Stream {
+    pub(super) fn hbone(read: hbone::ReadHalf, write: hbone::WriteHalf, baggage: Option<String>) -> Self {
+        Self { read: ReadHalf(Read::Hbone(read)), write: WriteHalf(Write::Hbone(write)), baggage }
+    }
+
+    /// The `baggage` header of the answer to our CONNECT: telemetry only ([H.2]). `None` on the server side.
+    pub fn baggage(&self) -> Option<&str> {
+        self.baggage.as_deref()
+    }
+
+    /// The two directions, to be used side by side.
+    pub fn split(self) -> (ReadHalf, WriteHalf) {
+        (self.read, self.write)
+    }
+
+    /// [`ReadHalf::read`]
+    ///
+    /// # Errors
+    /// [`StreamError`] if the stream was cut off.
+    pub async fn read(&mut self) -> Result<Option<Bytes>, StreamError> {
+        self.read.read().await
+    }
+
+    /// [`WriteHalf::write`]
+    ///
+    /// # Errors
+    /// [`StreamError`] if the stream was cut off.
+    pub async fn write(&mut self, data: Bytes) -> Result<(), StreamError> {
+        self.write.write(data).await
+    }
+
+    /// [`WriteHalf::shutdown`]
+    ///
+    /// # Errors
+    /// [`StreamError`] if the stream was cut off.
+    pub fn shutdown(&mut self) -> Result<(), StreamError> {
+        self.write.shutdown()
+    }
+
+    /// [`WriteHalf::reset`]
+    pub fn reset(&mut self, code: u32) {
+        self.write.reset(code);
+    }
+}
+
+/// What the peer sends.
+#[derive(Debug)]
+pub struct ReadHalf(Read);
+
+/// What we send. Dropped before [`shutdown`](Self::shutdown), it resets the stream.
+#[derive(Debug)]
+pub struct WriteHalf(Write);
+
+#[derive(Debug)]
+enum Read {
+    Hbone(hbone::ReadHalf),
+}
+
+#[derive(Debug)]
+enum Write {
+    Hbone(hbone::WriteHalf),
+}
+
+impl ReadHalf {
+    /// The next bytes, never empty; `None` once and for all after END_STREAM.
+    ///
+    /// # Errors
+    /// [`StreamError`] if the stream was cut off; what came before has been delivered.
+    pub async fn read(&mut self) -> Result<Option<Bytes>, StreamError> {
+        poll_fn(|cx| self.poll_read(cx)).await
+    }
+
+    /// See [`read`](Self::read). Taking bytes gives the peer window for as many.
+    pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
+        match &mut self.0 {
+            Read::Hbone(half) => half.poll_read(cx),
+        }
+    }
+}
+
+impl WriteHalf {
+    /// Sends all of `data`, waiting for the peer's window and the connection's buffer.
+    ///
+    /// # Errors
+    /// [`StreamError`] if the stream was cut off.
+    pub async fn write(&mut self, mut data: Bytes) -> Result<(), StreamError> {
+        while !data.is_empty() {
+            let room = poll_fn(|cx| self.poll_ready(cx, data.len())).await?;
+            self.send(data.split_to(room))?;
+        }
+        Ok(())
+    }
+
+    /// How many bytes [`send`](Self::send) takes now: at least one, at most `want`, which is not zero.
+    pub fn poll_ready(&mut self, cx: &mut Context<'_>, want: usize) -> Poll<Result<usize, StreamError>> {
+        match &mut self.0 {
+            Write::Hbone(half) => half.poll_ready(cx, want),
+        }
+    }
+
+    /// Sends `data`, of which there is no more than [`poll_ready`](Self::poll_ready) just gave.
+    ///
+    /// # Errors
+    /// [`StreamError`] if the stream was cut off.
+    pub fn send(&mut self, data: Bytes) -> Result<(), StreamError> {
+        match &mut self.0 {
+            Write::Hbone(half) => half.send(data),
+        }
+    }
+
+    /// Ends this direction with END_STREAM; the other goes on. Again is harmless.
+    ///
+    /// # Errors
+    /// [`StreamError`] if the stream was cut off.
+    pub fn shutdown(&mut self) -> Result<(), StreamError> {
+        match &mut self.0 {
+            Write::Hbone(half) => half.shutdown(),
+        }
+    }
+
+    /// Cuts off both directions with RST_STREAM ([`code`]); nothing happens if both have ended.
+    pub fn reset(&mut self, code: u32) {
+        match &mut self.0 {
+            Write::Hbone(half) => half.reset(code),
+        }
+    }
+
+    /// Resolves when the peer has cut the stream off, or the connection was lost, with the reason.
+    pub fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
+        Poll::Ready(match &mut self.0 {
+            Write::Hbone(half) => ready!(half.poll_cut(cx)),
+        })
+    }
+}

@@ -1,0 +1,515 @@
+//! The kernel programs in the real kernel: real sockets in real network namespaces, judged by real maps.
+//!
+//! Needs root, cgroup2 and `ip`. Everything is made under names with this process's id and removed at the end.
+#![expect(clippy::expect_used, reason = "a test says what it expected")]
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, ErrorKind, Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    os::fd::{AsFd, AsRawFd},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy};
+use culvert_common::{Answer, Direction, EventKind, ListenerKind, Mode, PORT_HBONE, Reason, SettingsValue};
+use nix::sched::{CloneFlags, setns};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+const POD4: &str = "10.99.0.2";
+const POD6: &str = "fd99::2";
+const PEER4: &str = "10.99.0.1";
+const PEER6: &str = "fd99::1";
+
+/// One at a time: the cgroup of a process belongs to all of its threads.
+static ONE: Mutex<()> = Mutex::new(());
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
+fn run(command: &str) {
+    let mut words = command.split_whitespace();
+    let output = Command::new(words.next().expect("a command")).args(words).output().expect("start the command");
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn cgroup_mount() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("read mounts");
+    let line = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("cgroup2 is mounted");
+    line.split(' ').nth(1).expect("a mount point").into()
+}
+
+/// A node with one pod, joined to a peer's namespace by a veth pair; both dual stack.
+struct Node {
+    name: String,
+    cgroup: PathBuf,
+    bpffs: PathBuf,
+    pod: File,
+    peer: File,
+    cookie: NetnsCookie,
+    _one: MutexGuard<'static, ()>,
+}
+
+impl Node {
+    fn new() -> Self {
+        let one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let name = format!("cvt{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let (pod, peer) = (format!("{name}-pod"), format!("{name}-peer"));
+        for namespace in [&pod, &peer] {
+            run(&format!("ip netns add {namespace}"));
+            run(&format!("ip -n {namespace} link set lo up"));
+        }
+        run(&format!("ip link add eth0 netns {pod} type veth peer name eth0 netns {peer}"));
+        for (namespace, v4, v6) in [(&pod, POD4, POD6), (&peer, PEER4, PEER6)] {
+            run(&format!("ip -n {namespace} addr add {v4}/24 dev eth0"));
+            run(&format!("ip -n {namespace} addr add {v6}/64 dev eth0 nodad"));
+            run(&format!("ip -n {namespace} link set eth0 up"));
+        }
+        let cgroup = cgroup_mount().join(&name);
+        for child in ["agent", "kubelet"] {
+            fs::create_dir_all(cgroup.join(child)).expect("make a cgroup");
+        }
+        join(&cgroup.join("agent"));
+        let bpffs = PathBuf::from(format!("/run/{name}-bpf"));
+        fs::create_dir_all(&bpffs).expect("make a mount point");
+        run(&format!("mount -t bpf bpf {}", bpffs.display()));
+        let pod = File::open(format!("/run/netns/{pod}")).expect("open the pod's namespace");
+        let peer = File::open(format!("/run/netns/{peer}")).expect("open the peer's namespace");
+        let cookie = within(&pod, || netns_cookie(&Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket")));
+        Self { name, cgroup, bpffs, pod, peer, cookie, _one: one }
+    }
+
+    fn load(&self) -> Datapath {
+        let config = Config { pin_dir: self.bpffs.join("culvert"), cgroup_root: self.cgroup.clone(), workers: 1 };
+        Datapath::load(config).expect("the object loads")
+    }
+
+    /// A node whose pod is enrolled, ready and alive, with an outbound listener.
+    fn enrolled(&self, mode: Mode) -> (Datapath, TcpListener) {
+        let mut datapath = self.load();
+        self.prepare(&mut datapath);
+        let listener = self.listener();
+        datapath.listener(self.cookie, ListenerKind::Outbound, 0, listener.as_fd()).expect("the listener is taken");
+        datapath.ready(self.cookie, &policy(1, mode)).expect("the policy is taken");
+        datapath.beat().expect("beat");
+        (datapath, listener)
+    }
+
+    fn prepare(&self, datapath: &mut Datapath) {
+        let ips: Vec<IpAddr> = [POD4, POD6].iter().map(|ip| ip.parse().expect("a literal")).collect();
+        datapath.prepare(self.cookie, self.pod.as_fd(), &ips).expect("the pod is prepared");
+    }
+
+    /// As the agent makes them: dual stack. (Bound to `::1` the kernel would make it IPv6-only.)
+    fn listener(&self) -> TcpListener {
+        within(&self.pod, || {
+            let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).expect("a socket");
+            socket.set_only_v6(false).expect("dual stack");
+            socket.bind(&SockAddr::from("[::]:0".parse::<SocketAddr>().expect("a literal"))).expect("bind");
+            socket.listen(128).expect("listen");
+            socket.into()
+        })
+    }
+
+    fn serve(&self, addr: &str) -> TcpListener {
+        within(&self.pod, || TcpListener::bind(addr).expect("the application listens"))
+    }
+
+    fn from_pod(&self, addr: &str) -> io::Result<TcpStream> {
+        within(&self.pod, || connect(addr))
+    }
+
+    fn from_peer(&self, addr: &str) -> io::Result<TcpStream> {
+        within(&self.peer, || connect(addr))
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        join(&cgroup_mount());
+        let _ = Command::new("umount").arg(&self.bpffs).status();
+        let _ = fs::remove_dir(&self.bpffs);
+        for namespace in ["pod", "peer"] {
+            let _ = Command::new("ip").args(["netns", "del", &format!("{}-{namespace}", self.name)]).status();
+        }
+        for child in ["agent", "kubelet", ""] {
+            let _ = fs::remove_dir(self.cgroup.join(child));
+        }
+    }
+}
+
+fn join(cgroup: &Path) {
+    fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).expect("join a cgroup");
+}
+
+fn within<T: Send>(namespace: &File, work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| {
+        scope
+            .spawn(|| {
+                setns(namespace, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+                work()
+            })
+            .join()
+            .expect("the work is done")
+    })
+}
+
+fn netns_cookie(socket: &impl AsRawFd) -> NetnsCookie {
+    let (mut cookie, mut len) = (0u64, 8 as libc::socklen_t);
+    // SAFETY: SO_NETNS_COOKIE writes eight bytes.
+    let result =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, 71, (&raw mut cookie).cast(), &raw mut len) };
+    assert_eq!(result, 0);
+    NetnsCookie(cookie)
+}
+
+fn connect(addr: &str) -> io::Result<TcpStream> {
+    TcpStream::connect_timeout(&addr.parse().expect("a literal"), Duration::from_secs(3))
+}
+
+fn refused(result: io::Result<TcpStream>) -> bool {
+    matches!(result, Err(error) if error.kind() == ErrorKind::ConnectionRefused)
+}
+
+fn policy(generation: u32, mode: Mode) -> PodPolicy {
+    PodPolicy { generation, mode, rule: 0, ports: BTreeMap::new(), plaintext_by_agent: false }
+}
+
+fn counted(datapath: &Datapath, cookie: NetnsCookie, direction: Direction, answer: Answer, reason: Reason) -> u64 {
+    let matches = |key: &culvert_common::VerdictKey| {
+        (key.netns_cookie, key.direction, key.answer, key.reason)
+            == (cookie.0, direction as u8, answer as u8, reason as u8)
+    };
+    datapath.verdicts().iter().filter(|(key, _)| matches(key)).map(|(_, count)| count).sum()
+}
+
+#[test]
+fn outbound_is_captured_with_its_original_destination_in_both_families() {
+    let node = Node::new();
+    let (datapath, listener) = node.enrolled(Mode::Permissive);
+    let sockets = datapath.sockets().expect("the worker's maps");
+    for target in ["10.200.0.9:8080", "[fd00::9]:8081", "[::ffff:10.200.0.9]:8082"] {
+        let client = node.from_pod(target).expect("captured, so it connects although nobody is there");
+        let (accepted, _) = listener.accept().expect("the agent's listener gets it");
+        let want: SocketAddr = target.parse().expect("a literal");
+        let original = sockets.original_destination(&accepted).expect("recorded");
+        assert_eq!((original.ip(), original.port()), (want.ip().to_canonical(), want.port()), "{target}");
+        let shown = client.peer_addr().expect("getpeername");
+        assert_eq!((shown.ip().to_canonical(), shown.port()), (want.ip().to_canonical(), want.port()), "{target}");
+        let own = client.local_addr().expect("getsockname").ip().to_canonical();
+        let expected = if want.ip().to_canonical().is_ipv4() { POD4 } else { POD6 };
+        assert_eq!(own.to_string(), expected, "the pod keeps its own address");
+    }
+    assert_eq!(counted(&datapath, node.cookie, Direction::Outbound, Answer::Agent, Reason::Captured), 3);
+}
+
+/// [K.4]: enrolled but not ready, no listener, silent; each with its own reason, and recovery without touching the pod.
+#[test]
+fn every_gap_of_the_agent_refuses_with_its_reason() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let mut datapath = node.load();
+    datapath.beat().expect("beat");
+    node.prepare(&mut datapath);
+    let count =
+        |datapath: &Datapath, direction, reason| counted(datapath, node.cookie, direction, Answer::Refuse, reason);
+
+    assert!(refused(node.from_pod("10.200.0.9:80")), "pending");
+    assert!(refused(node.from_peer("10.99.0.2:9080")), "pending");
+    assert_eq!(count(&datapath, Direction::Outbound, Reason::EnrolmentPending), 1);
+    assert_eq!(count(&datapath, Direction::Inbound, Reason::EnrolmentPending), 1);
+
+    datapath.ready(node.cookie, &policy(1, Mode::Permissive)).expect("ready");
+    assert!(refused(node.from_pod("10.200.0.9:80")), "no listener");
+    assert_eq!(count(&datapath, Direction::Outbound, Reason::NoListener), 1);
+    assert!(refused(node.from_peer("10.99.0.2:15008")), "no listener");
+    assert_eq!(count(&datapath, Direction::Inbound, Reason::NoListener), 1);
+    node.from_peer("10.99.0.2:9080").expect("plaintext needs no listener where it is allowed");
+
+    let listener = node.listener();
+    datapath.listener(node.cookie, ListenerKind::Outbound, 0, listener.as_fd()).expect("listener");
+    node.from_pod("10.200.0.9:80").expect("captured");
+
+    datapath.silence().expect("silence");
+    assert!(refused(node.from_pod("10.200.0.9:80")), "silent");
+    assert!(refused(node.from_peer("10.99.0.2:9080")), "silent");
+    assert_eq!(count(&datapath, Direction::Outbound, Reason::AgentSilent), 1);
+    assert_eq!(count(&datapath, Direction::Inbound, Reason::AgentSilent), 1);
+
+    datapath.beat().expect("beat");
+    node.from_pod("10.200.0.9:80").expect("back");
+    node.from_peer("10.99.0.2:9080").expect("back");
+    drop(application);
+}
+
+/// The programs and maps stay when the agent is gone, and refuse; the kernel forgets a listener that is closed.
+#[test]
+fn a_dead_agent_leaves_the_pod_closed() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let (datapath, listener) = node.enrolled(Mode::Strict);
+    drop(listener);
+    drop(datapath);
+    assert!(refused(node.from_pod("10.200.0.9:80")));
+    assert!(refused(node.from_peer("10.99.0.2:9080")));
+    drop(application);
+}
+
+/// [PA.6], §5.3 and [K.2] in the kernel: the mode of the port decides; a port exception is an exception for that port.
+#[test]
+fn effective_mode_of_the_port_decides_inbound_plaintext() {
+    let node = Node::new();
+    let _applications = ["0.0.0.0:9080", "0.0.0.0:9443", "0.0.0.0:9444"].map(|addr| node.serve(addr));
+    let _six = node.serve("[fd99::2]:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Strict);
+    let reaches = |port: u16| !refused(node.from_peer(&format!("10.99.0.2:{port}")));
+    assert!(!reaches(9080));
+    assert!(refused(node.from_peer("[fd99::2]:9080")));
+    let strict = |datapath: &Datapath| {
+        counted(datapath, node.cookie, Direction::Inbound, Answer::Refuse, Reason::StrictRequiresMtls)
+    };
+    assert_eq!(strict(&datapath), 2);
+
+    let ports = BTreeMap::from([(9443, (Mode::Permissive, 5)), (9444, (Mode::Disable, 5))]);
+    datapath.ready(node.cookie, &PodPolicy { ports, ..policy(2, Mode::Strict) }).expect("generation 2");
+    assert!(!reaches(9080) && reaches(9443) && reaches(9444));
+
+    let ports = BTreeMap::from([(9443, (Mode::Strict, 6))]);
+    datapath.ready(node.cookie, &PodPolicy { ports, ..policy(3, Mode::Permissive) }).expect("generation 3");
+    assert!(reaches(9080) && !reaches(9443) && reaches(9444));
+    assert!(!reaches(15001) && !reaches(15006), "[K.2]");
+    assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Refuse, Reason::Loop), 2);
+
+    // After the grace the old generations' ports are gone from the map, and nothing has changed.
+    thread::sleep(Duration::from_millis(1100));
+    datapath.maintain();
+    assert!(reaches(9080) && !reaches(9443) && reaches(9444));
+}
+
+/// Allowed plaintext reaches the application itself, and its end is reported with bytes; no process was in between.
+#[test]
+fn plaintext_that_the_kernel_passes_is_accounted_for() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    datapath.ready(node.cookie, &PodPolicy { rule: 9, ..policy(4, Mode::Permissive) }).expect("generation 4");
+    let mut events = datapath.events().expect("the events");
+    let mut client = node.from_peer("10.99.0.2:9080").expect("passed");
+    let from = client.local_addr().expect("the client's address");
+    let (mut server, peer) = application.accept().expect("the application accepts");
+    assert_eq!(peer, from, "[K.3]: the application sees the client itself");
+    client.write_all(b"four").expect("write");
+    let mut buffer = [0; 4];
+    server.read_exact(&mut buffer).expect("read");
+    server.write_all(b"seven..").expect("write");
+    drop(server);
+    let mut rest = Vec::new();
+    client.read_to_end(&mut rest).expect("read");
+    drop(client);
+    let deadline = Instant::now() + Duration::from_secs(3);
+    let event = loop {
+        if let Some(event) = events.next() {
+            break event;
+        }
+        assert!(Instant::now() < deadline, "the end was not reported");
+        thread::sleep(Duration::from_millis(10));
+    };
+    assert_eq!(event.kind, EventKind::Closed as u8);
+    assert_eq!((event.src.ip(), event.sport), (from.ip(), from.port()));
+    assert_eq!((event.dst.to_string().as_str(), event.dport), (POD4, 9080));
+    assert_eq!((event.received_bytes, event.rule, event.generation), (4, 9, 4));
+    assert_eq!(event.sent_bytes, 7);
+    assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Pass, Reason::NoAllowPolicies), 1);
+}
+
+/// [K.3]: the agent's leg comes from loopback, the application sees the client, in both families.
+#[test]
+fn the_application_sees_the_client_behind_the_agents_leg() {
+    let node = Node::new();
+    let (datapath, _listener) = node.enrolled(Mode::Strict);
+    let mut sockets = datapath.sockets().expect("the worker's maps");
+    for (bind, target, source, client) in [
+        ("0.0.0.0:9080", "10.99.0.2:9080", "127.6.1.1:0", "10.88.0.7:40123"),
+        ("[::]:9081", "[fd99::2]:9081", "[::1]:0", "[fd88::7]:40124"),
+        ("[::]:9082", "10.99.0.2:9082", "127.6.1.2:0", "10.88.0.8:40125"),
+    ] {
+        let application = node.serve(bind);
+        let target: SocketAddr = target.parse().expect("a literal");
+        let client: SocketAddr = client.parse().expect("a literal");
+        let leg = within(&node.pod, || Socket::new(Domain::for_address(target), Type::STREAM, None).expect("a socket"));
+        sockets.mark_leg(&leg, client).expect("marked");
+        leg.bind(&source.parse::<SocketAddr>().expect("a literal").into()).expect("bind");
+        leg.connect(&target.into()).expect("the leg connects in STRICT mode");
+        let (server, shown) = application.accept().expect("accept");
+        assert_eq!((shown.ip().to_canonical(), shown.port()), (client.ip(), client.port()), "accept");
+        let shown = server.peer_addr().expect("getpeername");
+        assert_eq!((shown.ip().to_canonical(), shown.port()), (client.ip(), client.port()), "getpeername");
+        let source = leg.local_addr().expect("source").as_socket().expect("an address");
+        assert_eq!(sockets.leg(source, target), Leg::Taken);
+        assert_eq!(sockets.leg(source, target), Leg::Lost, "only once");
+    }
+}
+
+/// [K.1], [K.5]: a socket of the kubelet's cgroup passes STRICT; another process of the node does not.
+#[test]
+fn only_the_kubelets_own_connections_are_probes() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Strict);
+    let kubelet = node.cgroup.join("kubelet");
+    let id = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&kubelet).expect("stat"));
+    datapath
+        .settings(SettingsValue { kubelet_cgroup: id, kubelet_level: 2, ..SettingsValue::default() })
+        .expect("settings");
+    assert!(refused(node.from_peer("10.99.0.2:9080")), "not the kubelet");
+    join(&kubelet);
+    let probe = node.from_peer("10.99.0.2:9080");
+    join(&node.cgroup.join("agent"));
+    let probe = probe.expect("a probe is delivered");
+    let (_, shown) = application.accept().expect("accept");
+    assert_eq!(shown, probe.local_addr().expect("the probe's address"), "without SNAT");
+    assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Pass, Reason::Probe), 1);
+    assert!(refused(node.from_peer("10.99.0.2:9080")), "not the kubelet any more");
+}
+
+/// Specification §3: the pod itself, by loopback and by its own address, is never captured.
+#[test]
+fn the_pod_talks_to_itself_undisturbed() {
+    let node = Node::new();
+    let application = node.serve("[::]:9080");
+    let (datapath, _listener) = node.enrolled(Mode::Strict);
+    for target in ["127.0.0.1:9080", "[::1]:9080", "10.99.0.2:9080", "[fd99::2]:9080"] {
+        let client = node.from_pod(target).expect("not captured");
+        let (_, shown) = application.accept().expect("accept");
+        assert_eq!(shown.port(), client.local_addr().expect("own address").port(), "{target}");
+    }
+    datapath.verdicts().iter().for_each(|(key, _)| assert_ne!(key.answer, Answer::Refuse as u8));
+}
+
+/// A second address that no map knows is refused, not passed; so is a pod that has left the maps.
+#[test]
+fn an_unknown_address_of_the_namespace_is_refused() {
+    let node = Node::new();
+    let _application = node.serve("0.0.0.0:9080");
+    let (datapath, _listener) = node.enrolled(Mode::Permissive);
+    run(&format!("ip -n {}-pod addr add 10.99.0.3/24 dev eth0", node.name));
+    assert!(refused(node.from_peer("10.99.0.3:9080")));
+    assert_eq!(counted(&datapath, NetnsCookie(0), Direction::Inbound, Answer::Refuse, Reason::UnknownAddress), 1);
+}
+
+/// Enrolment ends without a trace: the pod is as it was.
+#[test]
+fn a_removed_pod_is_untouched_again() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Strict);
+    assert!(refused(node.from_peer("10.99.0.2:9080")));
+    datapath.remove(node.cookie).expect("removed");
+    datapath.remove(node.cookie).expect("again, without harm");
+    node.from_peer("10.99.0.2:9080").expect("plain again");
+    let (_, shown) = application.accept().expect("accept");
+    assert_eq!(shown.ip().to_string(), PEER4);
+    let outside = within(&node.peer, || TcpListener::bind("0.0.0.0:7000").expect("bind"));
+    let direct = node.from_pod("10.99.0.1:7000").expect("plain again");
+    let (_, shown) = outside.accept().expect("accept");
+    assert_eq!(shown, direct.local_addr().expect("own address"));
+    assert!(datapath.enrolled().is_empty() && datapath.verdicts().is_empty());
+}
+
+/// An agent that starts replaces the programs of the one before without an instant in which a connection gets by.
+#[test]
+fn replacing_the_programs_lets_nothing_through() {
+    let node = Node::new();
+    let (datapath, listener) = node.enrolled(Mode::Strict);
+    let outside = within(&node.peer, || TcpListener::bind("0.0.0.0:7000").expect("bind"));
+    outside.set_nonblocking(true).expect("nonblocking");
+    drop(datapath);
+    let stop = Arc::new(AtomicBool::new(false));
+    let attempts = Arc::new(AtomicUsize::new(0));
+    let dialler = {
+        let (stop, attempts) = (Arc::clone(&stop), Arc::clone(&attempts));
+        let pod = node.pod.try_clone().expect("a handle");
+        thread::spawn(move || {
+            setns(&pod, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+            while !stop.load(Ordering::Relaxed) {
+                let _ = connect("10.99.0.1:7000");
+                attempts.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+    };
+    for generation in 2..12 {
+        let mut next = node.load();
+        assert!(next.last_generation() < generation);
+        next.ready(node.cookie, &policy(generation, Mode::Strict)).expect("ready");
+    }
+    // The listener's backlog fills up; what matters is that the outside never saw a connection.
+    drop(listener);
+    stop.store(true, Ordering::Relaxed);
+    dialler.join().expect("the dialler ends");
+    assert!(attempts.load(Ordering::Relaxed) > 10);
+    assert!(matches!(outside.accept(), Err(error) if error.kind() == ErrorKind::WouldBlock));
+}
+
+/// Two agents on one machine do not disturb each other, and one pin directory has one agent.
+#[test]
+fn two_agents_on_one_machine_keep_apart() {
+    let node = Node::new();
+    let (datapath, _listener) = node.enrolled(Mode::Strict);
+    let config =
+        |dir: &str, cgroup: &Path| Config { pin_dir: node.bpffs.join(dir), cgroup_root: cgroup.to_owned(), workers: 1 };
+    let other_cgroup = cgroup_mount().join(format!("{}-other", node.name));
+    fs::create_dir_all(&other_cgroup).expect("make a cgroup");
+    let mut other = Datapath::load(config("other", &other_cgroup)).expect("a second agent loads");
+    other.silence().expect("its heartbeat is its own");
+    node.from_pod("10.200.0.9:80").expect("captured by the first");
+    assert!(other.enrolled().is_empty());
+    drop(other);
+    fs::remove_dir(&other_cgroup).expect("remove the cgroup");
+    let error = Datapath::load(config("culvert", &node.cgroup)).err().expect("one agent per directory");
+    assert!(error.to_string().contains("another agent uses"), "{error}");
+    drop(datapath);
+}
+
+/// The tunnel port reaches the tunnel listener whatever the mode; a plaintext verdict can be the agent's.
+#[test]
+fn what_needs_the_agent_reaches_its_listeners() {
+    let node = Node::new();
+    let _application = node.serve("0.0.0.0:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Strict);
+    let (tunnel, plaintext): (TcpListener, TcpListener) = (node.listener(), node.listener());
+    datapath.listener(node.cookie, ListenerKind::Tunnel, 0, tunnel.as_fd()).expect("listener");
+    datapath.listener(node.cookie, ListenerKind::Plaintext, 0, plaintext.as_fd()).expect("listener");
+    let client = node.from_peer(&format!("10.99.0.2:{PORT_HBONE}")).expect("the tunnel's endpoint");
+    let (accepted, from) = tunnel.accept().expect("accept");
+    assert_eq!(from.port(), client.local_addr().expect("own address").port());
+    assert_eq!(accepted.local_addr().expect("local").ip().to_canonical().to_string(), POD4);
+    datapath
+        .ready(node.cookie, &PodPolicy { plaintext_by_agent: true, ..policy(2, Mode::Permissive) })
+        .expect("generation 2");
+    node.from_peer("10.99.0.2:9080").expect("the agent's plaintext listener");
+    let (accepted, _) = plaintext.accept().expect("accept");
+    assert_eq!(accepted.local_addr().expect("local").port(), 9080);
+}
+
+/// What `bpftool map dump` shows has names.
+#[test]
+fn maps_carry_their_types() {
+    let node = Node::new();
+    let (datapath, _listener) = node.enrolled(Mode::Strict);
+    let dump = |map: &str| {
+        let path = datapath.pin_dir().join(map);
+        let output = Command::new("bpftool").args(["map", "dump", "pinned"]).arg(path).output().expect("run bpftool");
+        String::from_utf8(output.stdout).expect("text")
+    };
+    let pods = dump("PODS");
+    for name in ["addr4", "generation", "state", "mode", "plaintext_by_agent"] {
+        assert!(pods.contains(&format!("\"{name}\"")), "{name} in {pods}");
+    }
+    assert!(dump("POD_ADDRS").contains("\"netns_cookie\""));
+}

@@ -1,0 +1,54 @@
+//! Every map: its key, its value, who writes it, who reads it, and why that capacity.
+
+use aya_ebpf::{
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuHashMap, RingBuf, SkStorage, SockHash},
+    macros::btf_map,
+};
+use culvert_common::{
+    Event, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue, SettingsValue,
+    SocketValue, VerdictKey, addr::Addr,
+};
+
+/// Enrolled pods by netns cookie. The agent writes; every program reads. A kubelet runs at most a few hundred pods.
+#[btf_map]
+pub(crate) static PODS: HashMap<u64, PodValue, 4096> = HashMap::new();
+
+/// Addresses of enrolled pods. The agent writes; `inbound` and `connect` read. Four addresses a pod on average.
+#[btf_map]
+pub(crate) static POD_ADDRS: HashMap<Addr, PodAddrValue, 16384> = HashMap::new();
+
+/// Ports whose PeerAuthentication mode differs from their pod's, in two generations at most while one replaces the
+/// other. The agent writes; `inbound` and `handshake` read.
+#[btf_map]
+pub(crate) static MODES: HashMap<ModeKey, ModeValue, 65536> = HashMap::new();
+
+/// The agent's listening sockets. The agent writes, the kernel removes a socket that is closed; `inbound` reads. Three
+/// kinds for each worker of each pod.
+#[btf_map]
+pub(crate) static LISTENERS: SockHash<ListenerKey, 65536> = SockHash::new();
+
+/// Connections in their handshake. `handshake` writes and removes, `inbound` reads, the agent reads back its own legs.
+/// Entries live for microseconds; the bound is on bursts, and one that is pushed out ends in a refusal.
+#[btf_map]
+pub(crate) static FLOWS: LruHashMap<FlowKey, FlowValue, 65536> = LruHashMap::new();
+
+/// What is known of a socket, freed with it. The agent and `connect`, `handshake` write; all programs read.
+#[btf_map]
+pub(crate) static SOCKETS: SkStorage<SocketValue> = SkStorage::new();
+
+/// Verdicts counted per pod, rule and reason. All programs write; the agent and `bpftool` read.
+#[btf_map]
+pub(crate) static VERDICTS: PerCpuHashMap<VerdictKey, u64, 16384> = PerCpuHashMap::new();
+
+/// The agent's sign of life.
+#[btf_map]
+pub(crate) static HEARTBEAT: Array<HeartbeatValue, 1> = Array::new();
+
+/// Facts about the node. The agent writes.
+#[btf_map]
+pub(crate) static SETTINGS: Array<SettingsValue, 1> = Array::new();
+
+/// Refusals and ends of connections that no process of the agent saw; bytes. When it is full the event is lost and the
+/// counter in `VERDICTS` still stands.
+#[btf_map]
+pub(crate) static EVENTS: RingBuf<Event, 1_048_576> = RingBuf::new();

@@ -1,0 +1,88 @@
+//! Running a program of the system: its output when it succeeds, its own words when it fails.
+
+use std::ffi::OsStr;
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::interrupt;
+
+/// Runs `program` with `args` to its end and returns what it printed.
+///
+/// # Errors
+/// The program could not be started or ended unsuccessfully; the error carries its standard error.
+pub fn run<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Result<String> {
+    let mut command = Command::new(program);
+    command.args(args);
+    finish(&mut command, None)
+}
+
+/// Runs `command` to its end, feeding it `input`, and returns what it printed.
+///
+/// # Errors
+/// As for [`run`].
+pub fn finish(command: &mut Command, input: Option<&str>) -> Result<String> {
+    let shown = describe(command);
+    command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().with_context(|| format!("start `{shown}`"))?;
+    if let (Some(text), Some(mut pipe)) = (input, child.stdin.take()) {
+        // A program that fails early closes its input; its exit status then tells more than our write error.
+        let _ = pipe.write_all(text.as_bytes());
+    }
+    let output = child.wait_with_output().with_context(|| format!("wait for `{shown}`"))?;
+    success(&shown, &output)?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Turns an unsuccessful end into an error that carries the program's standard error.
+///
+/// # Errors
+/// The status is not success.
+pub fn success(shown: &str, output: &Output) -> Result<()> {
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.trim();
+    bail!("`{shown}` ended with {}{}{said}", output.status, if said.is_empty() { "" } else { ": " })
+}
+
+/// The command as one would type it, for messages.
+pub fn describe(command: &Command) -> String {
+    let mut words = vec![command.get_program().to_string_lossy().into_owned()];
+    words.extend(command.get_args().map(|a| a.to_string_lossy().into_owned()));
+    words.join(" ")
+}
+
+/// Asks `ready` every 20 ms until it has an answer.
+///
+/// # Errors
+/// `ready` failed, `limit` passed (the message names `what`), or the user interrupted.
+pub fn wait_for<T>(what: &str, limit: Duration, mut ready: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    wait_for_uninterrupted(what, limit, || {
+        interrupt::check()?;
+        ready()
+    })
+}
+
+/// As [`wait_for`], also while the user's interrupt is being obeyed: for removal.
+pub(crate) fn wait_for_uninterrupted<T>(
+    what: &str,
+    limit: Duration,
+    mut ready: impl FnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = ready()? {
+            return Ok(value);
+        }
+        if start.elapsed() > limit {
+            bail!("{what}: still not so after {:.1} s", limit.as_secs_f64());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}

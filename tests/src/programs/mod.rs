@@ -1,0 +1,222 @@
+//! The programs of the sandbox's pods: plain blocking sockets of the standard library, which know nothing of a mesh.
+//!
+//! `culvert-pod` is their executable. Servers run until they are ended; clients print one line of JSON, whose type is
+//! here too, so that a scenario reads the result instead of parsing text. A client exits 0 when it could tell what
+//! happened, also if that was a refusal: a refusal is a result.
+
+mod exchange;
+mod http;
+mod probe;
+mod short;
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Parser;
+use serde::{Deserialize, Serialize};
+
+pub use exchange::{ExchangeResult, Verb};
+pub use http::{HttpResult, Seen};
+pub use probe::{Probe, ProbeResult};
+pub use short::ShortResult;
+
+/// What runs inside a pod of the sandbox.
+#[derive(Parser, Debug)]
+#[command(name = "culvert-pod", about = "Programs that run inside the sandbox's pods")]
+pub enum Program {
+    /// Do nothing: hold the pod's namespaces, as a pod's pause container does.
+    Pause,
+    /// Serve HTTP/1.1 on every given port; the answer tells what the server saw.
+    HttpServe {
+        /// The server's name in its answers.
+        #[arg(long)]
+        name: String,
+        /// Ports, IPv4 and IPv6.
+        #[arg(long = "port", required = true)]
+        ports: Vec<u16>,
+    },
+    /// Make HTTP/1.1 requests, a connection each, and print a line of JSON per request.
+    HttpGet {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Path of the request.
+        #[arg(long, default_value = "/")]
+        path: String,
+        /// Text carried in a header of the request and sent back in the answer.
+        #[arg(long, default_value = "")]
+        marker: String,
+        /// Limit of the whole exchange, milliseconds.
+        #[arg(long, default_value_t = 3000)]
+        timeout_ms: u64,
+        /// Number of requests.
+        #[arg(long, default_value_t = 1)]
+        count: u32,
+        /// Pause between them, milliseconds.
+        #[arg(long, default_value_t = 0)]
+        interval_ms: u64,
+    },
+    /// Serve the exchange protocol: the client's first line says what happens on the connection.
+    ExchangeServe {
+        /// Ports, IPv4 and IPv6.
+        #[arg(long = "port", required = true)]
+        ports: Vec<u16>,
+        /// Greet first, before the client has said anything.
+        #[arg(long)]
+        speak_first: bool,
+    },
+    /// Make one connection of the exchange protocol.
+    Exchange {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// What to do.
+        #[arg(long, value_enum)]
+        verb: Verb,
+        /// Bytes to move.
+        #[arg(long, default_value_t = 1 << 20)]
+        bytes: u64,
+        /// Limit of a single read or write, milliseconds.
+        #[arg(long, default_value_t = 10_000)]
+        timeout_ms: u64,
+    },
+    /// Open connections that ask for bytes and never read them; hold them until ended.
+    Stall {
+        /// Address and port of an exchange server.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Number of connections.
+        #[arg(long, default_value_t = 1)]
+        count: u32,
+    },
+    /// Make many short connections to an exchange server; count the errors.
+    Short {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Number of connections.
+        #[arg(long)]
+        count: u64,
+        /// How many at a time.
+        #[arg(long, default_value_t = 8)]
+        parallel: u32,
+        /// Limit of a connection, milliseconds.
+        #[arg(long, default_value_t = 10_000)]
+        timeout_ms: u64,
+    },
+    /// Probe pods as a kubelet does: HTTP GET, again and again, each result a line in a file.
+    Kubelet {
+        /// `pod=address:port`, repeated.
+        #[arg(long = "probe", required = true)]
+        probes: Vec<Probe>,
+        /// Pause between rounds, milliseconds.
+        #[arg(long, default_value_t = 500)]
+        period_ms: u64,
+        /// File to append results to.
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+impl Program {
+    /// Runs the program.
+    ///
+    /// # Errors
+    /// A server could not listen, or a result could not be written.
+    pub fn run(self) -> Result<()> {
+        match self {
+            Self::Pause => loop {
+                std::thread::park();
+            },
+            Self::HttpServe { name, ports } => http::serve(&name, &ports),
+            Self::HttpGet { to, path, marker, timeout_ms, count, interval_ms } => http::get_many(
+                to,
+                &path,
+                &marker,
+                Duration::from_millis(timeout_ms),
+                count,
+                Duration::from_millis(interval_ms),
+            ),
+            Self::ExchangeServe { ports, speak_first } => exchange::serve(&ports, speak_first),
+            Self::Exchange { to, verb, bytes, timeout_ms } => {
+                print(&exchange::call(to, verb, bytes, Duration::from_millis(timeout_ms)))
+            }
+            Self::Stall { to, count } => exchange::stall(to, count),
+            Self::Short { to, count, parallel, timeout_ms } => {
+                print(&short::run(to, count, parallel, Duration::from_millis(timeout_ms)))
+            }
+            Self::Kubelet { probes, period_ms, out } => probe::run(&probes, Duration::from_millis(period_ms), &out),
+        }
+    }
+}
+
+/// How a connection failed, as a program sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Failure {
+    /// connect() said ECONNREFUSED.
+    Refused,
+    /// connect() said EPERM or EACCES.
+    NotPermitted,
+    /// The connection was open and was reset.
+    Reset,
+    /// Nothing came within the limit.
+    TimedOut,
+    /// The peer closed before the exchange was complete.
+    ClosedEarly,
+    /// No route, or the address cannot be reached.
+    Unreachable,
+    /// Bytes arrived that were not the ones sent.
+    Corrupt,
+    /// Anything else; the text says what.
+    Other,
+}
+
+impl Failure {
+    /// The failure that an error of a socket means.
+    pub fn of(error: &io::Error) -> Self {
+        use io::ErrorKind as K;
+        match error.kind() {
+            K::ConnectionRefused => Self::Refused,
+            K::PermissionDenied => Self::NotPermitted,
+            K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe => Self::Reset,
+            K::TimedOut | K::WouldBlock => Self::TimedOut,
+            K::UnexpectedEof => Self::ClosedEarly,
+            K::NetworkUnreachable | K::HostUnreachable | K::AddrNotAvailable => Self::Unreachable,
+            K::InvalidData => Self::Corrupt,
+            _ => Self::Other,
+        }
+    }
+}
+
+/// One word for a table.
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Refused => "refused",
+            Self::NotPermitted => "not permitted",
+            Self::Reset => "reset",
+            Self::TimedOut => "timed out",
+            Self::ClosedEarly => "closed early",
+            Self::Unreachable => "unreachable",
+            Self::Corrupt => "corrupt",
+            Self::Other => "failed",
+        })
+    }
+}
+
+fn print<T: Serialize>(result: &T) -> Result<()> {
+    use std::io::Write;
+    let mut out = io::stdout().lock();
+    writeln!(out, "{}", serde_json::to_string(result)?)?;
+    out.flush()?;
+    Ok(())
+}
+
+/// The address as a person writes it: a v4-mapped IPv6 address is shown as IPv4.
+fn plain(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
+}

@@ -1,0 +1,246 @@
+//! The mesh on a sandbox: the CA on node a and one agent per node, the real binary with the flags a cluster would give it.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use super::manifests::{self, AGENT_ACCOUNT, SYSTEM};
+use super::plan::Node;
+use super::tokens::{AUDIENCE, Claims, ISSUER};
+use super::{Process, Sandbox};
+use crate::command;
+use crate::programs::HttpResult;
+
+/// Port of the CA.
+const CA_PORT: u16 = 15012;
+/// Port of an agent's readiness.
+const READINESS_PORT: u16 = 15021;
+/// How long the CA or an agent may take until it is ready.
+const READY_LIMIT: Duration = Duration::from_secs(30);
+
+/// How to start the mesh.
+#[derive(Debug, Clone)]
+pub struct MeshPlan {
+    /// The `culvert` executable.
+    pub binary: PathBuf,
+    /// Lifetime of workload certificates, as `culvert ca --cert-ttl` reads it; `None` is the CA's own default.
+    pub cert_ttl: Option<String>,
+    /// Further arguments of every agent.
+    pub agent_arguments: Vec<String>,
+}
+
+impl MeshPlan {
+    /// The executable's defaults.
+    pub fn new(binary: impl Into<PathBuf>) -> Self {
+        Self { binary: binary.into(), cert_ttl: None, agent_arguments: Vec::new() }
+    }
+}
+
+/// One line of an agent's access log.
+#[derive(Debug, Clone)]
+pub struct LogLine(Value);
+
+impl LogLine {
+    /// A field of the line; tracing's JSON puts fields under `fields`, a flat one has them on top.
+    pub fn field(&self, name: &str) -> Option<String> {
+        let value = self.0.get("fields").and_then(|f| f.get(name)).or_else(|| self.0.get(name))?;
+        Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
+    }
+
+    /// The message of the line.
+    pub fn message(&self) -> String {
+        self.field("message").unwrap_or_default()
+    }
+}
+
+impl Sandbox {
+    /// Starts the CA and both agents, and waits until all are ready.
+    ///
+    /// # Errors
+    /// One of them ended or was not ready in time; the error shows the end of its log.
+    pub fn start_mesh(&mut self, mesh: &MeshPlan) -> Result<()> {
+        self.start_ca(mesh)?;
+        for node in Node::ALL {
+            self.start_agent(mesh, node)?;
+        }
+        for node in Node::ALL {
+            self.wait_ready(node)?;
+        }
+        Ok(())
+    }
+
+    /// Starts the CA on node a and waits until it accepts connections.
+    ///
+    /// # Errors
+    /// It ended or was not ready in time.
+    pub fn start_ca(&mut self, mesh: &MeshPlan) -> Result<()> {
+        let place = self.service_place(Node::A, "culvert-ca")?;
+        let dir = self.dir().join("ca");
+        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        let mut ca = place.command(&mesh.binary)?;
+        ca.arg("ca")
+            .args(["--listen", &ca_address().to_string()])
+            .arg("--manifests")
+            .arg(self.manifests().path())
+            .arg("--ca-dir")
+            .arg(&dir)
+            .arg("--token-key")
+            .arg(self.signer().public_key())
+            .args(["--token-audience", AUDIENCE, "--token-issuer", ISSUER])
+            .args(["--trusted-node-accounts", &format!("{SYSTEM}/{AGENT_ACCOUNT}")])
+            .arg("--root-cert-out")
+            .arg(self.root_certificate());
+        if let Some(ttl) = &mesh.cert_ttl {
+            ca.args(["--cert-ttl", ttl]);
+        }
+        self.start("ca", ca)?;
+        command::wait_for("the CA accepts connections", READY_LIMIT, || {
+            self.expect_running("ca")?;
+            let open = place.inside(|| {
+                Ok(std::net::TcpStream::connect_timeout(&ca_address(), Duration::from_millis(200)).is_ok())
+            })?;
+            Ok((open && self.root_certificate().exists()).then_some(()))
+        })
+        .with_context(|| self.end_of_log("ca"))
+    }
+
+    /// Starts the agent of a node, as its own pod's process; [`Self::wait_ready`] waits for it.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn start_agent(&mut self, mesh: &MeshPlan, node: Node) -> Result<()> {
+        let place = self.agent_place(node)?;
+        let token = self.dir().join(format!("token-{}", node.letter()));
+        self.signer().sign_to(&self.agent_claims(node), &token)?;
+        let pins = self.pin_dir(node);
+        self.ledger.will_pin(&pins)?;
+        let mut agent = place.command(&mesh.binary)?;
+        agent
+            .arg("agent")
+            .args(["--node-name", node.name()])
+            .arg("--manifests")
+            .arg(self.manifests().path())
+            .arg("--cgroup-root")
+            .arg(self.node_cgroup(node))
+            .arg("--kubelet-cgroup")
+            .arg(self.kubelet_place(node)?.cgroup)
+            .arg("--pin-dir")
+            .arg(&pins)
+            .args(["--ca-address", &ca_address().to_string()])
+            .arg("--ca-root")
+            .arg(self.root_certificate())
+            .arg("--ca-token")
+            .arg(&token)
+            .args(["--log-format", "json"])
+            .args(&mesh.agent_arguments);
+        self.start(&agent_process(node), agent)
+    }
+
+    /// Waits until the agent of a node says that it is ready.
+    ///
+    /// # Errors
+    /// It ended or was not ready in time; the error shows the end of its log.
+    pub fn wait_ready(&mut self, node: Node) -> Result<()> {
+        let name = agent_process(node);
+        let to = SocketAddr::new(node.v4().into(), READINESS_PORT);
+        command::wait_for(&format!("the agent of {node} is ready"), READY_LIMIT, || {
+            self.expect_running(&name)?;
+            let got: HttpResult = self.call_on_node(
+                node,
+                &["http-get", "--to", &to.to_string(), "--path", "/healthz/ready", "--timeout-ms", "500"],
+            )?;
+            Ok((got.status == Some(200)).then_some(()))
+        })
+        .with_context(|| self.end_of_log(&name))
+    }
+
+    /// Sends a signal to the agent of a node; SIGKILL is waited for.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn signal_agent(&mut self, node: Node, signal: Signal) -> Result<()> {
+        self.signal(&agent_process(node), signal)
+    }
+
+    /// What the token of a node's agent says; change it to make one that must be refused.
+    pub fn agent_claims(&self, node: Node) -> Claims {
+        let name = manifests::agent_name(node);
+        let uid = |of: &str| self.plan.uid(of);
+        Claims {
+            issuer: ISSUER.to_owned(),
+            audience: AUDIENCE.to_owned(),
+            namespace: SYSTEM.to_owned(),
+            account: (AGENT_ACCOUNT.to_owned(), uid(&manifests::account_identity(SYSTEM, AGENT_ACCOUNT))),
+            pod: (name.clone(), uid(&manifests::pod_identity(SYSTEM, &name))),
+            node: (node.name().to_owned(), uid(&format!("node/{node}"))),
+            lifetime_s: 24 * 3600,
+        }
+    }
+
+    /// The lines that an agent has logged since `offset` (bytes), and the offset after them.
+    ///
+    /// # Errors
+    /// The log could not be read, or a line of it is not JSON.
+    pub fn agent_log(&self, node: Node, offset: u64) -> Result<(Vec<LogLine>, u64)> {
+        let path = self.log_path(&agent_process(node));
+        let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let start = usize::try_from(offset)?;
+        let new = text.get(start..).unwrap_or("");
+        // The last line may be only half written.
+        let whole = &new[..new.rfind('\n').map_or(0, |at| at + 1)];
+        let mut lines = Vec::new();
+        for line in whole.lines().filter(|l| l.starts_with('{')) {
+            let value = serde_json::from_str(line).with_context(|| format!("{}: {line}", path.display()))?;
+            lines.push(LogLine(value));
+        }
+        Ok((lines, u64::try_from(start + whole.len())?))
+    }
+
+    /// File of the CA's root certificate, PEM.
+    pub fn root_certificate(&self) -> PathBuf {
+        self.dir().join("root-cert.pem")
+    }
+
+    /// The directory in which a node's agent pins its maps and links.
+    pub fn pin_dir(&self, node: Node) -> PathBuf {
+        Path::new(BPFFS).join(format!("{}-{node}", self.plan.prefix()))
+    }
+}
+
+/// Where the BPF file system belongs.
+const BPFFS: &str = "/sys/fs/bpf";
+
+/// Mounts the BPF file system where every distribution's init does, if nobody has. It stays: other programs may by now
+/// have pinned things in it.
+pub(super) fn mount_bpffs() -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mounts").context("read /proc/self/mounts")?;
+    if mounts.lines().any(|l| l.split(' ').nth(1) == Some(BPFFS) && l.split(' ').nth(2) == Some("bpf")) {
+        return Ok(());
+    }
+    nix::mount::mount(Some("bpf"), BPFFS, Some("bpf"), nix::mount::MsFlags::empty(), None::<&str>)
+        .context("mount the BPF file system on /sys/fs/bpf")
+}
+
+/// Name of an agent's process in the sandbox.
+pub fn agent_process(node: Node) -> String {
+    format!("agent-{}", node.letter())
+}
+
+fn ca_address() -> SocketAddr {
+    SocketAddr::new(Node::A.v4().into(), CA_PORT)
+}
+
+impl Process {
+    /// Fails if the process has ended.
+    pub(super) fn check(&mut self) -> Result<()> {
+        match self.child.try_wait().context("ask for a process's end")? {
+            Some(status) => bail!("{} ended with {status}", self.record.what),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,547 @@
+//! Two nodes on one machine: namespaces, cgroups and processes as a kubelet and its runtime would leave them.
+//!
+//! ```text
+//!  pods ── cni0 ── node-a ═══ link0 ═══ node-b ── cni0 ── pods        each node, each pod: a network namespace
+//!  <cgroup2>/culvert-<instance>/node-a/kubepods.slice/…  node-b/kubepods/…    each container: a control group
+//!  /run/culvert-<instance>/   manifests/ (watched by agents and CA), logs/, tokens, state.json
+//! ```
+//!
+//! | file | its one job |
+//! |---|---|
+//! | `plan` | what a sandbox consists of; names and addresses derived from it |
+//! | `ledger` | what there is on the machine, and its removal |
+//! | `place` | start a program in a control group and a network namespace |
+//! | `cgroups`, `net` | a kubelet's layouts; links, addresses, kube-proxy's part |
+//! | `manifests`, `tokens` | what an API server would serve and sign |
+//! | `mesh` | the CA and the agents |
+//!
+//! Every name begins with `culvert-<instance>`, addresses live in namespaces only, so sandboxes do not disturb each other.
+//! A dropped sandbox takes everything away; one whose owner was killed is taken away by the next start ([`sweep`]).
+
+mod cgroups;
+mod ledger;
+mod manifests;
+mod mesh;
+mod net;
+mod place;
+mod plan;
+mod tokens;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::Signal;
+use serde::de::DeserializeOwned;
+
+pub use cgroups::mount as cgroup2_mount;
+pub use ledger::{Swept, sweep};
+pub use manifests::Folder;
+pub use mesh::{LogLine, MeshPlan, agent_process};
+pub use place::Place;
+pub use plan::{LinkPlan, Node, Plan, PodPlan, ServicePlan};
+pub use tokens::{AUDIENCE, Claims, ISSUER, Signer};
+
+use crate::capture::{self, Capture};
+use crate::command;
+use crate::interrupt;
+use crate::programs::{HttpResult, Probe, ProbeResult};
+use ledger::{Ledger, Recorded};
+use net::Translation;
+
+/// A pod that runs.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    /// What it was built from.
+    pub plan: PodPlan,
+    /// Its UID.
+    pub uid: String,
+    /// Its IPv4 address.
+    pub v4: Ipv4Addr,
+    /// Its IPv6 address.
+    pub v6: Ipv6Addr,
+    /// Its application container's control group, and its namespace.
+    pub place: Place,
+}
+
+impl Pod {
+    /// Its address of a family, and a port.
+    pub fn at(&self, family: Family, port: u16) -> SocketAddr {
+        match family {
+            Family::V4 => (self.v4, port).into(),
+            Family::V6 => (self.v6, port).into(),
+        }
+    }
+}
+
+/// IPv4 or IPv6.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+/// A process of the sandbox.
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    record: Recorded,
+}
+
+/// Two nodes with pods. Dropping it takes everything away.
+#[derive(Debug)]
+pub struct Sandbox {
+    plan: Plan,
+    ledger: Ledger,
+    root: PathBuf,
+    program: PathBuf,
+    nodes: [Place; 2],
+    pods: BTreeMap<String, Pod>,
+    processes: BTreeMap<String, Process>,
+    folder: Folder,
+    signer: Signer,
+    down: bool,
+}
+
+impl Sandbox {
+    /// Builds what `plan` says: afterwards every pod's programs run and its kubelet probes it, without a mesh.
+    ///
+    /// # Errors
+    /// Another owner has a sandbox of this name up; or a step failed, and what was built until then is gone again.
+    pub fn build(plan: Plan) -> Result<Self> {
+        plan.check()?;
+        let root = cgroups::mount()?.join(plan.prefix());
+        let program = built("culvert-pod")?;
+        let ledger = Ledger::take(&plan.instance)?;
+        let (folder, signer) = match prepare(&ledger) {
+            Ok(prepared) => prepared,
+            Err(error) => {
+                ledger.remove().context("take down the half-built sandbox")?;
+                return Err(error);
+            }
+        };
+        let nodes = Node::ALL.map(|node| Place {
+            cgroup: root.join(node.name()).join("init.scope"),
+            netns: format!("{}-{node}", plan.prefix()),
+        });
+        let mut sandbox = Self {
+            plan,
+            ledger,
+            root,
+            program,
+            nodes,
+            pods: BTreeMap::new(),
+            processes: BTreeMap::new(),
+            folder,
+            signer,
+            down: false,
+        };
+        // An error drops `sandbox`, which removes what it has built.
+        sandbox.raise()?;
+        Ok(sandbox)
+    }
+
+    fn raise(&mut self) -> Result<()> {
+        mesh::mount_bpffs()?;
+        self.ledger.will_make_cgroup(&self.root)?;
+        for place in self.nodes.clone() {
+            self.make_place(&place)?;
+        }
+        net::nodes(&self.nodes, self.plan.link)?;
+        for node in Node::ALL {
+            let mut pause = self.nodes[index(node)].command(&self.program)?;
+            pause.arg("pause");
+            self.start(&format!("init-{}", node.letter()), pause)?;
+        }
+        let plans = self.plan.pods.clone();
+        for (node, nth, plan) in Node::ALL.into_iter().flat_map(|node| {
+            plans.iter().filter(move |p| p.node == node).enumerate().map(move |(nth, p)| (node, nth, p))
+        }) {
+            interrupt::check()?;
+            self.raise_pod(node, plan::host(nth)?, plan)?;
+        }
+        self.translate_services()?;
+        manifests::write(&self.folder, &self.plan, &self.pods)?;
+        for pod in self.pods.clone().into_values() {
+            for program in &pod.plan.programs {
+                self.wait_listening(&pod, program)?;
+            }
+        }
+        for node in Node::ALL {
+            self.start_kubelet(node)?;
+        }
+        Ok(())
+    }
+
+    fn raise_pod(&mut self, node: Node, host: u8, plan: &PodPlan) -> Result<()> {
+        let key = plan.key();
+        let uid = self.plan.uid(&manifests::pod_identity(&plan.namespace, &plan.name));
+        let netns = format!("{}-{}", self.plan.prefix(), plan.name);
+        let node_root = self.node_cgroup(node);
+        let container = |name: &str| Place {
+            cgroup: cgroups::container(&node_root, node, &uid, &self.plan.container_id(&format!("{key}/{name}"))),
+            netns: netns.clone(),
+        };
+        let (pause, place) = (container("POD"), container("app"));
+        self.make_place(&pause)?;
+        cgroups::make(&place.cgroup)?;
+        let mut command = pause.command(&self.program)?;
+        command.arg("pause");
+        self.start(&format!("{key}/pause"), command)?;
+        net::pod(node, &self.nodes[index(node)], &place, host)?;
+        for (nth, arguments) in plan.programs.iter().enumerate() {
+            let mut command = place.command(&self.program)?;
+            command.args(arguments);
+            self.start(&format!("{key}/{nth}"), command)?;
+        }
+        let pod = Pod { plan: plan.clone(), uid, v4: node.pod_v4(host), v6: node.pod_v6(host), place };
+        self.pods.insert(key, pod);
+        Ok(())
+    }
+
+    /// Makes a namespace and a control group.
+    fn make_place(&self, place: &Place) -> Result<()> {
+        self.ledger.will_make_netns(&place.netns)?;
+        net::namespace(&place.netns)?;
+        cgroups::make(&place.cgroup)
+    }
+
+    fn translate_services(&self) -> Result<()> {
+        let mut translations = Vec::new();
+        for (index, service) in self.plan.services.iter().enumerate() {
+            let cluster = (self.plan.cluster_v4(index)?, self.plan.cluster_v6(index)?);
+            let pods = self.pods.values().filter(|p| p.plan.key() == service.key());
+            let endpoints: Vec<_> = pods.map(|p| (p.v4, p.v6)).collect();
+            translations.extend(service.ports.iter().map(|&(_, port, target)| Translation {
+                cluster,
+                port,
+                target,
+                endpoints: endpoints.clone(),
+            }));
+        }
+        self.nodes.iter().try_for_each(|place| net::services(place, &translations, self.plan.link))
+    }
+
+    fn wait_listening(&mut self, pod: &Pod, program: &[String]) -> Result<()> {
+        let ports: Vec<u16> = ports_of(program);
+        command::wait_for(&format!("{} listens on {ports:?}", pod.plan.key()), Duration::from_secs(10), || {
+            let open = pod.place.inside(|| {
+                let limit = Duration::from_millis(200);
+                Ok(ports
+                    .iter()
+                    .all(|&p| std::net::TcpStream::connect_timeout(&(Ipv4Addr::LOCALHOST, p).into(), limit).is_ok()))
+            })?;
+            Ok(open.then_some(()))
+        })
+    }
+
+    fn start_kubelet(&mut self, node: Node) -> Result<()> {
+        let place = self.kubelet_place(node)?;
+        let probes: Vec<Probe> = self
+            .pods
+            .values()
+            .filter(|p| p.plan.node == node)
+            .filter_map(|p| Some(Probe { pod: p.plan.key(), to: (p.v4, p.plan.probe?).into() }))
+            .collect();
+        if probes.is_empty() {
+            return Ok(());
+        }
+        let mut kubelet = place.command(&self.program)?;
+        kubelet.arg("kubelet").arg("--out").arg(self.probes_path(node));
+        for probe in probes {
+            kubelet.args(["--probe", &probe.to_string()]);
+        }
+        self.start(&format!("kubelet-{}", node.letter()), kubelet)
+    }
+
+    /// A pod by `namespace/name`.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn pod(&self, key: &str) -> Result<&Pod> {
+        self.pods.get(key).with_context(|| format!("the sandbox has no pod {key}"))
+    }
+
+    /// All pods, by `namespace/name`.
+    pub fn pods(&self) -> impl Iterator<Item = &Pod> {
+        self.pods.values()
+    }
+
+    /// A Service's cluster IP.
+    ///
+    /// # Errors
+    /// There is no such Service.
+    pub fn cluster_ip(&self, key: &str, family: Family) -> Result<IpAddr> {
+        let index = self.plan.services.iter().position(|s| s.key() == key);
+        let index = index.with_context(|| format!("the sandbox has no service {key}"))?;
+        Ok(match family {
+            Family::V4 => self.plan.cluster_v4(index)?.into(),
+            Family::V6 => self.plan.cluster_v6(index)?.into(),
+        })
+    }
+
+    /// Runs a client of `culvert-pod` inside a pod, as a process of its application container, and reads its result.
+    ///
+    /// # Errors
+    /// It could not be started, or printed no result.
+    pub fn call<T: DeserializeOwned>(&self, pod: &str, arguments: &[&str]) -> Result<T> {
+        self.call_at(&self.pod(pod)?.place, arguments)
+    }
+
+    /// Runs a client of `culvert-pod` on a node, outside every pod: an ordinary host process.
+    ///
+    /// # Errors
+    /// It could not be started, or printed no result.
+    pub fn call_on_node<T: DeserializeOwned>(&self, node: Node, arguments: &[&str]) -> Result<T> {
+        self.call_at(self.node_place(node), arguments)
+    }
+
+    /// Runs a client of `culvert-pod` in any place and reads its result.
+    ///
+    /// # Errors
+    /// It could not be started, or printed no result.
+    pub fn call_at<T: DeserializeOwned>(&self, place: &Place, arguments: &[&str]) -> Result<T> {
+        let mut client = place.command(&self.program)?;
+        client.args(arguments);
+        let shown = command::describe(&client);
+        let out = command::finish(&mut client, None)?;
+        serde_json::from_str(out.trim()).with_context(|| format!("the result of `{shown}`: {out}"))
+    }
+
+    /// One HTTP request from a pod.
+    ///
+    /// # Errors
+    /// The client could not be run; a refused connection is a result.
+    pub fn http(&self, from: &str, to: SocketAddr, marker: &str) -> Result<HttpResult> {
+        self.call(from, &["http-get", "--to", &to.to_string(), "--marker", marker])
+    }
+
+    /// Starts a program of `culvert-pod` inside a pod under a name of its own; it runs until the sandbox ends or
+    /// [`Self::stop`] names it. What it prints is in its log.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn start_in_pod(&mut self, name: &str, pod: &str, arguments: &[&str]) -> Result<()> {
+        let mut command = self.pod(pod)?.place.command(&self.program)?;
+        command.args(arguments);
+        self.start(name, command)
+    }
+
+    /// Starts a process of the sandbox; what it prints goes to its log.
+    ///
+    /// # Errors
+    /// It could not be started, or a process of that name runs.
+    pub fn start(&mut self, name: &str, mut command: Command) -> Result<()> {
+        if self.processes.get_mut(name).is_some_and(|p| p.check().is_ok()) {
+            bail!("{name} runs already");
+        }
+        let path = self.log_path(name);
+        let log = File::options().create(true).append(true).open(&path);
+        let log = log.with_context(|| format!("open {}", path.display()))?;
+        command.stdout(Stdio::from(log.try_clone()?)).stderr(Stdio::from(log));
+        let shown = command::describe(&command);
+        let child = command.spawn().with_context(|| format!("start `{shown}`"))?;
+        let record = Recorded::of(child.id(), name).with_context(|| self.end_of_log(name))?;
+        self.ledger.started(record.clone())?;
+        self.processes.insert(name.to_owned(), Process { child, record });
+        Ok(())
+    }
+
+    /// Ends a process and waits for its end.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn stop(&mut self, name: &str) -> Result<()> {
+        self.signal(name, Signal::SIGKILL)
+    }
+
+    /// Sends a signal to a process; the end after SIGKILL is waited for.
+    ///
+    /// # Errors
+    /// There is no process of that name, or it has ended.
+    pub fn signal(&mut self, name: &str, signal: Signal) -> Result<()> {
+        let process = self.processes.get_mut(name).with_context(|| format!("the sandbox runs no {name}"))?;
+        process.check()?;
+        process.record.signal(signal);
+        if signal == Signal::SIGKILL {
+            let status = process.child.wait().with_context(|| format!("wait for {name}"))?;
+            if status.signal() != Some(Signal::SIGKILL as i32) {
+                bail!("{name} ended with {status} before it was killed");
+            }
+            self.processes.remove(name);
+        }
+        Ok(())
+    }
+
+    /// Fails, with the end of its log, if a process has ended.
+    ///
+    /// # Errors
+    /// It has ended, or there is none of that name.
+    pub fn expect_running(&mut self, name: &str) -> Result<()> {
+        let process = self.processes.get_mut(name).with_context(|| format!("the sandbox runs no {name}"))?;
+        let checked = process.check();
+        checked.with_context(|| self.end_of_log(name))
+    }
+
+    /// Starts recording the link between the nodes.
+    ///
+    /// # Errors
+    /// The recording could not be started.
+    pub fn capture(&self) -> Result<Capture> {
+        Capture::start(self.node_place(Node::A), net::LINK, capture::DEFAULT_LIMIT)
+    }
+
+    /// The results of a node's probes so far, oldest first.
+    ///
+    /// # Errors
+    /// They could not be read.
+    pub fn probes(&self, node: Node) -> Result<Vec<ProbeResult>> {
+        let path = self.probes_path(node);
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.with_context(|| format!("read {}", path.display()))?,
+        };
+        let whole = &text[..text.rfind('\n').map_or(0, |at| at + 1)];
+        whole
+            .lines()
+            .map(|line| serde_json::from_str(line).with_context(|| format!("{}: {line}", path.display())))
+            .collect()
+    }
+
+    /// The watched folder.
+    pub fn manifests(&self) -> &Folder {
+        &self.folder
+    }
+
+    /// The key that signs service account tokens.
+    pub fn signer(&self) -> &Signer {
+        &self.signer
+    }
+
+    /// The sandbox's directory.
+    pub fn dir(&self) -> &Path {
+        self.ledger.dir()
+    }
+
+    /// The root of a node's control groups.
+    pub fn node_cgroup(&self, node: Node) -> PathBuf {
+        self.root.join(node.name())
+    }
+
+    /// The node itself: its network namespace, and a control group outside kubepods and the kubelet's.
+    pub fn node_place(&self, node: Node) -> &Place {
+        &self.nodes[index(node)]
+    }
+
+    /// The kubelet's place on a node.
+    ///
+    /// # Errors
+    /// Its control group could not be made.
+    pub fn kubelet_place(&self, node: Node) -> Result<Place> {
+        self.place_on_node(node, cgroups::kubelet(&self.node_cgroup(node), node))
+    }
+
+    /// The place of a node's agent: its own pod's control group, the node's network.
+    ///
+    /// # Errors
+    /// Its control group could not be made.
+    pub fn agent_place(&self, node: Node) -> Result<Place> {
+        let name = manifests::agent_name(node);
+        let uid = self.plan.uid(&manifests::pod_identity(manifests::SYSTEM, &name));
+        let id = self.plan.container_id(&format!("{name}/agent"));
+        self.place_on_node(node, cgroups::container(&self.node_cgroup(node), node, &uid, &id))
+    }
+
+    fn service_place(&self, node: Node, name: &str) -> Result<Place> {
+        self.place_on_node(node, cgroups::service(&self.node_cgroup(node), name))
+    }
+
+    fn place_on_node(&self, node: Node, cgroup: PathBuf) -> Result<Place> {
+        cgroups::make(&cgroup)?;
+        Ok(Place { cgroup, netns: self.nodes[index(node)].netns.clone() })
+    }
+
+    /// File of what a process printed.
+    pub fn log_path(&self, name: &str) -> PathBuf {
+        self.dir().join("logs").join(format!("{}.log", name.replace('/', "-")))
+    }
+
+    fn probes_path(&self, node: Node) -> PathBuf {
+        self.dir().join(format!("probes-{}.jsonl", node.letter()))
+    }
+
+    /// The last lines of a process's log, for an error.
+    pub(crate) fn end_of_log(&self, name: &str) -> String {
+        let text = fs::read_to_string(self.log_path(name)).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        let end = lines[lines.len().saturating_sub(12)..].join("\n    ");
+        format!("{name}; the end of its log:\n    {end}")
+    }
+
+    /// Takes everything away and says if that failed; dropping does the same and can only print.
+    ///
+    /// # Errors
+    /// Something could not be removed; the next start tries again.
+    pub fn take_down(mut self) -> Result<()> {
+        self.remove()
+    }
+
+    fn remove(&mut self) -> Result<()> {
+        self.down = true;
+        let result = self.ledger.remove();
+        for process in self.processes.values_mut() {
+            // The process has ended by now; this only takes note of it.
+            let _ = process.child.try_wait();
+        }
+        result
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        if !self.down
+            && let Err(error) = self.remove()
+        {
+            eprintln!("sandbox {}: {error:#}; the next start tries again", self.plan.instance);
+        }
+    }
+}
+
+fn prepare(ledger: &Ledger) -> Result<(Folder, Signer)> {
+    let logs = ledger.dir().join("logs");
+    fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
+    Ok((Folder::create(ledger.dir().join("manifests"))?, Signer::create(ledger.dir())?))
+}
+
+fn index(node: Node) -> usize {
+    match node {
+        Node::A => 0,
+        Node::B => 1,
+    }
+}
+
+fn ports_of(program: &[String]) -> Vec<u16> {
+    let is_server = program.first().is_some_and(|p| p.ends_with("-serve"));
+    program.iter().filter(|_| is_server).filter_map(|a| a.strip_prefix("--port=")?.parse().ok()).collect()
+}
+
+/// An executable of this workspace, beside or one above the running one (tests run in `deps/`).
+///
+/// # Errors
+/// It was not built.
+pub fn built(name: &str) -> Result<PathBuf> {
+    let me = std::env::current_exe().context("find this executable")?;
+    me.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("{name} is not beside {}: build it with `cargo build --workspace`", me.display()))
+}
