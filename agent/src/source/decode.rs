@@ -1,0 +1,395 @@
+//! One document of a manifest to the objects in it, or to what is wrong with them.
+
+use std::sync::{Arc, LazyLock};
+
+use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
+use serde::de::DeserializeOwned;
+use serde_json::Value as Json;
+
+use crate::model::{EndpointSlice, MeshConfig, Namespace, Node, ObjectRef, PeerAuthentication, Pod, Service};
+
+use super::{
+    convert::{self, Wrong},
+    crd,
+    kinds::Kind,
+    mesh,
+    schema::{Schema, belongs_in},
+    yaml::{self, Document, Fault, Value, join},
+};
+
+/// What identifies an object: kind (with its group), namespace (empty for kinds without), name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Key {
+    pub(super) kind: Kind,
+    pub(super) object: ObjectRef,
+}
+
+impl std::fmt::Display for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.object.namespace.is_empty() {
+            true => write!(f, "{} {}", self.kind.name(), self.object.name),
+            false => write!(f, "{} {}", self.kind.name(), self.object),
+        }
+    }
+}
+
+/// An object that is fit to be applied.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Object {
+    Pod(Arc<Pod>),
+    Namespace(Arc<Namespace>),
+    Node(Arc<Node>),
+    Service(Arc<Service>),
+    EndpointSlice(Arc<EndpointSlice>),
+    PeerAuthentication(Arc<PeerAuthentication>),
+    Mesh(Arc<MeshConfig>),
+    /// Of no effect.
+    Inert,
+}
+
+/// What came of one object of a document.
+#[derive(Debug)]
+pub(super) struct Decoded {
+    /// `None` if it cannot be told which object it is.
+    pub(super) key: Option<Key>,
+    /// Line it starts in.
+    pub(super) line: usize,
+    pub(super) result: Result<Object, Invalid>,
+    /// What is accepted but has no effect.
+    pub(super) notices: Vec<String>,
+}
+
+/// An object that is not to be applied.
+#[derive(Debug)]
+pub(super) struct Invalid {
+    /// At least one; with line and path.
+    pub(super) faults: Vec<Fault>,
+    /// What to apply where there was no valid object before ([C.7]).
+    pub(super) restricting: Option<Object>,
+}
+
+/// Decodes a document: no object if it is empty, several if it is a `List`.
+///
+/// `mesh_config` names the ConfigMap that is the mesh configuration.
+pub(super) fn document(document: &Document, mesh_config: &ObjectRef) -> Vec<Decoded> {
+    let root = &document.root;
+    let api_version = root.get("apiVersion").and_then(yaml::Node::as_str);
+    if root.value == Value::Null && document.faults.is_empty() {
+        return Vec::new();
+    }
+    if (api_version, root.get("kind").and_then(yaml::Node::as_str)) != (Some("v1"), Some("List")) {
+        return vec![object(root, "", &document.faults, mesh_config)];
+    }
+    let mut decoded = Vec::new();
+    let (mut own, mut of_items) = (Vec::new(), Vec::new());
+    for fault in &document.faults {
+        if fault.path.starts_with("items[") { of_items.push(fault.clone()) } else { own.push(fault.clone()) }
+    }
+    if let Value::Map(entries) = &root.value {
+        let unknown = entries.iter().filter(|(k, _)| !["apiVersion", "kind", "metadata", "items"].contains(&&*k.name));
+        own.extend(unknown.map(|(key, _)| Fault {
+            line: key.line,
+            path: key.name.clone(),
+            what: "unknown field; known here: apiVersion, items, kind, metadata".to_owned(),
+        }));
+    }
+    match root.get("items").map(|items| (items, &items.value)) {
+        Some((_, Value::List(items))) => {
+            for (index, item) in items.iter().enumerate() {
+                let prefix = format!("items[{index}]");
+                let faults: Vec<_> =
+                    of_items.iter().filter(|f| f.path.starts_with(&format!("{prefix}."))).cloned().collect();
+                decoded.push(object(item, &prefix, &faults, mesh_config));
+            }
+        }
+        None | Some((_, Value::Null)) => {}
+        Some((node, _)) => own.push(Fault {
+            line: node.line,
+            path: "items".to_owned(),
+            what: format!("must be a list, not {}", node.kind()),
+        }),
+    }
+    if !own.is_empty() {
+        decoded.push(Decoded::invalid(None, root.line, own));
+    }
+    decoded
+}
+
+impl Decoded {
+    fn invalid(key: Option<Key>, line: usize, faults: Vec<Fault>) -> Self {
+        Self { key, line, result: Err(Invalid { faults, restricting: None }), notices: Vec::new() }
+    }
+}
+
+/// `prefix` is the path of the object in its document, and `faults` what reading the YAML found in it.
+fn object(root: &yaml::Node, prefix: &str, faults: &[Fault], mesh_config: &ObjectRef) -> Decoded {
+    let mut faults = faults.to_vec();
+    // A key that is given twice makes everything below it doubtful.
+    let doubtful = |path: &str| faults.iter().any(|fault| fault.path == join_path(prefix, path));
+    let identified =
+        !["apiVersion", "kind", "metadata", "metadata.name", "metadata.namespace"].map(doubtful).contains(&true);
+    let at = |path: &str, what: String, line: usize| Fault { line, path: join_path(prefix, path), what };
+    if !matches!(root.value, Value::Map(_)) {
+        faults.push(at("", format!("an object must be a mapping, not {}", root.kind()), root.line));
+        return Decoded::invalid(None, root.line, faults);
+    }
+    let text = |name: &str| root.get(name).and_then(|node| Some((node.as_str()?, node.line)));
+    let (Some((api_version, version_line)), Some((kind, kind_line))) = (text("apiVersion"), text("kind")) else {
+        let missing = if text("apiVersion").is_none() { "apiVersion" } else { "kind" };
+        faults.push(at(
+            missing,
+            "is missing, or not text; every object says its apiVersion and kind".into(),
+            root.line,
+        ));
+        return Decoded::invalid(None, root.line, faults);
+    };
+    let kind = match Kind::find(api_version, kind) {
+        Ok(kind) => kind,
+        Err(error) => {
+            let line = if error.field == "kind" { kind_line } else { version_line };
+            faults.push(at(error.field, error.what, line));
+            let key = error.kind.filter(|_| identified).and_then(|kind| identity(root, kind).ok());
+            return Decoded::invalid(key, root.line, faults);
+        }
+    };
+    let (json, schema_faults) = schema(kind).check(root);
+    faults.extend(schema_faults.into_iter().map(|fault| Fault { path: join_path(prefix, &fault.path), ..fault }));
+    let key = match identity(root, kind) {
+        Ok(key) => key,
+        Err(Fault { line, path, what }) => {
+            let path = join_path(prefix, &path);
+            // A missing or misplaced metadata is one problem, not two.
+            let metadata = join_path(prefix, "metadata");
+            let said = |fault: &Fault| {
+                fault.path == path || fault.path == metadata || fault.what.contains(&belongs_in("metadata"))
+            };
+            if !faults.iter().any(said) {
+                faults.push(Fault { line, path, what });
+            }
+            return Decoded::invalid(None, root.line, faults);
+        }
+    };
+    let mut notices = Vec::new();
+    if !faults.is_empty() && kind != Kind::PeerAuthentication {
+        // What the types would say of the rest is not worth a second line.
+        return Decoded::invalid(Some(key).filter(|_| identified), root.line, faults);
+    }
+    let typed = match typed(kind, &key, json, mesh_config, &mut notices) {
+        Ok(object) if faults.is_empty() => {
+            return Decoded { key: Some(key), line: root.line, result: Ok(object), notices };
+        }
+        typed => typed,
+    };
+    let schema_says = faults.len();
+    let (mut restricting, wrong) = match typed {
+        Ok(object) => (Some(object), Vec::new()),
+        Err(refused) => (refused.restricting, refused.wrong),
+    };
+    for wrong in wrong {
+        let line = line_of(root, &wrong.path);
+        let path = join_path(prefix, &wrong.path);
+        // The schema has said it already.
+        if !faults[..schema_says].iter().any(|fault| fault.path.starts_with(&path)) {
+            faults.push(Fault { line, path, what: wrong.what });
+        }
+    }
+    if schema_says > 0 {
+        restricting = restricting.and_then(|object| restricting_part(object, &faults, prefix));
+    }
+    let key = Some(key).filter(|_| identified);
+    Decoded { key, line: root.line, result: Err(Invalid { faults, restricting }), notices: Vec::new() }
+}
+
+/// [C.7], [C.8]: of a PeerAuthentication whose faults are all about modes, what can only restrict; `object` is without
+/// the fields that are wrong.
+fn restricting_part(object: Object, faults: &[Fault], prefix: &str) -> Option<Object> {
+    let Object::PeerAuthentication(policy) = object else { return None };
+    let below = |fault: &Fault, path: &str| {
+        fault.path.strip_prefix(&join_path(prefix, path)).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    };
+    if !faults.iter().all(|fault| below(fault, "spec.mtls") || below(fault, "spec.portLevelMtls")) {
+        return None;
+    }
+    // §5.5: portLevelMtls inside mtls is a field that does not exist; the mode beside it is as good as any.
+    if faults.iter().all(|fault| below(fault, "spec.mtls.portLevelMtls")) {
+        let mut policy = (*policy).clone();
+        policy.port_modes.retain(|_, mode| *mode == crate::model::MtlsMode::Strict);
+        return Some(Object::PeerAuthentication(Arc::new(policy)));
+    }
+    convert::restricting((*policy).clone()).map(|policy| Object::PeerAuthentication(Arc::new(policy)))
+}
+
+/// What the types, or the rules between fields, refuse.
+struct Refused {
+    wrong: Vec<Wrong>,
+    restricting: Option<Object>,
+}
+
+impl From<Vec<Wrong>> for Refused {
+    fn from(wrong: Vec<Wrong>) -> Self {
+        Self { wrong, restricting: None }
+    }
+}
+
+fn typed(
+    kind: Kind,
+    key: &Key,
+    mut json: Json,
+    mesh_config: &ObjectRef,
+    notices: &mut Vec<String>,
+) -> Result<Object, Refused> {
+    Ok(match kind {
+        Kind::Pod => Object::Pod(Arc::new(convert::pod(&parse(json)?)?)),
+        Kind::Namespace => Object::Namespace(Arc::new(convert::namespace(&parse(json)?))),
+        Kind::Node => Object::Node(Arc::new(convert::node(&parse(json)?))),
+        Kind::Service => Object::Service(Arc::new(convert::service(&parse(json)?)?)),
+        Kind::EndpointSlice => match convert::endpoint_slice(&parse::<discovery::EndpointSlice>(json)?)? {
+            Some(slice) => Object::EndpointSlice(Arc::new(slice)),
+            None => {
+                notices.push(format!("{key} has no effect: it lacks the label kubernetes.io/service-name"));
+                Object::Inert
+            }
+        },
+        Kind::ServiceAccount => {
+            parse::<core::ServiceAccount>(json)?;
+            Object::Inert
+        }
+        Kind::ConfigMap => {
+            let map: core::ConfigMap = parse(json)?;
+            match map.data.as_ref().and_then(|data| data.get("mesh")) {
+                Some(text) if key.object == *mesh_config => {
+                    let (mesh, unread) = mesh::parse(text)?;
+                    if !unread.is_empty() {
+                        notices.push(format!("{key}: not read by this version: {}", unread.join(", ")));
+                    }
+                    Object::Mesh(Arc::new(mesh))
+                }
+                None if key.object == *mesh_config => {
+                    let what = "is missing; write the mesh configuration there, or remove the ConfigMap";
+                    return Err(vec![Wrong::new("data.mesh", what)].into());
+                }
+                Some(_) | None => Object::Inert,
+            }
+        }
+        Kind::PeerAuthentication => {
+            if let Some(object) = json.as_object_mut() {
+                object.entry("spec").or_insert_with(|| Json::Object(serde_json::Map::new()));
+            }
+            match convert::peer_authentication(&parse(json)?) {
+                Ok(policy) => Object::PeerAuthentication(Arc::new(policy)),
+                Err(rejected) => {
+                    let restricting = rejected.restricting.map(Object::PeerAuthentication);
+                    return Err(Refused { wrong: rejected.wrong, restricting });
+                }
+            }
+        }
+        Kind::NotEnforced(_) => {
+            notices.push(format!("{key} is accepted, but not enforced by this version"));
+            Object::Inert
+        }
+    })
+}
+
+fn parse<T: DeserializeOwned>(json: Json) -> Result<T, Vec<Wrong>> {
+    // The schema has checked names and types; what is left is text with a form of its own, such as a time.
+    serde_json::from_value(json).map_err(|error| vec![Wrong::new("", format!("cannot be read: {error}"))])
+}
+
+/// Which object this is. The fault has the path within the object.
+fn identity(root: &yaml::Node, kind: Kind) -> Result<Key, Fault> {
+    let metadata = root.get("metadata");
+    let line = metadata.map_or(root.line, |node| node.line);
+    let fault = |path: &str, what: String| Fault { line, path: path.to_owned(), what };
+    let text = |name: &str| {
+        let node = metadata.and_then(|metadata| metadata.get(name)).filter(|node| node.value != Value::Null);
+        node.map(|node| {
+            node.as_str()
+                .ok_or_else(|| fault(&join("metadata", name), format!("must be a string, not {}", node.kind())))
+        })
+        .transpose()
+    };
+    let name = text("name")?.filter(|name| !name.is_empty());
+    let name = name.ok_or_else(|| {
+        fault("metadata.name", "is missing; give the object a name, indented below metadata".to_owned())
+    })?;
+    if !is_name(name) {
+        let what = format!("{name:?} is not a name; use lower-case letters, digits, '-' and '.', 253 at most");
+        return Err(fault("metadata.name", what));
+    }
+    let namespace = text("namespace")?.filter(|namespace| !namespace.is_empty());
+    let namespace = match (kind.is_namespaced(), namespace) {
+        (true, namespace) => namespace.unwrap_or("default"),
+        (false, None) => "",
+        (false, Some(_)) => {
+            let what = format!("a {} has no namespace; remove it", kind.name());
+            return Err(fault("metadata.namespace", what));
+        }
+    };
+    if !namespace.is_empty() && (!is_name(namespace) || namespace.contains('.') || namespace.len() > 63) {
+        let what = format!("{namespace:?} is not a namespace; use lower-case letters, digits and '-', 63 at most");
+        return Err(fault("metadata.namespace", what));
+    }
+    Ok(Key { kind, object: ObjectRef::new(namespace, name) })
+}
+
+/// RFC 1123 subdomain, as the API server demands it of names.
+fn is_name(text: &str) -> bool {
+    text.len() <= 253
+        && text.split('.').all(|label| {
+            let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            !label.is_empty() && label.chars().all(inner) && !label.starts_with('-') && !label.ends_with('-')
+        })
+}
+
+/// Line of the innermost value on a path that exists.
+fn line_of(root: &yaml::Node, path: &str) -> usize {
+    let mut node = root;
+    for step in path.split(['.', '[']) {
+        let step = step.trim_end_matches(']').trim_matches('"');
+        let next = match (&node.value, step.parse::<usize>()) {
+            (Value::List(items), Ok(index)) => items.get(index),
+            _ => node.get(step),
+        };
+        match next {
+            Some(next) => node = next,
+            None => break,
+        }
+    }
+    node.line
+}
+
+fn join_path(prefix: &str, path: &str) -> String {
+    match (prefix.is_empty(), path.is_empty()) {
+        (true, _) => path.to_owned(),
+        (false, true) => prefix.to_owned(),
+        (false, false) => format!("{prefix}.{path}"),
+    }
+}
+
+fn schema(kind: Kind) -> &'static Schema {
+    macro_rules! of {
+        ($type:ty) => {{
+            static SCHEMA: LazyLock<Schema> = LazyLock::new(Schema::of::<$type>);
+            &SCHEMA
+        }};
+    }
+    match kind {
+        Kind::Pod => of!(core::Pod),
+        Kind::Namespace => of!(core::Namespace),
+        Kind::Node => of!(core::Node),
+        Kind::Service => of!(core::Service),
+        Kind::EndpointSlice => of!(discovery::EndpointSlice),
+        Kind::ServiceAccount => of!(core::ServiceAccount),
+        Kind::ConfigMap => of!(core::ConfigMap),
+        Kind::PeerAuthentication => {
+            static SCHEMA: LazyLock<Schema> =
+                LazyLock::new(|| Schema::of::<crd::Document<crd::PeerAuthenticationSpec>>().with_free_field("status"));
+            &SCHEMA
+        }
+        Kind::NotEnforced(_) => {
+            static SCHEMA: LazyLock<Schema> =
+                LazyLock::new(|| Schema::of::<crd::Document<crd::Anything>>().with_free_field("status"));
+            &SCHEMA
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! A watched folder of manifests ([C.11]): what of it to read, and when. What the texts mean is for `folder`.
+//!
+//! A file is read when a writer has closed it, or when it was renamed into the folder, so that half a file is never
+//! taken for a whole one. A folder laid out as the kubelet lays out ConfigMap volumes (files that lead through the
+//! symbolic link `..data`) is read again as a whole when that link is swapped. Files whose name begins with a dot, or
+//! does not end in `.yaml`, `.yml` or `.json`, and folders inside the folder are not read.
+//!
+//! If the folder itself goes away, the last state stays ([D.3]) until it is there again.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::Context;
+use futures_util::StreamExt;
+use inotify::{EventMask, EventStream, Inotify, WatchDescriptor, WatchMask};
+use tokio::{sync::watch, time::Instant};
+use tracing::{info, warn};
+
+use super::{
+    Problem, View,
+    folder::{Content, Folder},
+};
+
+/// Largest file that is read, in bytes: some ten thousand pods.
+const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// Quiet after an event before anything is read: one `kubectl`-like save, or one copy of many files, is one view.
+const DEBOUNCE: Duration = Duration::from_millis(50);
+
+/// Longest time that events in a row put off reading.
+const MAX_DELAY: Duration = Duration::from_millis(500);
+
+/// How often a folder that went away is looked for.
+const MISSING_POLL: Duration = Duration::from_millis(250);
+
+/// What to watch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The folder.
+    pub path: PathBuf,
+    /// Namespace of ConfigMap `istio`, the mesh configuration; `istio-system` where not set otherwise.
+    pub system_namespace: String,
+}
+
+/// Reads the folder once and returns what it holds; the future keeps the receiver up to date for as long as it is
+/// polled, and ends when every receiver is gone.
+///
+/// The first view is the whole folder ([D.2]). Blocks for as long as reading it takes.
+///
+/// # Errors
+/// If the folder is not there, is not a folder, cannot be read or cannot be watched. The future fails only if inotify
+/// itself does.
+pub fn watch(
+    config: Config,
+) -> anyhow::Result<(watch::Receiver<std::sync::Arc<View>>, impl Future<Output = anyhow::Result<()>> + Send + use<>)> {
+    let inotify = Inotify::init().context("inotify_init for the manifests folder (fs.inotify.max_user_instances?)")?;
+    let mut watcher = Watcher {
+        folder: Folder::new(&config.system_namespace),
+        stamps: BTreeMap::new(),
+        logged: BTreeSet::new(),
+        path: config.path,
+    };
+    let path = watcher.path.clone();
+    // Watched before it is read, so that nothing falls between.
+    let descriptor = add(&mut inotify.watches(), &path)?;
+    let found = watcher.all().with_context(|| format!("read the manifests folder {}", path.display()))?;
+    let view = watcher.update(found);
+    let (sender, receiver) = watch::channel(std::sync::Arc::new(view));
+    let stream = inotify.into_event_stream(vec![0; 64 << 10]).context("poll inotify")?;
+    Ok((receiver, watcher.run(stream, Some(descriptor), sender)))
+}
+
+fn add(watches: &mut inotify::Watches, path: &Path) -> anyhow::Result<WatchDescriptor> {
+    let mask = WatchMask::CLOSE_WRITE
+        | WatchMask::MOVED_TO
+        | WatchMask::MOVED_FROM
+        | WatchMask::CREATE
+        | WatchMask::DELETE
+        | WatchMask::ATTRIB
+        | WatchMask::DELETE_SELF
+        | WatchMask::MOVE_SELF
+        | WatchMask::ONLYDIR;
+    watches
+        .add(path, mask)
+        .with_context(|| format!("watch the manifests folder {}; create it, or name another one", path.display()))
+}
+
+/// Which file, and which version of it: enough to notice that it was written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    changed: (i64, i64),
+}
+
+struct Watcher {
+    path: PathBuf,
+    folder: Folder,
+    /// Of the files that were read, or could not be.
+    stamps: BTreeMap<String, Stamp>,
+    logged: BTreeSet<String>,
+}
+
+/// What the events since the last reading ask for.
+#[derive(Default)]
+struct Wanted {
+    files: BTreeSet<String>,
+    /// Look at all files, and read those that changed.
+    everything: bool,
+    /// The folder itself may be another one, or none.
+    folder: bool,
+}
+
+impl Wanted {
+    fn is_empty(&self) -> bool {
+        self.files.is_empty() && !self.everything && !self.folder
+    }
+}
+
+impl Watcher {
+    async fn run(
+        mut self,
+        mut stream: EventStream<Vec<u8>>,
+        mut descriptor: Option<WatchDescriptor>,
+        sender: watch::Sender<std::sync::Arc<View>>,
+    ) -> anyhow::Result<()> {
+        let mut wanted = Wanted::default();
+        // When the first event that waits came, and when the last one did.
+        let mut since: Option<(Instant, Instant)> = None;
+        loop {
+            let due = match (since, &descriptor) {
+                (Some((first, last)), _) => Some((last + DEBOUNCE).min(first + MAX_DELAY)),
+                (None, None) => Some(Instant::now() + MISSING_POLL),
+                (None, Some(_)) => None,
+            };
+            let timer = async {
+                match due {
+                    Some(due) => tokio::time::sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = sender.closed() => return Ok(()),
+                event = stream.next() => {
+                    let event = event.context("inotify ended")?.context("read inotify")?;
+                    if self.note(&event, descriptor.as_ref(), &mut wanted) {
+                        let now = Instant::now();
+                        since = Some((since.map_or(now, |(first, _)| first), now));
+                    }
+                    continue;
+                }
+                () = timer => {}
+            }
+            since = None;
+            if wanted.folder || descriptor.is_none() {
+                if let Some(old) = descriptor.take() {
+                    // It may be gone already, and its watch with it.
+                    let _ = stream.watches().remove(old);
+                }
+                let missing = !wanted.folder;
+                descriptor = add(&mut stream.watches(), &self.path).ok();
+                wanted.everything = true;
+                if missing && descriptor.is_some() {
+                    // It is back: whoever made it gets the time to fill it.
+                    wanted.folder = true;
+                    since = Some((Instant::now(), Instant::now()));
+                    continue;
+                }
+            }
+            if descriptor.is_none() && !std::mem::take(&mut wanted.folder) {
+                continue;
+            }
+            let asked = std::mem::take(&mut wanted);
+            // Reading and decoding may take long; the runtime's thread has other work.
+            let (watcher, view) = tokio::task::spawn_blocking(move || {
+                let mut watcher = self;
+                let view = watcher.look(&asked);
+                (watcher, view)
+            })
+            .await
+            .context("read the manifests folder")?;
+            self = watcher;
+            sender.send_if_modified(|current| {
+                let changed = **current != view;
+                if changed {
+                    *current = std::sync::Arc::new(view);
+                }
+                changed
+            });
+        }
+    }
+
+    /// Whether the event asks for anything.
+    fn note(
+        &self,
+        event: &inotify::Event<std::ffi::OsString>,
+        descriptor: Option<&WatchDescriptor>,
+        wanted: &mut Wanted,
+    ) -> bool {
+        let mask = event.mask;
+        if mask.contains(EventMask::Q_OVERFLOW) {
+            warn!("inotify's queue overflowed; reading the manifests folder again");
+            wanted.everything = true;
+            return true;
+        }
+        if descriptor != Some(&event.wd) {
+            // Left over from a watch that was removed.
+            return false;
+        }
+        if mask.intersects(EventMask::DELETE_SELF | EventMask::MOVE_SELF | EventMask::IGNORED | EventMask::UNMOUNT) {
+            wanted.folder = true;
+            return true;
+        }
+        let Some(name) = event.name.as_deref() else { return false };
+        if name == "..data" {
+            wanted.everything = true;
+            return true;
+        }
+        let Some(name) = manifest_name(name) else { return false };
+        let path = self.path.join(&name);
+        let relevant = if mask.contains(EventMask::CREATE) {
+            // A regular file is read when its writer closes it; a link has no writer.
+            fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink() || meta.is_file() && meta.nlink() > 1)
+        } else if mask.contains(EventMask::ATTRIB) {
+            // Permissions may have made it readable. The content of a file being written is not looked at.
+            !self.stamps.contains_key(&name) && fs::File::open(&path).is_ok() && self.folder.names().any(|n| *n == name)
+        } else {
+            true
+        };
+        if relevant {
+            wanted.files.insert(name);
+        }
+        relevant
+    }
+
+    fn look(&mut self, wanted: &Wanted) -> View {
+        if wanted.is_empty() {
+            return self.update(Vec::new());
+        }
+        let found = if wanted.everything || wanted.folder {
+            self.all()
+        } else if self.path.is_dir() {
+            let found = wanted.files.iter().map(|name| (name.clone(), self.read(name)));
+            Ok(found.collect())
+        } else {
+            Err(io::Error::from(io::ErrorKind::NotFound))
+        };
+        match found {
+            Ok(found) => self.update(found),
+            Err(error) => {
+                let mut view = self.update(Vec::new());
+                let message =
+                    format!("cannot be read: {error}; create it again (the objects that it gave before stay in force)");
+                let file = self.path.display().to_string();
+                let problem = Problem { file, document: None, line: None, object: None, message };
+                self.log(&problem.to_string());
+                view.problems.push(problem);
+                view
+            }
+        }
+    }
+
+    /// Every file that changed since it was last read, or is gone.
+    fn all(&mut self) -> io::Result<Vec<(String, Content)>> {
+        let mut present = BTreeSet::new();
+        for entry in fs::read_dir(&self.path)? {
+            if let Some(name) = manifest_name(&entry?.file_name()) {
+                present.insert(name);
+            }
+        }
+        let names: BTreeSet<String> = present.iter().chain(self.folder.names()).cloned().collect();
+        let mut found = Vec::new();
+        for name in names {
+            let stamp = fs::metadata(self.path.join(&name)).ok().map(|meta| stamp(&meta));
+            if stamp.is_none() || stamp != self.stamps.get(&name).copied() {
+                let content = self.read(&name);
+                found.push((name, content));
+            }
+        }
+        Ok(found)
+    }
+
+    fn read(&mut self, name: &str) -> Content {
+        self.stamps.remove(name);
+        match read_bounded(&self.path.join(name)) {
+            Ok(Some((text, stamp))) => {
+                self.stamps.insert(name.to_owned(), stamp);
+                Content::Text(text)
+            }
+            Ok(None) => Content::Gone,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Content::Gone,
+            Err(error) => Content::Unreadable(format!("cannot be read: {error}")),
+        }
+    }
+
+    /// The folder with this news; says what is new.
+    fn update(&mut self, found: Vec<(String, Content)>) -> View {
+        let files = found.len();
+        let view = self.folder.update(found);
+        let lines: Vec<String> = view.problems.iter().map(ToString::to_string).collect();
+        let notices = view.notices.iter().map(|notice| format!("manifests: {notice}"));
+        let lines: BTreeSet<String> = lines.into_iter().chain(notices).collect();
+        // A problem that was mended and comes again is news again.
+        self.logged.retain(|line| lines.contains(line));
+        lines.iter().for_each(|line| self.log(line));
+        if files > 0 {
+            let cluster = &view.cluster;
+            info!(
+                files,
+                pods = cluster.pods.len(),
+                services = cluster.services.len(),
+                peer_authentications = cluster.peer_authentications.len(),
+                problems = view.problems.len(),
+                "manifests read"
+            );
+        }
+        view
+    }
+
+    fn log(&mut self, line: &str) {
+        if self.logged.insert(line.to_owned()) {
+            warn!("{line}");
+        }
+    }
+}
+
+/// The name, if it is one of a manifest.
+fn manifest_name(name: &OsStr) -> Option<String> {
+    let name = name.to_str()?;
+    let manifest = !name.starts_with('.') && [".yaml", ".yml", ".json"].iter().any(|end| name.ends_with(end));
+    manifest.then(|| name.to_owned())
+}
+
+fn stamp(meta: &fs::Metadata) -> Stamp {
+    Stamp { device: meta.dev(), inode: meta.ino(), size: meta.size(), changed: (meta.ctime(), meta.ctime_nsec()) }
+}
+
+/// `None` for what is not a file.
+fn read_bounded(path: &Path) -> io::Result<Option<(String, Stamp)>> {
+    // Looked at before it is opened: opening a FIFO would wait for a writer.
+    if !fs::metadata(path)?.is_file() {
+        return Ok(None);
+    }
+    let file = fs::File::open(path)?;
+    let meta = file.metadata()?;
+    let too_large = || io::Error::other(format!("larger than {} MiB; split it", MAX_FILE_BYTES >> 20));
+    if meta.size() > MAX_FILE_BYTES {
+        return Err(too_large());
+    }
+    let mut text = Vec::with_capacity(usize::try_from(meta.size()).unwrap_or(0) + 1);
+    io::Read::read_to_end(&mut io::Read::take(file, MAX_FILE_BYTES + 1), &mut text)?;
+    if text.len() as u64 > MAX_FILE_BYTES {
+        return Err(too_large());
+    }
+    let text = String::from_utf8(text).map_err(|error| {
+        let line = 1 + error.as_bytes()[..error.utf8_error().valid_up_to()].iter().filter(|b| **b == b'\n').count();
+        io::Error::new(io::ErrorKind::InvalidData, format!("line {line} is not UTF-8 text"))
+    })?;
+    Ok(Some((text, stamp(&meta))))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,66 @@
+//! Where the cluster's objects come from: whole views of it, one after the other, on a watch channel.
+//!
+//! [`mod@file`] reads a watched folder of manifests. Nothing after this module can tell which source it was; what the
+//! objects add up to is for `policy`.
+
+use std::{fmt, sync::Arc};
+
+use crate::model::Cluster;
+
+mod convert;
+mod crd;
+mod decode;
+pub mod file;
+mod folder;
+mod kinds;
+mod mesh;
+mod schema;
+mod yaml;
+
+pub use crd::{MutualTls, MutualTlsMode, PeerAuthentication, PeerAuthenticationSpec, WorkloadSelector};
+pub use kinds::Kind;
+
+/// Everything that a source knows at one moment.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct View {
+    /// The objects that are in force.
+    pub cluster: Arc<Cluster>,
+    /// What is wrong with what the users wrote, sorted by place.
+    pub problems: Vec<Problem>,
+    /// What is accepted, but without effect in this version; one line each.
+    pub notices: Vec<String>,
+}
+
+/// Something that a user wrote wrong, and the remedy.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Problem {
+    /// Name of the file, within the folder.
+    pub file: String,
+    /// Which document of the file, from 1; `None` if the file as a whole is meant.
+    pub document: Option<usize>,
+    /// Line of the file, from 1.
+    pub line: Option<usize>,
+    /// Kind, namespace and name, where they are known.
+    pub object: Option<String>,
+    /// Field path, what is wrong with it, the remedy, and what is in force meanwhile.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.file)?;
+        if let Some(document) = self.document {
+            write!(f, " document {document}")?;
+        }
+        if let Some(line) = self.line {
+            write!(f, " (line {line})")?;
+        }
+        if let Some(object) = &self.object {
+            write!(f, ": {object}")?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+#[cfg(test)]
+mod tests;
