@@ -413,9 +413,11 @@ pub struct Events {
     ring: RingBuf<MapData>,
 }
 
-impl Events {
-    /// Next event, if there is one.
-    pub fn next(&mut self) -> Option<Event> {
+impl Iterator for Events {
+    type Item = Event;
+
+    /// Next event, if there is one now.
+    fn next(&mut self) -> Option<Event> {
         loop {
             let item = self.ring.next()?;
             if item.len() >= size_of::<Event>() {

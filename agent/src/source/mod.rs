@@ -1,6 +1,6 @@
 //! Where the cluster's objects come from: whole views of it, one after the other, on a watch channel.
 //!
-//! [`file`] reads a watched folder of manifests. Nothing after this module can tell which source it was; what the
+//! [`mod@file`] reads a watched folder of manifests. Nothing after this module can tell which source it was; what the
 //! objects add up to is for `policy`.
 
 use std::{fmt, sync::Arc};
