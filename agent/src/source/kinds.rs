@@ -21,7 +21,7 @@ pub enum Kind {
     ConfigMap,
     /// Enforced.
     PeerAuthentication,
-    /// A kind of Istio or of the Gateway API that this version does not enforce: index into [`NOT_ENFORCED`].
+    /// A kind of Istio or of the Gateway API that this version does not enforce, by its place in this module's table.
     NotEnforced(u8),
 }
 
