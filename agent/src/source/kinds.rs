@@ -4,7 +4,7 @@ use super::schema::nearest;
 
 /// What is done with objects of a kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
+pub(super) enum Kind {
     /// Enrolled, routed to, judged.
     Pod,
     /// Its labels decide enrolment.
@@ -102,7 +102,7 @@ impl Kind {
     }
 
     /// As `kind` spells it.
-    pub fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Pod => "Pod",
             Self::Namespace => "Namespace",
