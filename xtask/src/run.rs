@@ -43,8 +43,9 @@ fn play(sandbox: &mut Sandbox, once: bool) -> Result<()> {
     step.done();
     println!(
         "\nProductpage (namespace default, node b, in the mesh) is called by Nginx (namespace test, node a, in the mesh) and\n\
-         Legacy-app (namespace test, node a, out of the mesh) while its PeerAuthentication changes. \"link\" is whether the\n\
-         request was found, readable, in a recording of everything between the two nodes.\n"
+         Legacy-app (namespace test, node a, out of the mesh) while its PeerAuthentication changes. Observed are the HTTP\n\
+         result that the client got, the identity that the access log of the server's agent names (spiffe://cluster.local/…),\n\
+         and whether the request was found, readable, in a recording of everything that crossed between the nodes.\n"
     );
     let mut table = Table::default();
     let rows = tour::play(sandbox, |row| table.print(row))?;
@@ -112,21 +113,25 @@ struct Table {
 impl Table {
     fn print(&mut self, row: &Row) {
         if !self.started {
-            println!("{:<21} {:<24} {:<58} observed", "policy", "call", "expected");
+            println!("{:<21} {:<24} {:<47} {:<47}", "", "", "expected", "observed");
+            let columns = format!("{:<8} {:<20} link", "client", "server saw");
+            println!("{:<21} {:<24} {columns:<47} {columns:<47}", "policy", "call");
             self.started = true;
         }
         let step = if self.step == row.step { "" } else { row.step };
         self.step = row.step;
-        let observed = if row.ok() { "the same".to_owned() } else { outcome(&row.observed) };
+        let (expected, observed) = (outcome(&row.expected), outcome(&row.observed));
         let mark = if row.ok() { "✓" } else { "✗" };
-        let note = if row.note.is_empty() { String::new() } else { format!("  ({})", row.note) };
-        println!("{step:<21} {:<24} {:<58} {mark} {observed}{note}", row.call, outcome(&row.expected));
+        println!("{step:<21} {:<24} {expected:<47} {observed:<47} {mark} {}", row.call, row.note);
     }
 }
 
+/// The three observations in columns; an identity without what all of them share.
 fn outcome(outcome: &Outcome) -> String {
+    let peer = outcome.peer.to_string();
+    let peer = peer.strip_prefix("spiffe://cluster.local/").unwrap_or(&peer);
     let link = if outcome.readable { "readable" } else { "nothing readable" };
-    format!("{}, {}, link: {link}", outcome.answer, outcome.peer)
+    format!("{:<8} {peer:<20} {link}", outcome.answer.to_string())
 }
 
 /// Arguments of `shell`.
