@@ -5,6 +5,7 @@
 //! happened, also if that was a refusal: a refusal is a result.
 
 mod exchange;
+mod hold;
 mod http;
 mod probe;
 mod short;
@@ -19,6 +20,7 @@ use clap::Parser;
 use serde::{Deserialize, Serialize};
 
 pub use exchange::{ExchangeResult, Verb};
+pub use hold::HeldRound;
 pub use http::{HttpResult, Seen};
 pub use probe::{Probe, ProbeResult};
 pub use short::ShortResult;
@@ -92,6 +94,19 @@ pub enum Program {
         #[arg(long, default_value_t = 1)]
         count: u32,
     },
+    /// Hold one connection to an exchange server open, with a line there and back again and again, and tell each; ends
+    /// with the connection.
+    Hold {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Pause between rounds, milliseconds.
+        #[arg(long, default_value_t = 20)]
+        interval_ms: u64,
+        /// Limit of a single read or write, milliseconds.
+        #[arg(long, default_value_t = 10_000)]
+        timeout_ms: u64,
+    },
     /// Make many short connections to an exchange server; count the errors.
     Short {
         /// Address and port.
@@ -145,6 +160,9 @@ impl Program {
                 print(&exchange::call(to, verb, bytes, Duration::from_millis(timeout_ms)))
             }
             Self::Stall { to, count } => exchange::stall(to, count),
+            Self::Hold { to, interval_ms, timeout_ms } => {
+                hold::run(to, Duration::from_millis(interval_ms), Duration::from_millis(timeout_ms))
+            }
             Self::Short { to, count, parallel, timeout_ms } => {
                 print(&short::run(to, count, parallel, Duration::from_millis(timeout_ms)))
             }
