@@ -5,6 +5,8 @@
 //! | [`sandbox`] | build the nodes, pods, cgroups, manifests, tokens; start the CA and the agents; take everything away |
 //! | [`programs`] | the unmodified programs that run inside pods, and the typed results they print |
 //! | [`capture`] | record the link between the nodes and search it for a payload |
+//! | [`tour`] | the user's scenario: each policy, what must happen, what did happen |
+//! | [`vm`] | boot another kernel under QEMU and run a script in it |
 //! | [`interrupt`] | Ctrl-C as an ordinary error, so that everything built is also taken down |
 //! | [`command`] | run a program of the system; say what it said when it fails |
 //!
@@ -16,3 +18,44 @@ pub mod command;
 pub mod interrupt;
 pub mod programs;
 pub mod sandbox;
+pub mod tour;
+pub mod vm;
+
+use std::env;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+/// What the project's chores keep between runs: tools built once, kernels. Shared by all checkouts; may be removed.
+///
+/// # Errors
+/// Neither `XDG_CACHE_HOME` nor `HOME` is set.
+pub fn cache() -> Result<PathBuf> {
+    let base = match env::var_os("XDG_CACHE_HOME").filter(|v| !v.is_empty()) {
+        Some(dir) => PathBuf::from(dir),
+        None => PathBuf::from(env::var_os("HOME").context("HOME is not set")?).join(".cache"),
+    };
+    Ok(base.join("culvert"))
+}
+
+/// Names the file that [`record`] appends to.
+pub const RESULTS_VARIABLE: &str = "CULVERT_TEST_RESULTS";
+
+/// Whether tests shall use their full counts: `cargo xtask test --full`.
+pub fn full() -> bool {
+    env::var_os("CULVERT_TEST_FULL").is_some()
+}
+
+/// Keeps a figure that a test measured, for the summary of `cargo xtask test` and, with `--full`, for docs/.
+///
+/// # Errors
+/// The file of results could not be written.
+pub fn record(what: &str) -> Result<()> {
+    use std::io::Write;
+    eprintln!("{what}");
+    let Some(path) = env::var_os(RESULTS_VARIABLE) else { return Ok(()) };
+    let mut file =
+        std::fs::File::options().create(true).append(true).open(&path).context("open the file of results")?;
+    // One write per line: tests run beside each other.
+    file.write_all(format!("{what}\n").as_bytes()).context("write a result")
+}

@@ -1,3 +1,61 @@
-//! Culvert's own chores: set up a machine, build, show, test.
+//! Culvert's own chores. This file is the table of contents; each command is a file.
 
-fn main() {}
+mod build;
+mod down;
+mod run;
+mod say;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use culvert_tests::interrupt;
+
+/// Culvert's own chores: set up a machine, build, show, test.
+#[derive(Parser)]
+#[command(name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Check this machine and install what building, the sandbox and the tests need; the others do it as needed
+    Setup,
+    /// Build the eBPF object and the binary `culvert`
+    Build,
+    /// Show the mesh at work: two nodes, one scenario, expected against observed
+    Run(run::Arguments),
+    /// Open a shell in a pod of the sandbox that `run` keeps up
+    Shell(run::ShellArguments),
+    /// Run every check and test; the last line is the total
+    #[command(visible_alias = "ci")]
+    Test(test::Arguments),
+    /// Remove what sandboxes left whose owner was killed
+    Down,
+}
+
+fn main() -> ExitCode {
+    match dispatch(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("✗ {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(arguments: Arguments) -> Result<()> {
+    interrupt::catch()?;
+    match arguments.command {
+        Command::Setup => setup::run(setup::For::Test).map(|_| say::done("this machine has all it needs")),
+        Command::Build => build::run(&setup::run(setup::For::Build)?),
+        Command::Run(arguments) => run::run(&arguments),
+        Command::Shell(arguments) => run::shell(&arguments),
+        Command::Test(arguments) => test::run(&arguments),
+        Command::Down => down::run(),
+    }
+}

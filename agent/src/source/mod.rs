@@ -18,7 +18,6 @@ mod schema;
 pub(crate) mod yaml;
 
 pub use crd::{MutualTls, MutualTlsMode, PeerAuthentication, PeerAuthenticationSpec, WorkloadSelector};
-pub use kinds::Kind;
 
 /// Everything that a source knows at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]

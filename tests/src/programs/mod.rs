@@ -7,6 +7,7 @@
 mod burst;
 mod cut;
 mod exchange;
+mod hold;
 mod http;
 mod probe;
 mod short;
@@ -24,6 +25,7 @@ use serde::{Deserialize, Serialize};
 pub use burst::{BurstResult, Quantiles};
 pub use cut::{CutResult, CutVerb};
 pub use exchange::{ExchangeResult, Verb};
+pub use hold::HeldRound;
 pub use http::{HttpResult, Seen};
 pub use probe::{Probe, ProbeResult};
 pub use short::ShortResult;
@@ -97,6 +99,19 @@ pub enum Program {
         /// Number of connections.
         #[arg(long, default_value_t = 1)]
         count: u32,
+    },
+    /// Hold one connection to an exchange server open, with a line there and back again and again, and tell each; ends
+    /// with the connection.
+    Hold {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Pause between rounds, milliseconds.
+        #[arg(long, default_value_t = 20)]
+        interval_ms: u64,
+        /// Limit of a single read or write, milliseconds.
+        #[arg(long, default_value_t = 10_000)]
+        timeout_ms: u64,
     },
     /// Make many short connections to an exchange server; count the errors.
     Short {
@@ -197,6 +212,9 @@ impl Program {
                 print(&exchange::call(to, verb, bytes, Duration::from_millis(timeout_ms)))
             }
             Self::Stall { to, count } => exchange::stall(to, count),
+            Self::Hold { to, interval_ms, timeout_ms } => {
+                hold::run(to, Duration::from_millis(interval_ms), Duration::from_millis(timeout_ms))
+            }
             Self::Short { to, count, parallel, timeout_ms } => {
                 print(&short::run(to, count, parallel, Duration::from_millis(timeout_ms)))
             }

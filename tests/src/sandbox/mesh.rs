@@ -28,7 +28,7 @@ const READY_LIMIT: Duration = Duration::from_secs(30);
 pub struct MeshPlan {
     /// The `culvert` executable.
     pub binary: PathBuf,
-    /// Lifetime of workload certificates, as `culvert ca --cert-ttl` reads it; `None` is the CA's own default.
+    /// Lifetime of workload certificates, as `culvert ca --max-cert-ttl` reads it; `None` is what agents ask for.
     pub cert_ttl: Option<String>,
     /// Further arguments of every agent.
     pub agent_arguments: Vec<String>,
@@ -96,7 +96,8 @@ impl Sandbox {
             .arg("--root-cert-out")
             .arg(self.root_certificate());
         if let Some(ttl) = &mesh.cert_ttl {
-            ca.args(["--cert-ttl", ttl]);
+            // Agents ask for a day, so what they get is the CA's maximum.
+            ca.args(["--cert-ttl", ttl, "--max-cert-ttl", ttl]);
         }
         self.start("ca", ca)?;
         command::wait_for("the CA accepts connections", READY_LIMIT, || {
@@ -182,23 +183,23 @@ impl Sandbox {
         }
     }
 
-    /// The lines that an agent has logged since `offset` (bytes), and the offset after them.
+    /// The lines that an agent has logged since `offset` (bytes; past the end: none), and the offset after the last.
     ///
     /// # Errors
     /// The log could not be read, or a line of it is not JSON.
     pub fn agent_log(&self, node: Node, offset: u64) -> Result<(Vec<LogLine>, u64)> {
         let path = self.log_path(&agent_process(node));
         let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-        let start = usize::try_from(offset)?;
-        let new = text.get(start..).unwrap_or("");
-        // The last line may be only half written.
-        let whole = &new[..new.rfind('\n').map_or(0, |at| at + 1)];
+        // The last line may be only half written: it is for the next time.
+        let end = text.rfind('\n').map_or(0, |at| at + 1);
+        let start = usize::try_from(offset)?.min(end);
+        let whole = &text[start..end];
         let mut lines = Vec::new();
         for line in whole.lines().filter(|l| l.starts_with('{')) {
             let value = serde_json::from_str(line).with_context(|| format!("{}: {line}", path.display()))?;
             lines.push(LogLine(value));
         }
-        Ok((lines, u64::try_from(start + whole.len())?))
+        Ok((lines, u64::try_from(end)?))
     }
 
     /// File of the CA's root certificate, PEM.

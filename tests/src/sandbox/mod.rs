@@ -117,7 +117,7 @@ impl Sandbox {
     /// Another owner has a sandbox of this name up; or a step failed, and what was built until then is gone again.
     pub fn build(plan: Plan) -> Result<Self> {
         plan.check()?;
-        let root = cgroups::mount()?.join(plan.prefix());
+        let root = root(&plan)?;
         let program = built("culvert-pod")?;
         let ledger = Ledger::take(&plan.instance)?;
         let (folder, signer) = match prepare(&ledger) {
@@ -183,12 +183,7 @@ impl Sandbox {
     fn raise_pod(&mut self, node: Node, host: u8, plan: &PodPlan) -> Result<()> {
         let key = plan.key();
         let uid = self.plan.uid(&manifests::pod_identity(&plan.namespace, &plan.name));
-        let netns = format!("{}-{}", self.plan.prefix(), plan.name);
-        let node_root = self.node_cgroup(node);
-        let container = |name: &str| Place {
-            cgroup: cgroups::container(&node_root, node, &uid, &self.plan.container_id(&format!("{key}/{name}"))),
-            netns: netns.clone(),
-        };
+        let container = |name| container_place(&self.plan, &self.root, plan, name);
         let (pause, place) = (container("POD"), container("app"));
         self.make_place(&pause)?;
         cgroups::make(&place.cgroup)?;
@@ -511,6 +506,31 @@ impl Drop for Sandbox {
         {
             eprintln!("sandbox {}: {error:#}; the next start tries again", self.plan.instance);
         }
+    }
+}
+
+/// Where a program of a pod runs, in a sandbox of this plan that any process has up: for a shell beside it.
+///
+/// # Errors
+/// cgroup2 is not mounted, or the plan has no pod of that name.
+pub fn place_of(plan: &Plan, pod: &str) -> Result<Place> {
+    let known = plan.pods.iter().find(|p| p.key() == pod || p.name == pod);
+    let names: Vec<String> = plan.pods.iter().map(PodPlan::key).collect();
+    let pod = known.with_context(|| format!("no pod {pod}; there are {}", names.join(", ")))?;
+    Ok(container_place(plan, &root(plan)?, pod, "app"))
+}
+
+/// The root of all control groups of a sandbox.
+fn root(plan: &Plan) -> Result<PathBuf> {
+    Ok(cgroups::mount()?.join(plan.prefix()))
+}
+
+fn container_place(plan: &Plan, root: &Path, pod: &PodPlan, container: &str) -> Place {
+    let uid = plan.uid(&manifests::pod_identity(&pod.namespace, &pod.name));
+    let id = plan.container_id(&format!("{}/{container}", pod.key()));
+    Place {
+        cgroup: cgroups::container(&root.join(pod.node.name()), pod.node, &uid, &id),
+        netns: format!("{}-{}", plan.prefix(), pod.name),
     }
 }
 

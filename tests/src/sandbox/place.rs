@@ -26,11 +26,20 @@ impl Place {
     /// # Errors
     /// The control group or the namespace is not there.
     pub fn command(&self, program: impl AsRef<Path>) -> Result<Command> {
+        let mut command = self.interactive(program)?;
+        command.stdin(Stdio::null()).process_group(0);
+        Ok(command)
+    }
+
+    /// A command that runs here and keeps the terminal: a shell.
+    ///
+    /// # Errors
+    /// The control group or the namespace is not there.
+    pub fn interactive(&self, program: impl AsRef<Path>) -> Result<Command> {
         let procs = self.cgroup.join("cgroup.procs");
         let procs = OpenOptions::new().write(true).open(&procs).with_context(|| format!("open {}", procs.display()))?;
         let netns = self.open_netns()?;
         let mut command = Command::new(program.as_ref());
-        command.stdin(Stdio::null()).process_group(0);
         // SAFETY: between fork and exec only write(2) and setns(2) on descriptors opened before, no allocation, no lock.
         unsafe {
             command.pre_exec(move || {

@@ -1,0 +1,426 @@
+//! The user's scenario: Nginx and Legacy-app call Productpage, by its Service's cluster IP and by its pod IP, while the
+//! policy changes. Each row says what must happen and what did.
+//!
+//! Three observations make a row, each from a different place: what the client got, whom the server's agent saw (its
+//! access log), and whether the request's marker crossed the link between the nodes readably (the capture).
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::capture::Capture;
+use crate::command;
+use crate::interrupt;
+use crate::programs::{Failure, HttpResult};
+use crate::sandbox::{Family, Node, Plan, Sandbox};
+
+/// The server.
+const SERVER: &str = "default/productpage";
+/// Its node: the one whose agent tells whom it saw.
+const SERVER_NODE: Node = Node::B;
+/// The port behind the Service.
+const PORT: u16 = 9080;
+/// Its second port, to show that an exception is for one port only.
+const OTHER_PORT: u16 = 9090;
+/// The enrolled client.
+const NGINX: &str = "test/nginx";
+/// The client that its label keeps out of the mesh.
+const LEGACY: &str = "test/legacy-app";
+/// File of the policy in the watched folder.
+pub const POLICY_FILE: &str = "policy.yaml";
+/// Lifetime of certificates in a sandbox that plays the tour: renewal, at half of it, comes while one waits.
+pub const CERT_TTL: &str = "30s";
+
+/// How long a change of policy may take until a row shows it; the specification says a second.
+const EFFECT_LIMIT: Duration = Duration::from_secs(5);
+/// How long the line of a finished connection may take to appear in the access log.
+const LOG_LIMIT: Duration = Duration::from_secs(3);
+
+/// What the client got, in classes that do not depend on how a refusal reaches it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    /// An HTTP status.
+    Status(u16),
+    /// No connection, or one that was reset: what STRICT does to plaintext.
+    Refused,
+    /// Anything else.
+    Otherwise(String),
+}
+
+impl Answer {
+    fn of(result: &HttpResult) -> Self {
+        match (result.status, result.failure) {
+            (Some(status), None) => Self::Status(status),
+            (_, Some(Failure::Refused | Failure::Reset | Failure::NotPermitted)) => Self::Refused,
+            _ => Self::Otherwise(result.brief()),
+        }
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Status(status) => write!(f, "{status}"),
+            Self::Refused => f.write_str("refused"),
+            Self::Otherwise(what) => f.write_str(what),
+        }
+    }
+}
+
+/// Whom the server's agent saw.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Peer {
+    /// A proven SPIFFE ID.
+    Identity(String),
+    /// A connection without an identity: plaintext.
+    Nobody,
+    /// No connection.
+    NoConnection,
+    /// The access log has no line for a connection that was answered.
+    Unlogged,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Identity(id) => f.write_str(id),
+            Self::Nobody => f.write_str("no identity"),
+            Self::NoConnection => f.write_str("-"),
+            Self::Unlogged => f.write_str("not in the log"),
+        }
+    }
+}
+
+/// One outcome of a call, expected or observed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// What the client got.
+    pub answer: Answer,
+    /// Whom the server side saw.
+    pub peer: Peer,
+    /// Whether the request was readable on the link.
+    pub readable: bool,
+}
+
+/// One line of the table.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// The step it belongs to.
+    pub step: &'static str,
+    /// Who calls whom.
+    pub call: String,
+    /// What must happen.
+    pub expected: Outcome,
+    /// What did.
+    pub observed: Outcome,
+    /// More about what did, where one line helps.
+    pub note: String,
+}
+
+impl Row {
+    /// Whether what happened is what must.
+    pub fn ok(&self) -> bool {
+        self.expected == self.observed
+    }
+}
+
+struct Step {
+    title: &'static str,
+    policy: &'static [Policy],
+    legacy: Legacy,
+    /// What the second port does to Legacy-app, where the step shows it.
+    other_port: Option<Legacy>,
+}
+
+/// What happens to plaintext.
+#[derive(Clone, Copy)]
+enum Legacy {
+    Served,
+    Refused,
+}
+
+/// A PeerAuthentication: namespace, name, and the rest of its `spec`.
+struct Policy(&'static str, &'static str, &'static str);
+
+const WORKLOAD: &str = "  selector: {matchLabels: {app: productpage}}\n";
+
+const STEPS: &[Step] = &[
+    Step { title: "no policy", policy: &[], legacy: Legacy::Served, other_port: None },
+    Step {
+        title: "namespace STRICT",
+        policy: &[Policy("default", "namespace", "  mtls: {mode: STRICT}\n")],
+        legacy: Legacy::Refused,
+        other_port: None,
+    },
+    Step {
+        title: "workload PERMISSIVE",
+        policy: &[
+            Policy("default", "namespace", "  mtls: {mode: STRICT}\n"),
+            Policy("default", "productpage", "SELECTOR  mtls: {mode: PERMISSIVE}\n"),
+        ],
+        legacy: Legacy::Served,
+        other_port: Some(Legacy::Served),
+    },
+    Step {
+        title: "port 9080 PERMISSIVE",
+        policy: &[
+            Policy("default", "namespace", "  mtls: {mode: STRICT}\n"),
+            Policy("default", "productpage", "SELECTOR  portLevelMtls: {9080: {mode: PERMISSIVE}}\n"),
+        ],
+        legacy: Legacy::Served,
+        other_port: Some(Legacy::Refused),
+    },
+    Step {
+        title: "mesh-wide STRICT",
+        policy: &[Policy("istio-system", "mesh", "  mtls: {mode: STRICT}\n")],
+        legacy: Legacy::Refused,
+        other_port: None,
+    },
+    Step {
+        title: "namespace DISABLE",
+        policy: &[
+            Policy("istio-system", "mesh", "  mtls: {mode: STRICT}\n"),
+            Policy("default", "namespace", "  mtls: {mode: DISABLE}\n"),
+        ],
+        legacy: Legacy::Served,
+        other_port: None,
+    },
+];
+
+/// Plays the scenario on a sandbox whose mesh is up; `tell` gets each row as soon as it is known.
+///
+/// # Errors
+/// A row could not be observed at all. A row that is not as expected is no error.
+pub fn play(sandbox: &mut Sandbox, mut tell: impl FnMut(&Row)) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for step in STEPS {
+        apply(sandbox, step.policy)?;
+        // The recording starts afresh, so that a row is proven by its own step's traffic.
+        let capture = sandbox.capture()?;
+        for (who, client) in [("Nginx", NGINX), ("Legacy-app", LEGACY)] {
+            for (way, to) in ways(sandbox, PORT)? {
+                let call = format!("{who} → {way}");
+                let expected = expected(client, step.legacy)?;
+                let row = observe(sandbox, &capture, step.title, call, client, to, expected)?;
+                tell(&row);
+                rows.push(row);
+            }
+            if let Some(other) = step.other_port {
+                let to = sandbox.pod(SERVER)?.at(Family::V4, OTHER_PORT);
+                let call = format!("{who} → pod IP:{OTHER_PORT}");
+                let row = observe(sandbox, &capture, step.title, call, client, to, expected(client, other)?)?;
+                tell(&row);
+                rows.push(row);
+            }
+        }
+    }
+    let row = rotate(sandbox)?;
+    tell(&row);
+    rows.push(row);
+    Ok(rows)
+}
+
+/// The sandbox that the scenario is played on.
+pub fn plan(instance: &str) -> Plan {
+    Plan::bookinfo(instance)
+}
+
+/// The policy that the sandbox is left with, for the user to edit.
+///
+/// # Errors
+/// The file could not be written.
+pub fn leave_policy_to_edit(sandbox: &Sandbox) -> Result<()> {
+    apply(sandbox, STEPS[1].policy)
+}
+
+fn apply(sandbox: &Sandbox, policies: &[Policy]) -> Result<()> {
+    if policies.is_empty() {
+        return sandbox.manifests().delete(POLICY_FILE);
+    }
+    let text: String = policies
+        .iter()
+        .map(|Policy(namespace, name, spec)| {
+            format!(
+                "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata:\n  name: {name}\n  namespace: {namespace}\nspec:\n{}",
+                spec.replace("SELECTOR", WORKLOAD)
+            )
+        })
+        .collect();
+    sandbox.manifests().apply(POLICY_FILE, &text)
+}
+
+fn ways(sandbox: &Sandbox, port: u16) -> Result<[(&'static str, SocketAddr); 2]> {
+    Ok([
+        ("cluster IP", SocketAddr::new(sandbox.cluster_ip(SERVER, Family::V4)?, port)),
+        ("pod IP", sandbox.pod(SERVER)?.at(Family::V4, port)),
+    ])
+}
+
+fn expected(client: &str, legacy: Legacy) -> Result<Outcome> {
+    Ok(match (client, legacy) {
+        (LEGACY, Legacy::Served) => Outcome { answer: Answer::Status(200), peer: Peer::Nobody, readable: true },
+        (LEGACY, Legacy::Refused) => Outcome { answer: Answer::Refused, peer: Peer::NoConnection, readable: false },
+        (client, Legacy::Served | Legacy::Refused) => {
+            Outcome { answer: Answer::Status(200), peer: Peer::Identity(identity(client)?), readable: false }
+        }
+    })
+}
+
+/// A sandbox's pods run under service accounts of their own names.
+fn identity(pod: &str) -> Result<String> {
+    let (namespace, name) = pod.split_once('/').context("a pod without a namespace")?;
+    Ok(format!("spiffe://cluster.local/ns/{namespace}/sa/{name}"))
+}
+
+/// Makes the call until it ends as expected or the time for a change to take effect has passed.
+fn observe(
+    sandbox: &Sandbox,
+    capture: &Capture,
+    step: &'static str,
+    call: String,
+    client: &str,
+    to: SocketAddr,
+    expected: Outcome,
+) -> Result<Row> {
+    let begun = Instant::now();
+    for attempt in 0.. {
+        interrupt::check()?;
+        let marker = format!("culvert-secret-{}-{attempt}-{}", step.replace(' ', "-"), unique());
+        let (_, before) = sandbox.agent_log(SERVER_NODE, u64::MAX)?;
+        let got = sandbox.http(client, to, &marker)?;
+        let readable = capture.contains(marker.as_bytes())?;
+        let answer = Answer::of(&got);
+        // An answer that is not the expected one decides the attempt; its log line would only cost time.
+        let peer = match (&answer, answer == expected.answer) {
+            (Answer::Status(_), true) => seen_by_server(sandbox, client, before)?,
+            (Answer::Status(_), false) | (Answer::Refused | Answer::Otherwise(_), _) => Peer::NoConnection,
+        };
+        let observed = Outcome { answer, peer, readable };
+        // What must never be readable is not tried again until it is not.
+        let leaked = readable && client != LEGACY;
+        if observed == expected || leaked || begun.elapsed() > EFFECT_LIMIT {
+            // Where all is as expected, the table says it all.
+            let note = if observed == expected { String::new() } else { got.error.unwrap_or_default() };
+            return Ok(Row { step, call, expected, observed, note });
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    unreachable!("the loop ends by returning")
+}
+
+/// Whom the server's agent saw in the first connection from `client` that its access log shows after `offset`.
+fn seen_by_server(sandbox: &Sandbox, client: &str, offset: u64) -> Result<Peer> {
+    let source = sandbox.pod(client)?.v4;
+    let begun = Instant::now();
+    loop {
+        for line in sandbox.agent_log(SERVER_NODE, offset)?.0 {
+            let from = line.field("src.addr").and_then(|a| a.parse::<SocketAddr>().ok());
+            let inbound = line.field("direction").is_some_and(|d| d == "inbound");
+            if inbound && from.is_some_and(|a| a.ip().to_canonical() == source) {
+                return Ok(line.field("src.identity").map_or(Peer::Nobody, Peer::Identity));
+            }
+        }
+        if begun.elapsed() > LOG_LIMIT {
+            return Ok(Peer::Unlogged);
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Requests without a pause while both ends get new certificates; not one may fail, or be readable.
+fn rotate(sandbox: &mut Sandbox) -> Result<Row> {
+    const STEP: &str = "certificate rotation";
+    const TRAFFIC: &str = "rotation-traffic";
+    let capture = sandbox.capture()?;
+    let marker = format!("culvert-secret-rotation-{}", unique());
+    let to = SocketAddr::new(sandbox.cluster_ip(SERVER, Family::V4)?, PORT);
+    let offsets = [sandbox.agent_log(Node::A, u64::MAX)?.1, sandbox.agent_log(Node::B, u64::MAX)?.1];
+    sandbox.start_in_pod(
+        TRAFFIC,
+        NGINX,
+        &["http-get", "--to", &to.to_string(), "--marker", &marker, "--count", "100000", "--interval-ms", "20"],
+    )?;
+    let ends = [(Node::A, identity(NGINX)?), (Node::B, identity(SERVER)?)];
+    let waited = command::wait_for("both ends have renewed their certificates", Duration::from_secs(60), || {
+        sandbox.expect_running(TRAFFIC)?;
+        for ((node, identity), offset) in ends.iter().zip(offsets) {
+            let renewed = sandbox.agent_log(*node, offset)?.0.iter().any(|line| {
+                line.message() == "certificate ready" && line.field("identity").as_deref() == Some(identity)
+            });
+            if !renewed {
+                return Ok(None);
+            }
+        }
+        Ok(Some(()))
+    });
+    // Some requests after the renewal belong to the observation.
+    thread::sleep(Duration::from_millis(500));
+    sandbox.stop(TRAFFIC)?;
+    waited?;
+    let text = std::fs::read_to_string(sandbox.log_path(TRAFFIC)).context("read the results of the traffic")?;
+    let whole = &text[..text.rfind('\n').map_or(0, |at| at + 1)];
+    let results: Vec<HttpResult> =
+        whole.lines().map(serde_json::from_str).collect::<Result<_, _>>().context("read a result of the traffic")?;
+    if results.is_empty() {
+        bail!("the traffic during the rotation made no request");
+    }
+    let failed = results.iter().find(|r| Answer::of(r) != Answer::Status(200));
+    let expected = expected(NGINX, Legacy::Served)?;
+    let answer = failed.map_or(Answer::Status(200), Answer::of);
+    let peer = everybody_seen(sandbox, offsets[1], &expected.peer)?;
+    let observed = Outcome { answer, peer, readable: capture.contains(marker.as_bytes())? };
+    let note = match failed {
+        Some(result) => format!("of {} requests one failed: {}", results.len(), result.error.as_deref().unwrap_or("")),
+        None => format!("{} requests, none failed", results.len()),
+    };
+    Ok(Row { step: STEP, call: "Nginx → cluster IP".to_owned(), expected, observed, note })
+}
+
+/// The expected peer if every connection from Nginx since `offset` was its own, else the first that was not.
+fn everybody_seen(sandbox: &Sandbox, offset: u64, expected: &Peer) -> Result<Peer> {
+    let source = sandbox.pod(NGINX)?.v4;
+    let mut seen = Peer::Unlogged;
+    for line in sandbox.agent_log(SERVER_NODE, offset)?.0 {
+        let from = line.field("src.addr").and_then(|a| a.parse::<SocketAddr>().ok());
+        if line.field("direction").is_none_or(|d| d != "inbound")
+            || from.is_none_or(|a| a.ip().to_canonical() != source)
+        {
+            continue;
+        }
+        seen = line.field("src.identity").map_or(Peer::Nobody, Peer::Identity);
+        if seen != *expected {
+            break;
+        }
+    }
+    Ok(seen)
+}
+
+/// A text that no earlier run has sent.
+fn unique() -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    format!("{:x}", now.as_nanos())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_is_as_expected_only_if_all_three_observations_are() {
+        let expected = expected(NGINX, Legacy::Served).expect("a pod's name");
+        let row = |observed: Outcome| Row {
+            step: "",
+            call: String::new(),
+            expected: expected.clone(),
+            observed,
+            note: String::new(),
+        };
+        assert!(row(expected.clone()).ok());
+        assert!(!row(Outcome { readable: true, ..expected.clone() }).ok());
+        assert!(!row(Outcome { peer: Peer::Nobody, ..expected.clone() }).ok());
+        assert!(!row(Outcome { answer: Answer::Refused, ..expected.clone() }).ok());
+    }
+}
