@@ -276,7 +276,10 @@ impl Datapath {
     /// # Errors
     /// The first thing that could not be removed; the rest is tried all the same.
     pub fn remove(&mut self, cookie: NetnsCookie) -> anyhow::Result<()> {
-        let mut result = ignore_absent(fs::remove_file(self.pod_link(cookie))).context("unpin the inbound program");
+        let path = self.pod_link(cookie);
+        let detached = sys::open_pinned(&path).and_then(|link| sys::link_detach(link.as_fd()));
+        let mut result = ignore_absent(detached).context("detach the inbound program");
+        result = result.and(ignore_absent(fs::remove_file(&path)).context("unpin the inbound program"));
         let addrs: Vec<Addr> = self.addrs_of(cookie);
         result = result.and(ignore_missing(self.pods.remove(&cookie.0)).context("remove from PODS"));
         for addr in addrs {
