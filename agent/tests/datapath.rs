@@ -19,8 +19,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::maps::{HashMap as BpfHashMap, Map, MapData};
 use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy};
-use culvert_common::{Answer, Direction, EventKind, ListenerKind, Mode, PORT_HBONE, Reason, SettingsValue};
+use culvert_common::{
+    Addr, Answer, Direction, EventKind, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE, PodAddrValue, Reason,
+    SettingsValue,
+};
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -121,11 +125,11 @@ impl Node {
         within(&self.pod, || TcpListener::bind(addr).expect("the application listens"))
     }
 
-    fn from_pod(&self, addr: &str) -> io::Result<TcpStream> {
+    fn dial_from_pod(&self, addr: &str) -> io::Result<TcpStream> {
         within(&self.pod, || connect(addr))
     }
 
-    fn from_peer(&self, addr: &str) -> io::Result<TcpStream> {
+    fn dial_from_peer(&self, addr: &str) -> io::Result<TcpStream> {
         within(&self.peer, || connect(addr))
     }
 }
@@ -195,7 +199,7 @@ fn outbound_is_captured_with_its_original_destination_in_both_families() {
     let (datapath, listener) = node.enrolled(Mode::Permissive);
     let sockets = datapath.sockets().expect("the worker's maps");
     for target in ["10.200.0.9:8080", "[fd00::9]:8081", "[::ffff:10.200.0.9]:8082"] {
-        let client = node.from_pod(target).expect("captured, so it connects although nobody is there");
+        let client = node.dial_from_pod(target).expect("captured, so it connects although nobody is there");
         let (accepted, _) = listener.accept().expect("the agent's listener gets it");
         let want: SocketAddr = target.parse().expect("a literal");
         let original = sockets.original_destination(&accepted).expect("recorded");
@@ -220,31 +224,31 @@ fn every_gap_of_the_agent_refuses_with_its_reason() {
     let count =
         |datapath: &Datapath, direction, reason| counted(datapath, node.cookie, direction, Answer::Refuse, reason);
 
-    assert!(refused(node.from_pod("10.200.0.9:80")), "pending");
-    assert!(refused(node.from_peer("10.99.0.2:9080")), "pending");
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")), "pending");
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "pending");
     assert_eq!(count(&datapath, Direction::Outbound, Reason::EnrolmentPending), 1);
     assert_eq!(count(&datapath, Direction::Inbound, Reason::EnrolmentPending), 1);
 
     datapath.ready(node.cookie, &policy(1, Mode::Permissive)).expect("ready");
-    assert!(refused(node.from_pod("10.200.0.9:80")), "no listener");
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")), "no listener");
     assert_eq!(count(&datapath, Direction::Outbound, Reason::NoListener), 1);
-    assert!(refused(node.from_peer("10.99.0.2:15008")), "no listener");
+    assert!(refused(node.dial_from_peer("10.99.0.2:15008")), "no listener");
     assert_eq!(count(&datapath, Direction::Inbound, Reason::NoListener), 1);
-    node.from_peer("10.99.0.2:9080").expect("plaintext needs no listener where it is allowed");
+    node.dial_from_peer("10.99.0.2:9080").expect("plaintext needs no listener where it is allowed");
 
     let listener = node.listener();
     datapath.listener(node.cookie, ListenerKind::Outbound, 0, listener.as_fd()).expect("listener");
-    node.from_pod("10.200.0.9:80").expect("captured");
+    node.dial_from_pod("10.200.0.9:80").expect("captured");
 
     datapath.silence().expect("silence");
-    assert!(refused(node.from_pod("10.200.0.9:80")), "silent");
-    assert!(refused(node.from_peer("10.99.0.2:9080")), "silent");
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")), "silent");
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "silent");
     assert_eq!(count(&datapath, Direction::Outbound, Reason::AgentSilent), 1);
     assert_eq!(count(&datapath, Direction::Inbound, Reason::AgentSilent), 1);
 
     datapath.beat().expect("beat");
-    node.from_pod("10.200.0.9:80").expect("back");
-    node.from_peer("10.99.0.2:9080").expect("back");
+    node.dial_from_pod("10.200.0.9:80").expect("back");
+    node.dial_from_peer("10.99.0.2:9080").expect("back");
     drop(application);
 }
 
@@ -256,8 +260,8 @@ fn a_dead_agent_leaves_the_pod_closed() {
     let (datapath, listener) = node.enrolled(Mode::Strict);
     drop(listener);
     drop(datapath);
-    assert!(refused(node.from_pod("10.200.0.9:80")));
-    assert!(refused(node.from_peer("10.99.0.2:9080")));
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")));
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")));
     drop(application);
 }
 
@@ -268,9 +272,9 @@ fn effective_mode_of_the_port_decides_inbound_plaintext() {
     let _applications = ["0.0.0.0:9080", "0.0.0.0:9443", "0.0.0.0:9444"].map(|addr| node.serve(addr));
     let _six = node.serve("[fd99::2]:9080");
     let (mut datapath, _listener) = node.enrolled(Mode::Strict);
-    let reaches = |port: u16| !refused(node.from_peer(&format!("10.99.0.2:{port}")));
+    let reaches = |port: u16| !refused(node.dial_from_peer(&format!("10.99.0.2:{port}")));
     assert!(!reaches(9080));
-    assert!(refused(node.from_peer("[fd99::2]:9080")));
+    assert!(refused(node.dial_from_peer("[fd99::2]:9080")));
     let strict = |datapath: &Datapath| {
         counted(datapath, node.cookie, Direction::Inbound, Answer::Refuse, Reason::StrictRequiresMtls)
     };
@@ -300,7 +304,7 @@ fn plaintext_that_the_kernel_passes_is_accounted_for() {
     let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
     datapath.ready(node.cookie, &PodPolicy { rule: 9, ..policy(4, Mode::Permissive) }).expect("generation 4");
     let mut events = datapath.events().expect("the events");
-    let mut client = node.from_peer("10.99.0.2:9080").expect("passed");
+    let mut client = node.dial_from_peer("10.99.0.2:9080").expect("passed");
     let from = client.local_addr().expect("the client's address");
     let (mut server, peer) = application.accept().expect("the application accepts");
     assert_eq!(peer, from, "[K.3]: the application sees the client itself");
@@ -367,15 +371,15 @@ fn only_the_kubelets_own_connections_are_probes() {
     datapath
         .settings(SettingsValue { kubelet_cgroup: id, kubelet_level: 2, ..SettingsValue::default() })
         .expect("settings");
-    assert!(refused(node.from_peer("10.99.0.2:9080")), "not the kubelet");
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "not the kubelet");
     join(&kubelet);
-    let probe = node.from_peer("10.99.0.2:9080");
+    let probe = node.dial_from_peer("10.99.0.2:9080");
     join(&node.cgroup.join("agent"));
     let probe = probe.expect("a probe is delivered");
     let (_, shown) = application.accept().expect("accept");
     assert_eq!(shown, probe.local_addr().expect("the probe's address"), "without SNAT");
     assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Pass, Reason::Probe), 1);
-    assert!(refused(node.from_peer("10.99.0.2:9080")), "not the kubelet any more");
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "not the kubelet any more");
 }
 
 /// Specification §3: the pod itself, by loopback and by its own address, is never captured.
@@ -385,7 +389,7 @@ fn the_pod_talks_to_itself_undisturbed() {
     let application = node.serve("[::]:9080");
     let (datapath, _listener) = node.enrolled(Mode::Strict);
     for target in ["127.0.0.1:9080", "[::1]:9080", "10.99.0.2:9080", "[fd99::2]:9080"] {
-        let client = node.from_pod(target).expect("not captured");
+        let client = node.dial_from_pod(target).expect("not captured");
         let (_, shown) = application.accept().expect("accept");
         assert_eq!(shown.port(), client.local_addr().expect("own address").port(), "{target}");
     }
@@ -399,7 +403,7 @@ fn an_unknown_address_of_the_namespace_is_refused() {
     let _application = node.serve("0.0.0.0:9080");
     let (datapath, _listener) = node.enrolled(Mode::Permissive);
     run(&format!("ip -n {}-pod addr add 10.99.0.3/24 dev eth0", node.name));
-    assert!(refused(node.from_peer("10.99.0.3:9080")));
+    assert!(refused(node.dial_from_peer("10.99.0.3:9080")));
     assert_eq!(counted(&datapath, NetnsCookie(0), Direction::Inbound, Answer::Refuse, Reason::UnknownAddress), 1);
 }
 
@@ -409,14 +413,14 @@ fn a_removed_pod_is_untouched_again() {
     let node = Node::new();
     let application = node.serve("0.0.0.0:9080");
     let (mut datapath, _listener) = node.enrolled(Mode::Strict);
-    assert!(refused(node.from_peer("10.99.0.2:9080")));
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")));
     datapath.remove(node.cookie).expect("removed");
     datapath.remove(node.cookie).expect("again, without harm");
-    node.from_peer("10.99.0.2:9080").expect("plain again");
+    node.dial_from_peer("10.99.0.2:9080").expect("plain again");
     let (_, shown) = application.accept().expect("accept");
     assert_eq!(shown.ip().to_string(), PEER4);
     let outside = within(&node.peer, || TcpListener::bind("0.0.0.0:7000").expect("bind"));
-    let direct = node.from_pod("10.99.0.1:7000").expect("plain again");
+    let direct = node.dial_from_pod("10.99.0.1:7000").expect("plain again");
     let (_, shown) = outside.accept().expect("accept");
     assert_eq!(shown, direct.local_addr().expect("own address"));
     assert!(datapath.enrolled().is_empty() && datapath.verdicts().is_empty());
@@ -467,7 +471,7 @@ fn two_agents_on_one_machine_keep_apart() {
     fs::create_dir_all(&other_cgroup).expect("make a cgroup");
     let mut other = Datapath::load(config("other", &other_cgroup)).expect("a second agent loads");
     other.silence().expect("its heartbeat is its own");
-    node.from_pod("10.200.0.9:80").expect("captured by the first");
+    node.dial_from_pod("10.200.0.9:80").expect("captured by the first");
     assert!(other.enrolled().is_empty());
     drop(other);
     fs::remove_dir(&other_cgroup).expect("remove the cgroup");
@@ -485,16 +489,61 @@ fn what_needs_the_agent_reaches_its_listeners() {
     let (tunnel, plaintext): (TcpListener, TcpListener) = (node.listener(), node.listener());
     datapath.listener(node.cookie, ListenerKind::Tunnel, 0, tunnel.as_fd()).expect("listener");
     datapath.listener(node.cookie, ListenerKind::Plaintext, 0, plaintext.as_fd()).expect("listener");
-    let client = node.from_peer(&format!("10.99.0.2:{PORT_HBONE}")).expect("the tunnel's endpoint");
+    let client = node.dial_from_peer(&format!("10.99.0.2:{PORT_HBONE}")).expect("the tunnel's endpoint");
     let (accepted, from) = tunnel.accept().expect("accept");
     assert_eq!(from.port(), client.local_addr().expect("own address").port());
     assert_eq!(accepted.local_addr().expect("local").ip().to_canonical().to_string(), POD4);
     datapath
         .ready(node.cookie, &PodPolicy { plaintext_by_agent: true, ..policy(2, Mode::Permissive) })
         .expect("generation 2");
-    node.from_peer("10.99.0.2:9080").expect("the agent's plaintext listener");
+    node.dial_from_peer("10.99.0.2:9080").expect("the agent's plaintext listener");
     let (accepted, _) = plaintext.accept().expect("accept");
     assert_eq!(accepted.local_addr().expect("local").port(), 9080);
+}
+
+/// Fills a pinned map with entries that mean nothing, until the kernel takes no more.
+fn fill<K: aya::Pod, V: aya::Pod + Default>(datapath: &Datapath, name: &str, key: impl Fn(u64) -> K) -> u64 {
+    let map = MapData::from_pin(datapath.pin_dir().join(name)).expect("the map is pinned");
+    let mut map = BpfHashMap::<_, K, V>::try_from(Map::HashMap(map)).expect("a hash map");
+    let mut filled = 0;
+    while map.insert(key(filled), V::default(), 0).is_ok() {
+        filled += 1;
+    }
+    filled
+}
+
+/// [K.4]: a map that is full refuses the pod in both directions, and says which map it is.
+#[test]
+fn a_full_map_of_addresses_refuses_the_pod() {
+    let node = Node::new();
+    let _application = node.serve("0.0.0.0:9080");
+    let mut datapath = node.load();
+    datapath.beat().expect("beat");
+    let junk = |n: u64| Addr::from_be32x4([1, 2, (n >> 32) as u32, n as u32]);
+    assert_eq!(fill::<Addr, PodAddrValue>(&datapath, "POD_ADDRS", junk), 65536);
+    let ips: Vec<IpAddr> = vec![POD4.parse().expect("a literal")];
+    let error = datapath.prepare(node.cookie, node.pod.as_fd(), &ips).expect_err("no room");
+    assert!(format!("{error:#}").contains("POD_ADDRS for 10.99.0.2"), "{error:#}");
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")));
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")));
+}
+
+/// A policy that does not fit moves the pod's plaintext verdicts to the agent; nothing passes by the mode alone.
+#[test]
+fn a_full_map_of_modes_makes_the_agent_decide() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    application.set_nonblocking(true).expect("nonblocking");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let plaintext = node.listener();
+    datapath.listener(node.cookie, ListenerKind::Plaintext, 0, plaintext.as_fd()).expect("listener");
+    let junk = |n: u64| ModeKey { netns_cookie: u64::MAX - n, ..ModeKey::default() };
+    fill::<ModeKey, ModeValue>(&datapath, "MODES", junk);
+    let ports = BTreeMap::from([(9080, (Mode::Strict, 3)), (9081, (Mode::Strict, 3))]);
+    datapath.ready(node.cookie, &PodPolicy { ports, ..policy(2, Mode::Permissive) }).expect("in force, by the agent");
+    node.dial_from_peer("10.99.0.2:9080").expect("reaches the agent");
+    plaintext.accept().expect("the agent decides");
+    assert!(matches!(application.accept(), Err(error) if error.kind() == ErrorKind::WouldBlock));
 }
 
 /// What `bpftool map dump` shows has names.

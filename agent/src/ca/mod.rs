@@ -1,6 +1,6 @@
 //! `culvert ca`: the server side of Istio's certificate API (specification §4), with its own root.
 //!
-//! Who may ask for which identity is in [`caller`], what may be asked for in [`csr`], and the signing in [`authority`].
+//! Who may ask for which identity is in `caller`, what may be asked for in `csr`, and the signing in `authority`.
 //! Here is the server around them: TLS, limits, and one log line per answer. What pods there are is told by the source that
 //! the caller of [`run`] watches; until its first snapshot nobody is known and everybody is refused ([D.2]).
 

@@ -17,7 +17,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use inotify::{EventStream, Inotify, WatchMask};
 use rustls::pki_types::{PrivateKeyDer, pem::PemObject};
 use tracing::warn;
@@ -90,6 +90,11 @@ impl Watch {
                 add(&folder);
             }
         }
+    }
+
+    /// Forgets the changes so far; what is read from now on has them.
+    pub(super) fn drain(&mut self) {
+        while let Some(Some(Ok(_))) = self.stream.next().now_or_never() {}
     }
 
     /// Returns after the next change. Safe to drop half-way.

@@ -217,12 +217,16 @@ impl Identities {
     fn usable(&self, identity: &SpiffeId) -> Result<Arc<Certificate>, Unavailable> {
         let entries = self.table.read();
         let entry = entries.get(identity).ok_or_else(|| Unavailable::NotWanted(identity.clone()))?;
-        let (identity, last_error) = (identity.clone(), entry.last_error.clone());
-        match &entry.certificate {
-            Some(certificate) if self.clock.unix_seconds() < certificate.expires_at => Ok(certificate.clone()),
-            Some(_) => Err(Unavailable::Expired { identity, last_error }),
-            None => Err(Unavailable::Waiting { identity, last_error }),
+        if let Some(certificate) = &entry.certificate
+            && self.clock.unix_seconds() < certificate.expires_at
+        {
+            return Ok(certificate.clone());
         }
+        let (identity, last_error) = (identity.clone(), entry.last_error.clone());
+        Err(match entry.certificate {
+            Some(_) => Unavailable::Expired { identity, last_error },
+            None => Unavailable::Waiting { identity, last_error },
+        })
     }
 
     async fn certificate(&self, identity: &SpiffeId) -> Result<Arc<Certificate>, Unavailable> {

@@ -271,6 +271,9 @@ impl Renewal {
             }
             if reload_at.is_some_and(|at| at <= Instant::now()) {
                 reload_at = None;
+                if let Some(watch) = &mut self.watch {
+                    watch.drain();
+                }
                 self.table.reload();
             }
             while let Some(identity) = self.table.take_due(Instant::now(), self.clock.unix_seconds(), fetches.len()) {

@@ -15,6 +15,10 @@ use super::{
     peer_auth::Policies,
 };
 
+/// Options of enrolled pods that are known, but not read by this version ([E.6]).
+const UNREAD_OPTIONS: [&str; 3] =
+    ["ambient.istio.io/bypass-inbound-capture", "ambient.istio.io/dns-capture", "istio.io/reroute-virtual-interfaces"];
+
 /// Compiles `cluster` as it is now.
 ///
 /// `previous` gives rules their numbers and the generation its successor; where the content is the same, the
@@ -38,6 +42,13 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
         let enrollment = enrollment(pod, cluster.namespaces.get(&pod.object.namespace).map(|n| &**n), options);
         warnings.extend(enrollment.warnings.iter().map(|warning| format!("Pod {}: {warning}", pod.object)));
         if enrollment.enrolled {
+            let unread = UNREAD_OPTIONS.into_iter().filter(|name| pod.annotations.contains_key(*name));
+            warnings.extend(unread.map(|name| {
+                format!(
+                    "Pod {}: annotation {name} has no effect in this version; the pod is captured as a whole",
+                    pod.object
+                )
+            }));
             policies.hint_service_ports(pod, lookup.services_of(&pod.object.namespace), &mut warnings);
         }
         let peer_auth = policies.effective(pod, |object| numbers.get(object).copied().unwrap_or_default());
@@ -258,6 +269,17 @@ mod tests {
         let snapshot = compile(&cluster, &Options::default(), None);
         let identity = &snapshot.workloads[&uid("test/nginx")].identity;
         assert_eq!(identity.to_string(), "spiffe://example.org/ns/test/sa/web");
+    }
+
+    /// [E.6]: what an option asks for does not happen, so it is reported; nothing is opened by it.
+    #[test]
+    fn options_that_are_not_read_are_reported() {
+        let mut cluster = cluster();
+        let annotations = [("ambient.istio.io/bypass-inbound-capture".to_owned(), "true".to_owned())].into();
+        cluster.put(Pod { annotations, ..pod("test", "nginx", "10.0.0.1") });
+        let snapshot = compile(&cluster, &Options::default(), None);
+        assert!(snapshot.workloads[&uid("test/nginx")].enrollment.enrolled);
+        assert!(snapshot.warnings[0].contains("bypass-inbound-capture has no effect"), "{:?}", snapshot.warnings);
     }
 
     /// [E.1]: with the pod's name.

@@ -290,7 +290,7 @@ pub(super) fn endpoint_slice(slice: &discovery::EndpointSlice) -> Result<Option<
 pub(super) struct Rejected {
     pub(super) wrong: Vec<Wrong>,
     /// What of it can be applied without opening anything, where there was no valid one before ([C.7], [C.8]).
-    pub(super) restricting: Option<PeerAuthentication>,
+    pub(super) restricting: Option<Arc<PeerAuthentication>>,
 }
 
 pub(super) fn peer_authentication(object: &crd::PeerAuthentication) -> Result<PeerAuthentication, Rejected> {
@@ -312,11 +312,17 @@ pub(super) fn peer_authentication(object: &crd::PeerAuthentication) -> Result<Pe
     let Some(ports) = &object.spec.port_level_mtls else { return Ok(policy) };
     if policy.selector.is_empty() {
         let what = "needs a selector with at least one label; add spec.selector.matchLabels, or remove it [PA.14]";
-        return Err(Rejected { wrong: vec![Wrong::new("spec.portLevelMtls", what)], restricting: Some(policy) });
+        return Err(Rejected {
+            wrong: vec![Wrong::new("spec.portLevelMtls", what)],
+            restricting: Some(Arc::new(policy)),
+        });
     }
     if ports.is_empty() {
         let what = "is empty; name a port or remove it";
-        return Err(Rejected { wrong: vec![Wrong::new("spec.portLevelMtls", what)], restricting: Some(policy) });
+        return Err(Rejected {
+            wrong: vec![Wrong::new("spec.portLevelMtls", what)],
+            restricting: Some(Arc::new(policy)),
+        });
     }
     let mut wrong = Vec::new();
     for (text, mtls) in ports {
@@ -333,7 +339,7 @@ pub(super) fn peer_authentication(object: &crd::PeerAuthentication) -> Result<Pe
     if wrong.is_empty() {
         return Ok(policy);
     }
-    Err(Rejected { wrong, restricting: restricting(policy) })
+    Err(Rejected { wrong, restricting: restricting(policy).map(Arc::new) })
 }
 
 /// The part that can only restrict: STRICT stays, whatever else the object says is dropped. `None` if nothing stays.

@@ -77,3 +77,24 @@ pub(super) struct Document<Spec> {
 pub(super) struct Anything(
     #[expect(dead_code, reason = "only its schema is used")] BTreeMap<String, serde_json::Value>,
 );
+
+#[cfg(test)]
+mod tests {
+    use kube::CustomResourceExt;
+
+    use super::*;
+
+    /// What deployment manifests are made from.
+    #[test]
+    fn the_definition_can_be_made_from_the_types() {
+        let crd = serde_json::to_value(PeerAuthentication::crd()).expect("JSON");
+        assert_eq!(crd["metadata"]["name"], "peerauthentications.security.istio.io");
+        let spec = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
+        let modes = &spec["properties"]["mtls"]["properties"]["mode"]["enum"];
+        assert_eq!(
+            modes.as_array().map(|modes| modes.iter().filter(|mode| mode.is_string()).count()),
+            Some(4),
+            "{spec}"
+        );
+    }
+}

@@ -278,7 +278,7 @@ fn typed(
             match convert::peer_authentication(&parse(json)?) {
                 Ok(policy) => Object::PeerAuthentication(Arc::new(policy)),
                 Err(rejected) => {
-                    let restricting = rejected.restricting.map(|policy| Object::PeerAuthentication(Arc::new(policy)));
+                    let restricting = rejected.restricting.map(Object::PeerAuthentication);
                     return Err(Refused { wrong: rejected.wrong, restricting });
                 }
             }

@@ -6,6 +6,10 @@
 //! does not end in `.yaml`, `.yml` or `.json`, and folders inside the folder are not read.
 //!
 //! If the folder itself goes away, the last state stays ([D.3]) until it is there again.
+//!
+//! Not noticed: a change behind a symbolic link that leads out of the folder (other than through `..data`), or of one
+//! that the folder's own path goes through. After inotify's queue overflowed, every file that changed is read at once,
+//! finished or not; the close of an unfinished one has it read again.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -49,9 +53,10 @@ pub struct Config {
 }
 
 /// Reads the folder once and returns what it holds; the future keeps the receiver up to date for as long as it is
-/// polled, and ends when every receiver is gone.
+/// polled, and ends when every receiver is gone. Dropping the future ends it as well.
 ///
-/// The first view is the whole folder ([D.2]). Blocks for as long as reading it takes.
+/// The first view is the whole folder ([D.2]). Blocks for as long as reading it takes, and must be called within a
+/// tokio runtime that has I/O and time.
 ///
 /// # Errors
 /// If the folder is not there, is not a folder, cannot be read or cannot be watched. The future fails only if inotify

@@ -16,10 +16,9 @@ use super::{
 };
 
 /// The files of a folder as they were last read.
-#[derive(Default)]
 pub(super) struct Folder {
-    /// Name of the ConfigMap that is the mesh configuration.
-    mesh_config: Option<ObjectRef>,
+    /// The ConfigMap that is the mesh configuration.
+    mesh_config: ObjectRef,
     files: BTreeMap<String, File>,
     /// What the last view was made from.
     in_force: HashMap<Key, Given>,
@@ -57,7 +56,8 @@ pub(super) enum Content {
 
 impl Folder {
     pub(super) fn new(system_namespace: &str) -> Self {
-        Self { mesh_config: Some(ObjectRef::new(system_namespace, "istio")), ..Self::default() }
+        let mesh_config = ObjectRef::new(system_namespace, "istio");
+        Self { mesh_config, files: BTreeMap::new(), in_force: HashMap::new() }
     }
 
     /// Names of the files that it holds something of.
@@ -101,10 +101,8 @@ impl Folder {
     fn read(&self, name: &str, documents: &[yaml::Document]) -> File {
         let mut file = File::default();
         let mut unknown = false;
-        let no_mesh = ObjectRef::new("", "");
-        let mesh_config = self.mesh_config.as_ref().unwrap_or(&no_mesh);
         for (document, number) in documents.iter().zip(1..) {
-            for decoded in decode::document(document, mesh_config) {
+            for decoded in decode::document(document, &self.mesh_config) {
                 file.notices.extend(decoded.notices);
                 let line = decoded.line;
                 let given = |key, object, valid, stale| Given { key, document: number, line, object, valid, stale };

@@ -4,7 +4,7 @@ use super::schema::nearest;
 
 /// What is done with objects of a kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
+pub(super) enum Kind {
     /// Enrolled, routed to, judged.
     Pod,
     /// Its labels decide enrolment.
@@ -21,7 +21,7 @@ pub enum Kind {
     ConfigMap,
     /// Enforced.
     PeerAuthentication,
-    /// A kind of Istio or of the Gateway API that this version does not enforce: index into [`NOT_ENFORCED`].
+    /// A kind of Istio or of the Gateway API that this version does not enforce, by its place in this module's table.
     NotEnforced(u8),
 }
 
@@ -102,7 +102,7 @@ impl Kind {
     }
 
     /// As `kind` spells it.
-    pub fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Pod => "Pod",
             Self::Namespace => "Namespace",

@@ -1,6 +1,6 @@
 //! Where the cluster's objects come from: whole views of it, one after the other, on a watch channel.
 //!
-//! [`file`] reads a watched folder of manifests. Nothing after this module can tell which source it was; what the
+//! [`mod@file`] reads a watched folder of manifests. Nothing after this module can tell which source it was; what the
 //! objects add up to is for `policy`.
 
 use std::{fmt, sync::Arc};
@@ -18,7 +18,6 @@ mod schema;
 pub(crate) mod yaml;
 
 pub use crd::{MutualTls, MutualTlsMode, PeerAuthentication, PeerAuthenticationSpec, WorkloadSelector};
-pub use kinds::Kind;
 
 /// Everything that a source knows at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]

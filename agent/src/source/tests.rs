@@ -1,5 +1,7 @@
 //! Manifests as users write them, right and wrong, through the whole of reading.
 
+use proptest::prelude::*;
+
 use crate::model::{MtlsMode, ObjectRef, PeerAuthentication, PodUid, SessionAffinity, TargetPort};
 
 use super::{
@@ -481,4 +483,47 @@ fn the_mesh_configuration_is_read() {
     assert_eq!(view.problems.len(), 1);
     let view = texts.put("a.yaml", &map("elsewhere", "trustDomain: other.org"));
     assert_eq!(view.cluster.mesh, crate::model::MeshConfig::default());
+}
+
+/// A policy with everything in it, for the property tests.
+const FULL: &str = "  creationTimestamp: '2024-05-01T10:00:00Z'
+spec:
+  selector:
+    matchLabels: {app: a}
+  mtls:
+    mode: STRICT
+  portLevelMtls:
+    8080:
+      mode: STRICT
+";
+
+proptest! {
+    /// Outside bytes: whatever one changes in a file, there is an answer, each problem is one line, and an object whose
+    /// manifest is not valid never becomes looser than it was.
+    #[test]
+    fn a_broken_edit_opens_nothing(
+        edits in proptest::collection::vec((any::<prop::sample::Index>(), 0usize..4, "[ -~\n]{0,3}"), 1..4),
+    ) {
+        let mut texts = Texts::new();
+        let mut text = peer_auth(FULL);
+        let before = texts.put("a.yaml", &text).cluster;
+        for (at, remove, insert) in edits {
+            let start = at.index(text.len());
+            let end = (start + remove).min(text.len());
+            text.replace_range(start..end, &insert);
+        }
+        let view = texts.put("a.yaml", &text);
+        for line in lines(&view) {
+            prop_assert!(line.starts_with("a.yaml") && !line.contains('\n'), "{}", line);
+        }
+        if !view.problems.is_empty() {
+            let strict = |policy: &PeerAuthentication| {
+                policy.mode == MtlsMode::Strict && policy.port_modes.get(&8080) == Some(&MtlsMode::Strict)
+            };
+            let kept = policy(&view, "test", "strict").is_some_and(strict);
+            // An edit of the name makes another object; then this one is gone from the file.
+            let renamed = lines(&view).iter().all(|line| !line.contains("ication test/strict:") && line.contains(": PeerAuth"));
+            prop_assert!(kept || renamed, "{}\n{:?}\n{:?}", text, view, before);
+        }
+    }
 }

@@ -244,3 +244,56 @@ async fn touching_a_file_publishes_nothing() {
     watched.quiet().await;
     watched.stop().await;
 }
+
+/// inotify's queue is bounded: what happened while it was full is found by looking.
+#[tokio::test]
+async fn an_overflow_is_made_good() {
+    let mut watched = Watched::start(|path| fs::write(path.join("gone.yaml"), policy("STRICT")).expect("write"));
+    let limit = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").expect("read");
+    // On this runtime's one thread, the watcher does not run before the first await. Events that equal the last one in
+    // the queue are merged, so two files take turns.
+    for _ in 0..=limit.trim().parse::<usize>().expect("a number") / 2 {
+        watched.write("a.yaml", "");
+        watched.write("b.yaml", "");
+    }
+    fs::remove_file(watched.path("gone.yaml")).expect("unlink");
+    watched.write("late.yaml", "apiVersion: v1\nkind: Namespace\nmetadata: {name: late}\n");
+    let seen = |view: &Arc<View>| mode(view).is_none() && view.cluster.namespaces.contains_key("late");
+    watched.until("what the queue lost", seen).await;
+    watched.stop().await;
+}
+
+/// A line for each new problem, and none for one that is still there.
+#[test]
+fn a_problem_is_logged_once() {
+    #[derive(Clone, Default)]
+    struct Lines(Arc<std::sync::Mutex<Vec<u8>>>);
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("not poisoned").write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let mut watcher = Watcher {
+        path: dir.path().to_owned(),
+        folder: Folder::new("istio-system"),
+        stamps: BTreeMap::new(),
+        logged: BTreeSet::new(),
+    };
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).with_ansi(false).finish();
+    let mut counts = Vec::new();
+    tracing::subscriber::with_default(subscriber, || {
+        for text in [&policy("DISABLED"), &policy("DISABLED"), &policy("STRICT"), &policy("DISABLED")] {
+            fs::write(dir.path().join("p.yaml"), text).expect("write");
+            watcher.look(&Wanted { files: ["p.yaml".to_owned()].into(), ..Wanted::default() });
+            let all = lines.0.lock().expect("not poisoned");
+            counts.push(String::from_utf8_lossy(&all).matches("WARN").count());
+        }
+    });
+    assert_eq!(counts, [1, 1, 1, 2]);
+}
