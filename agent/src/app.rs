@@ -177,6 +177,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         snapshots,
         unjudged: BTreeMap::new(),
         retry: false,
+        stuck: false,
     };
 
     let (ended, until_end) = watch::channel(());
@@ -229,6 +230,8 @@ struct Control {
     unjudged: BTreeMap<PodUid, Unjudged>,
     /// Something failed and is to be tried again.
     retry: bool,
+    /// A worker does not move, and it was said.
+    stuck: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -367,10 +370,17 @@ impl Control {
     fn beat(&mut self) -> anyhow::Result<()> {
         match self.workers.iter().map(Worker::silent_for).max() {
             Some(silence) if silence > WORKER_SILENCE => {
-                error!(?silence, "a worker is stuck: the sign of life is withheld, connections will be refused");
+                if !std::mem::replace(&mut self.stuck, true) {
+                    error!(?silence, "a worker is stuck: the sign of life is withheld, connections will be refused");
+                }
                 Ok(())
             }
-            _ => self.datapath.beat(),
+            _ => {
+                if std::mem::take(&mut self.stuck) {
+                    warn!("every worker moves again");
+                }
+                self.datapath.beat()
+            }
         }
     }
 

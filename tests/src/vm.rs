@@ -10,6 +10,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -137,7 +139,7 @@ pub struct Guest {
 pub struct Report {
     /// Exit status of the script.
     pub status: i32,
-    /// What the script and its programs printed, and the kernel's warnings among it.
+    /// What the script and its programs printed.
     pub output: String,
     /// From QEMU's start to its end.
     pub took: Duration,
@@ -152,7 +154,7 @@ impl Guest {
             modules: Vec::new(),
             files: BTreeMap::new(),
             memory_mib: 1024,
-            limit: Duration::from_secs(180),
+            limit: Duration::from_secs(300),
         }
     }
 
@@ -170,7 +172,8 @@ impl Guest {
         self
     }
 
-    /// With a program of this machine in `/bin`, and the shared libraries it needs where it looks for them.
+    /// With a program of this machine in `/bin`, and the shared libraries it needs where it looks for them. The script calls
+    /// it by its path where busybox has a program of the same name.
     ///
     /// # Errors
     /// `ldd` failed.
@@ -199,6 +202,10 @@ impl Guest {
     /// # Errors
     /// QEMU could not be run, the guest did not end in time, or it ended without a status; the error shows its console.
     pub fn boot(&self, kernel: &Unpacked) -> Result<Report> {
+        // One at a time, and one processor each: guests that wait for each other's processors on a busy machine take
+        // minutes to boot.
+        static TURN: Mutex<()> = Mutex::new(());
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let work = std::env::temp_dir().join(format!("culvert-vm-{}-{}", std::process::id(), kernel.release));
         fs::create_dir_all(&work).with_context(|| format!("create {}", work.display()))?;
         let report = self.boot_in(kernel, &work);
@@ -207,20 +214,43 @@ impl Guest {
     }
 
     fn boot_in(&self, kernel: &Unpacked, work: &Path) -> Result<Report> {
-        let (root, console) = (work.join("root.cpio"), work.join("console"));
+        let root = work.join("root.cpio");
         self.archive(kernel, work, &root).context("make the guest's root")?;
+        if Path::new("/dev/kvm").exists() && !KVM_FAILED.load(Ordering::Relaxed) {
+            // Inside another virtual machine KVM may be there and not work: QEMU aborts, or the guest never starts.
+            match self.run_qemu(kernel, work, &root, &["-accel", "kvm", "-cpu", "host"], KVM_FIRST_WORD)? {
+                Some(report) => return Ok(report),
+                None => KVM_FAILED.store(true, Ordering::Relaxed),
+            }
+        }
+        // Translation is some twenty times slower, and right.
+        let report = self.run_qemu(kernel, work, &root, &["-accel", "tcg", "-cpu", "max"], self.limit)?;
+        report.with_context(|| format!("the kernel printed nothing; QEMU: {}", read_lossy(&work.join("qemu")).trim()))
+    }
+
+    /// Runs QEMU to its end; `None` if the guest's kernel said nothing within `first_word`, or QEMU ended before it did.
+    fn run_qemu(
+        &self,
+        kernel: &Unpacked,
+        work: &Path,
+        root: &Path,
+        machine: &[&str],
+        first_word: Duration,
+    ) -> Result<Option<Report>> {
+        let console = work.join("console");
+        File::create(&console).context("create the guest's console")?;
         let begun = Instant::now();
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-cpu", "max", "-smp", "2"])
-            // KVM where it works, else translation, which is some twenty times slower and still right.
-            .args(["-accel", "kvm", "-accel", "tcg", "-m", &self.memory_mib.to_string()])
-            .args(["-append", "console=ttyS0 quiet panic=-1 rdinit=/init"])
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"])
+            .args(machine)
+            .args(["-m", &self.memory_mib.to_string()])
+            .args(["-append", "console=ttyS0 panic=-1 rdinit=/init"])
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .arg("-kernel")
             .arg(kernel.dir.join("vmlinuz"))
             .arg("-initrd")
-            .arg(&root)
+            .arg(root)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(work.join("qemu")).context("create QEMU's log")?)
@@ -233,34 +263,36 @@ impl Guest {
             });
         }
         let mut child = qemu.spawn().context("start qemu-system-x86_64")?;
-        let ended = loop {
+        let why = loop {
             if let Some(status) = child.try_wait().context("wait for QEMU")? {
-                break Ok(status);
+                break if status.success() { None } else { Some(format!("QEMU ended with {status}")) };
             }
-            if begun.elapsed() > self.limit {
-                break Err(format!("still running after {} s", self.limit.as_secs()));
-            }
-            if interrupt::requested() {
-                break Err("interrupted".to_owned());
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        };
-        let status = ended.or_else(|why| {
+            let silent = fs::metadata(&console).map_or(0, |m| m.len()) == 0;
+            let why = if silent && begun.elapsed() > first_word {
+                "the guest says nothing".to_owned()
+            } else if begun.elapsed() > self.limit {
+                format!("the guest still runs after {} s", self.limit.as_secs())
+            } else if interrupt::requested() {
+                "interrupted".to_owned()
+            } else {
+                std::thread::sleep(Duration::from_millis(50));
+                continue;
+            };
             child.kill().context("end QEMU")?;
             child.wait().context("wait for QEMU")?;
-            bail!("the guest was {why}; its console:\n{}", read_lossy(&console))
-        })?;
-        let text = read_lossy(&console).replace('\r', "");
-        let (Some((_, output)), true) = (text.split_once(BEGIN), status.success()) else {
-            bail!(
-                "QEMU ended with {status} before the script began: {}\n{text}",
-                read_lossy(&work.join("qemu")).trim()
-            );
+            break Some(why);
         };
-        let (output, rest) =
-            output.rsplit_once(END).with_context(|| format!("the guest ended without a status:\n{text}"))?;
+        interrupt::check()?;
+        let text = read_lossy(&console).replace('\r', "");
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let ended = text.split_once(BEGIN).and_then(|(_, rest)| rest.rsplit_once(END));
+        let Some((output, rest)) = ended.filter(|_| why.is_none()) else {
+            bail!("{}; its console:\n{text}", why.unwrap_or_else(|| "the guest ended without a status".to_owned()));
+        };
         let status = rest.trim().lines().next().unwrap_or("").parse().context("the guest's status")?;
-        Ok(Report { status, output: output.trim().to_owned(), took: begun.elapsed() })
+        Ok(Some(Report { status, output: output.trim().to_owned(), took: begun.elapsed() }))
     }
 
     fn archive(&self, kernel: &Unpacked, work: &Path, to: &Path) -> Result<()> {
@@ -297,7 +329,7 @@ impl Guest {
              mount -t proc proc /proc\nmount -t sysfs sys /sys\nmount -t devtmpfs dev /dev\n\
              mount -t tmpfs run /run\nmount -t tmpfs tmp /tmp\n\
              mount -t cgroup2 cgroup /sys/fs/cgroup\nmount -t bpf bpf /sys/fs/bpf\n\
-             ip link set lo up\n\
+             dmesg -n 1\nip link set lo up\n\
              {load}\
              echo; echo '{BEGIN}'\n\
              sh /script\n\
@@ -307,6 +339,10 @@ impl Guest {
     }
 }
 
+/// How long a guest under KVM may take until its kernel says anything; where KVM works it is a fraction of a second.
+const KVM_FIRST_WORD: Duration = Duration::from_secs(10);
+/// Whether KVM was tried by this process and does not work.
+static KVM_FAILED: AtomicBool = AtomicBool::new(false);
 /// The console's line before what the script prints.
 const BEGIN: &str = "culvert-vm: begin";
 /// Start of the console's line with the script's status.
