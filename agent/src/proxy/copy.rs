@@ -15,7 +15,6 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::Poll,
-    time::Duration,
 };
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
@@ -101,21 +100,26 @@ fn far(cause: impl Into<Cause>) -> CopyOutcome {
     CopyOutcome::Cut { side: Side::Far, cause: cause.into() }
 }
 
-/// A socket that is reset when dropped, unless both directions have ended by then.
-struct ResetOnDrop(TcpStream, bool);
+/// A socket whose close is a reset until both directions have ended, whoever closes it: the kernel does when the agent is
+/// killed, and then too what was cut off must not look finished.
+struct ResetOnClose(TcpStream);
 
-impl Drop for ResetOnDrop {
-    fn drop(&mut self) {
-        if !self.1 {
-            // Fails only on a socket that has no connection, where there is nothing to reset.
-            let _ = socket2::SockRef::from(&self.0).set_linger(Some(Duration::ZERO));
-        }
+impl ResetOnClose {
+    fn new(socket: TcpStream) -> Self {
+        super::reset_on_close(&socket);
+        Self(socket)
+    }
+
+    /// Both directions have ended: what is still on its way is delivered.
+    fn finish(self) {
+        // Fails only on a socket that has no connection any more.
+        let _ = socket2::SockRef::from(&self.0).set_linger(None);
     }
 }
 
 /// Copies between `socket` and the tunnel until both directions have ended or one side was cut off.
 pub async fn bidirectional(socket: TcpStream, stream: tunnel::Stream, counters: &Counters) -> CopyOutcome {
-    let mut socket = ResetOnDrop(socket, false);
+    let socket = ResetOnClose::new(socket);
     let (mut read, mut write) = stream.split();
     let copied = {
         let both = async {
@@ -131,7 +135,7 @@ pub async fn bidirectional(socket: TcpStream, stream: tunnel::Stream, counters: 
     };
     match copied {
         Ok(()) => {
-            socket.1 = true;
+            socket.finish();
             CopyOutcome::Finished
         }
         Err(outcome) => {
@@ -143,8 +147,7 @@ pub async fn bidirectional(socket: TcpStream, stream: tunnel::Stream, counters: 
 
 /// Copies between two sockets until both directions have ended or one side was cut off.
 pub async fn bidirectional_plain(near_socket: TcpStream, far_socket: TcpStream, counters: &Counters) -> CopyOutcome {
-    let mut a = ResetOnDrop(near_socket, false);
-    let mut b = ResetOnDrop(far_socket, false);
+    let (a, b) = (ResetOnClose::new(near_socket), ResetOnClose::new(far_socket));
     let copied = {
         let both = async {
             tokio::try_join!(
@@ -160,8 +163,8 @@ pub async fn bidirectional_plain(near_socket: TcpStream, far_socket: TcpStream, 
     };
     match copied {
         Ok(()) => {
-            a.1 = true;
-            b.1 = true;
+            a.finish();
+            b.finish();
             CopyOutcome::Finished
         }
         Err(outcome) => outcome,

@@ -11,7 +11,7 @@ use super::{
     copy::{self, Counters},
     keepalive, report,
     report::{Flag, Outcome, Story},
-    reset,
+    reset_on_close,
 };
 use crate::{
     model::ObjectRef,
@@ -30,13 +30,15 @@ const TUNNEL_PAUSE_MAX: Duration = Duration::from_millis(800);
 pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream) {
     let Some(dst) = context.sockets.borrow().original_destination(&socket) else {
         debug!(uid = %pod.uid, "a process dialled the outbound listener itself: refused");
-        return reset(&socket);
+        return reset_on_close(&socket);
     };
     let client = match socket.peer_addr() {
         Ok(client) => canonical(client),
         // The client is gone already.
         Err(_) => return,
     };
+    // Until an answer has come to its end, no end of ours may look like one.
+    reset_on_close(&socket);
     // Small answers must not wait for acknowledgements of earlier ones.
     let _ = socket.set_nodelay(true);
     let mut story = Story::new(Direction::Outbound, client, dst);
@@ -57,23 +59,18 @@ async fn route(
     loop {
         let snapshot = context.snapshot();
         let Some(own) = snapshot.workload(&pod.uid) else {
-            reset(&socket);
             return Outcome::failed(Flag::UnknownWorkload, "the client's pod is not in the source");
         };
         story.src_workload = Some(own.clone());
         match snapshot.route(own, dst, choice) {
             Route::Refuse(refusal) => {
-                reset(&socket);
                 return Outcome::failed(Flag::NoRoute(refusal), format_args!("{dst}: {}", refusal.as_str()));
             }
             Route::Plaintext { target, workload, service } => {
                 story.heads_for(target, workload, service);
                 return match context.dial(pod, client.ip(), target, snapshot.mesh.connect_timeout).await {
                     Ok(server) => plain(context, socket, server, &story.counters).await,
-                    Err(error) => {
-                        reset(&socket);
-                        Outcome::failed(Flag::Connect, format_args!("connect to {target}: {error}"))
-                    }
+                    Err(error) => Outcome::failed(Flag::Connect, format_args!("connect to {target}: {error}")),
                 };
             }
             Route::Tunnel { workload, target, service } if workload.uid == own.uid => {
@@ -99,7 +96,6 @@ async fn route(
                     Opened::Outdated => continue,
                     Opened::Failed(error) => {
                         // Never plaintext instead ([I.10], [T.2]).
-                        reset(&socket);
                         Outcome::of_open(&error)
                     }
                 };
@@ -132,15 +128,11 @@ async fn to_itself(
 ) -> Outcome {
     let verdict = snapshot.decide(own, Peer::Tunnel, target.port());
     if verdict.answer == culvert_common::Answer::Refuse {
-        reset(&socket);
         return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
     }
     match context.leg(pod, client, target, snapshot.mesh.connect_timeout).await {
         Ok(server) => plain(context, socket, server, counters).await,
-        Err(error) => {
-            reset(&socket);
-            Outcome::failed(Flag::Connect, error)
-        }
+        Err(error) => Outcome::failed(Flag::Connect, error),
     }
 }
 
@@ -192,6 +184,10 @@ async fn open(
             Ok((socket, tls))
         }
     };
+    // A tunnel that stands outlives its certificate; new connections do not ([I.7]).
+    if let Err(error) = context.identities.ready(&own.identity).await {
+        return Opened::Failed(OpenError::Connect(Arc::new(error.into())));
+    }
     let mut pause = TUNNEL_PAUSE;
     loop {
         match context.pool.open(&key, &request, dial).await {
