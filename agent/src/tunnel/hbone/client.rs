@@ -17,10 +17,13 @@ use tokio::{
 };
 
 use super::{
-    connection::{Core, End, Head, Opening, Shared},
+    connection::{Core, End, Shared},
     driver::Driver,
     frame::error,
-    halves, hpack,
+    halves,
+    handle::Opening,
+    head::Head,
+    hpack,
     tls::{Session, TlsError},
 };
 use crate::tunnel::{Config, Connect, OpenError, REASON_HEADER, Stream, StreamError};

@@ -18,15 +18,14 @@ use bytes::{Bytes, BytesMut};
 
 use super::{
     frame::{self, Broken, Event, Parser, error},
+    head::{Head, parse_head},
     hpack,
+    outbox::{FULL_RECORD, LEAD, OUTBOX, Outbox, PAYLOAD, RECORDS},
+    stream::{Entry, FIRST_STREAM_WINDOW, MAX_STREAM_WINDOW, Side, register},
     tls::{self, Opened, Session, TlsError},
 };
 use crate::tunnel::{StreamError, code};
 
-/// Most that one stream may be sent before its reader takes it, in bytes (§14.3).
-const MAX_STREAM_WINDOW: u32 = 4 << 20;
-/// Where a stream's window starts. It doubles while the reader keeps up, so that only those who read hold much.
-const FIRST_STREAM_WINDOW: u32 = 256 << 10;
 /// Window of the connection, in bytes: the largest that RFC 9113 §6.9.1 allows, and given back on arrival.
 ///
 /// It never binds: readers who never read hold their own windows and stall nobody else. (The reference value of 16 MiB
@@ -47,22 +46,8 @@ const MAX_EMPTY: u32 = 1000;
 const CLIENT_HEADERS: usize = 64 << 10;
 const SERVER_HEADERS: usize = 16 << 10;
 
-/// Most records filled at once, by one call to the kernel.
-const RECORDS: usize = 8;
-/// Most bytes of a stream in one record, so that frame and record fill each other exactly.
-const PAYLOAD: usize = tls::MAX_CONTENT - frame::HEADER;
-/// What comes before them in a record.
-const LEAD: usize = tls::HEADER + frame::HEADER;
-const FULL_RECORD: usize = LEAD + PAYLOAD + tls::TRAILER;
-/// Most bytes that streams may put before the socket takes them.
-const OUTBOX: usize = 2 * RECORDS * FULL_RECORD;
 /// Answers that a peer can make us owe it (PING, SETTINGS, resets) before we stop reading.
 const MAX_OWED: usize = 64 << 10;
-/// Bytes of a stream that wait before its further ones are copied: slices would keep whole reads in memory.
-const MAX_SLICED: usize = 512 << 10;
-/// Pieces smaller than this are copied together, for the same reason.
-const SMALL: usize = 8 << 10;
-
 /// Payload of our PING.
 const PING: [u8; 8] = *b"culvert?";
 /// Payload of the PING between the two GOAWAYs of an orderly end.
@@ -88,187 +73,6 @@ impl fmt::Display for End {
             Self::Tls(why) => write!(f, "TLS: {why}"),
             Self::Protocol(why) => write!(f, "HTTP/2: {why}"),
             Self::Lost(why) => f.write_str(why),
-        }
-    }
-}
-
-/// The head of a request or an answer.
-#[derive(Debug, Default)]
-pub(super) struct Head {
-    pub(super) method: Option<Bytes>,
-    pub(super) authority: Option<Bytes>,
-    pub(super) status: Option<u16>,
-    pub(super) fields: Vec<hpack::Field>,
-    /// What is wrong with it, if anything is (RFC 9113 §8.1.1).
-    pub(super) malformed: Option<&'static str>,
-}
-
-impl Head {
-    /// The first value of a field, if it is text.
-    pub(super) fn field(&self, name: &str) -> Option<&str> {
-        let (_, value) = self.fields.iter().find(|(n, _)| n == name.as_bytes())?;
-        std::str::from_utf8(value).ok()
-    }
-}
-
-struct Entry {
-    read: Side,
-    write: Side,
-    /// Received and not read.
-    queue: VecDeque<Bytes>,
-    tail: BytesMut,
-    queued: usize,
-    /// What the peer may still send, what we have read since we last told it, and what it may send at most.
-    recv_window: i64,
-    unreleased: u32,
-    max_window: u32,
-    send_window: i64,
-    /// Client: the answer, and whether it has come.
-    answer: Option<Head>,
-    answered: bool,
-    /// The peer did nothing with the request.
-    not_processed: bool,
-    /// Handles to the stream that are still there.
-    handles: u8,
-    reader: Option<Waker>,
-    writer: Option<Waker>,
-    watcher: Option<Waker>,
-}
-
-/// One direction of a stream.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Side {
-    Open,
-    Ended,
-    Cut(StreamError),
-}
-
-impl Entry {
-    fn new(send_window: i64, handles: u8) -> Self {
-        Self {
-            read: Side::Open,
-            write: Side::Open,
-            queue: VecDeque::new(),
-            tail: BytesMut::new(),
-            queued: 0,
-            recv_window: FIRST_STREAM_WINDOW.into(),
-            unreleased: 0,
-            max_window: FIRST_STREAM_WINDOW,
-            send_window,
-            answer: None,
-            answered: false,
-            not_processed: false,
-            handles,
-            reader: None,
-            writer: None,
-            watcher: None,
-        }
-    }
-
-    fn open(&self) -> bool {
-        self.read == Side::Open || self.write == Side::Open
-    }
-
-    fn wake(&mut self) {
-        for waker in [&mut self.reader, &mut self.writer, &mut self.watcher] {
-            if let Some(waker) = waker.take() {
-                waker.wake();
-            }
-        }
-    }
-
-    /// Cuts what is still open. What has ended has ended: a peer that says all it has and then resets (because it does
-    /// not want the rest of ours) has not truncated anything.
-    fn cut(&mut self, error: &StreamError) {
-        if self.read == Side::Open {
-            self.read = Side::Cut(error.clone());
-            self.queue.clear();
-            self.tail = BytesMut::new();
-            self.queued = 0;
-        }
-        if self.write == Side::Open {
-            self.write = Side::Cut(error.clone());
-        }
-        self.wake();
-    }
-
-    fn push(&mut self, bytes: Bytes) {
-        if bytes.is_empty() {
-            return;
-        }
-        self.queued += bytes.len();
-        if bytes.len() < SMALL || self.queued > MAX_SLICED {
-            self.tail.extend_from_slice(&bytes);
-        } else {
-            if !self.tail.is_empty() {
-                self.queue.push_back(self.tail.split().freeze());
-            }
-            self.queue.push_back(bytes);
-        }
-        if let Some(reader) = self.reader.take() {
-            reader.wake();
-        }
-    }
-
-    fn pop(&mut self) -> Option<Bytes> {
-        let bytes = match self.queue.pop_front() {
-            Some(bytes) => bytes,
-            None if self.tail.is_empty() => return None,
-            None => std::mem::take(&mut self.tail).freeze(),
-        };
-        self.queued -= bytes.len();
-        Some(bytes)
-    }
-}
-
-/// Sealed records on their way to the socket.
-#[derive(Default)]
-struct Outbox {
-    buffer: Vec<u8>,
-    start: usize,
-    end: usize,
-}
-
-thread_local! {
-    /// Buffers of outboxes that are empty: idle connections hold none.
-    static SPARE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
-}
-/// Buffers that a thread keeps for its next busy connections.
-const MAX_SPARE: usize = 16;
-
-impl Outbox {
-    fn len(&self) -> usize {
-        self.end - self.start
-    }
-
-    /// Makes room for `more` bytes behind what is there, and gives it.
-    fn space(&mut self, more: usize) -> &mut [u8] {
-        if self.buffer.is_empty() {
-            self.buffer = SPARE.with_borrow_mut(Vec::pop).unwrap_or_else(|| vec![0; OUTBOX + FULL_RECORD]);
-        }
-        if self.buffer.len() - self.end < more {
-            self.buffer.copy_within(self.start..self.end, 0);
-            self.end -= self.start;
-            self.start = 0;
-            if self.buffer.len() - self.end < more {
-                self.buffer.resize(self.end + more, 0);
-            }
-        }
-        &mut self.buffer[self.end..]
-    }
-
-    fn consume(&mut self, n: usize) {
-        self.start += n;
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-            let buffer = std::mem::take(&mut self.buffer);
-            if buffer.len() == OUTBOX + FULL_RECORD {
-                SPARE.with_borrow_mut(|spare| {
-                    if spare.len() < MAX_SPARE {
-                        spare.push(buffer);
-                    }
-                });
-            }
         }
     }
 }
@@ -430,8 +234,8 @@ impl Core {
                 }
             }
         }
-        self.partial.clear();
-        self.partial.extend_from_slice(&bytes[at..]);
+        // Not kept when it is empty: idle connections hold no buffer.
+        self.partial = bytes[at..].to_vec();
         let bytes = bytes.freeze();
         for content in contents {
             self.plaintext(bytes.slice(content));
@@ -599,7 +403,7 @@ impl Core {
 
     /// Reads up to `most` bytes by `read` into records of stream `id`, and seals them. `most` is what
     /// [`poll_ready`](Self::poll_ready) gave.
-    fn send(
+    pub(super) fn send(
         &mut self,
         id: u32,
         most: usize,
@@ -656,7 +460,7 @@ impl Core {
         Ok(Ok(n))
     }
 
-    fn poll_ready(&mut self, id: u32, cx: &Context<'_>, want: usize) -> Poll<Result<usize, StreamError>> {
+    pub(super) fn poll_ready(&mut self, id: u32, cx: &Context<'_>, want: usize) -> Poll<Result<usize, StreamError>> {
         let pending = self.outbox.len() + self.control.len();
         let Some(entry) = self.streams.get_mut(&id) else {
             return Poll::Ready(Err(StreamError::Lost("stream forgotten".into())));
@@ -678,7 +482,7 @@ impl Core {
         Poll::Pending
     }
 
-    fn shutdown(&mut self, id: u32) -> Result<(), StreamError> {
+    pub(super) fn shutdown(&mut self, id: u32) -> Result<(), StreamError> {
         let Some(entry) = self.streams.get_mut(&id) else { return Ok(()) };
         match &entry.write {
             Side::Ended => Ok(()),
@@ -693,7 +497,7 @@ impl Core {
     }
 
     /// Cuts the stream off, unless both directions have ended.
-    fn reset(&mut self, id: u32, code: u32) {
+    pub(super) fn reset(&mut self, id: u32, code: u32) {
         let Some(entry) = self.streams.get_mut(&id) else { return };
         if entry.open() {
             entry.cut(&StreamError::Reset(code));
@@ -701,7 +505,7 @@ impl Core {
         }
     }
 
-    fn poll_read(&mut self, id: u32, cx: &Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
+    pub(super) fn poll_read(&mut self, id: u32, cx: &Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
         let Some(entry) = self.streams.get_mut(&id) else {
             return Poll::Ready(Err(StreamError::Lost("stream forgotten".into())));
         };
@@ -731,7 +535,7 @@ impl Core {
         Poll::Ready(Ok(Some(bytes)))
     }
 
-    fn poll_cut(&mut self, id: u32, cx: &Context<'_>, reading: bool) -> Poll<StreamError> {
+    pub(super) fn poll_cut(&mut self, id: u32, cx: &Context<'_>, reading: bool) -> Poll<StreamError> {
         let Some(entry) = self.streams.get_mut(&id) else {
             return Poll::Ready(StreamError::Lost("stream forgotten".into()));
         };
@@ -745,22 +549,87 @@ impl Core {
         }
     }
 
+    /// Whoever read has gone: the peer shall not go on sending.
+    pub(super) fn drop_reader(&mut self, id: u32) {
+        if self.streams.get(&id).is_some_and(|entry| entry.read == Side::Open) {
+            self.reset(id, code::CANCEL);
+        }
+        self.release(id);
+    }
+
+    /// Whoever wrote has gone: without END_STREAM, what was sent is not whole.
+    pub(super) fn drop_writer(&mut self, id: u32) {
+        if self.streams.get(&id).is_some_and(|entry| entry.write == Side::Open) {
+            self.reset(id, code::CANCEL);
+        }
+        self.release(id);
+    }
+
     /// A handle has gone; the last one takes the stream along, and what is not finished is reset.
-    fn release(&mut self, id: u32, code: u32) {
-        self.reset_if_unfinished(id, code);
+    pub(super) fn release(&mut self, id: u32) {
         let Some(entry) = self.streams.get_mut(&id) else { return };
         entry.handles -= 1;
         if entry.handles == 0 {
+            self.reset(id, code::CANCEL);
             self.streams.remove(&id);
             // The driver may wait for the last of them.
             self.wake_driver();
         }
     }
 
-    fn reset_if_unfinished(&mut self, id: u32, code: u32) {
-        if self.streams.get(&id).is_some_and(|entry| entry.handles == 1) {
-            self.reset(id, code);
+    /// The request or answer has become a stream with two halves.
+    pub(super) fn split(&mut self, id: u32) {
+        if let Some(entry) = self.streams.get_mut(&id) {
+            entry.handles = 2;
         }
+    }
+
+    /// Opens a stream with these headers (client); `None` if the peer takes no new ones.
+    pub(super) fn open(&mut self, block: &[u8]) -> Option<u32> {
+        if self.closing() {
+            return None;
+        }
+        let id = self.last_id;
+        self.last_id += 2;
+        self.streams.insert(id, Entry::new(self.first_send_window, 1));
+        self.put_headers(id, false, block);
+        Some(id)
+    }
+
+    /// The answer (client); or why there is none, and whether the peer did nothing with the request.
+    pub(super) fn poll_answer(&mut self, id: u32, cx: &Context<'_>) -> Poll<Result<Head, (StreamError, bool)>> {
+        let Some(entry) = self.streams.get_mut(&id) else {
+            return Poll::Ready(Err((StreamError::Lost("stream forgotten".into()), false)));
+        };
+        if let Some(head) = entry.answer.take() {
+            return Poll::Ready(Ok(head));
+        }
+        match (&entry.read, &entry.write) {
+            (Side::Cut(error), _) | (_, Side::Cut(error)) => Poll::Ready(Err((error.clone(), entry.not_processed))),
+            _ => {
+                register(&mut entry.reader, cx);
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Answers a request (server).
+    pub(super) fn answer(&mut self, id: u32, block: &[u8], end: bool) -> Result<(), StreamError> {
+        match self.streams.get_mut(&id).map(|entry| &mut entry.write) {
+            Some(side @ Side::Open) => {
+                if end {
+                    *side = Side::Ended;
+                }
+            }
+            Some(Side::Cut(error)) => return Err(error.clone()),
+            Some(Side::Ended) | None => return Err(StreamError::Lost("answered twice".into())),
+        }
+        self.put_headers(id, end, block);
+        if end {
+            // The client need not send what nobody reads (RFC 9113 §8.1).
+            self.reset(id, error::NO_ERROR);
+        }
+        Ok(())
     }
 
     // What comes in.
@@ -1049,270 +918,5 @@ impl From<TlsError> for End {
             TlsError::Tls(why) => Self::Tls(why),
             TlsError::Io(error) => Self::Lost(error.to_string().into()),
         }
-    }
-}
-
-fn register(place: &mut Option<Waker>, cx: &Context<'_>) {
-    match place {
-        Some(waker) if waker.will_wake(cx.waker()) => {}
-        _ => *place = Some(cx.waker().clone()),
-    }
-}
-
-/// RFC 9113 §8.2, §8.3: names in lower case, pseudo fields first, each at most once.
-fn parse_head(fields: Vec<hpack::Field>, answer: bool) -> Head {
-    let mut head = Head::default();
-    let mut wrong = None;
-    for (name, value) in fields {
-        let valid_value = !value.iter().any(|b| matches!(b, 0 | b'\r' | b'\n'));
-        let repeated = match &name[..] {
-            _ if !valid_value => {
-                wrong = Some("a header value with a line end");
-                continue;
-            }
-            [b':', ..] if !head.fields.is_empty() => {
-                wrong = Some("a pseudo header after the others");
-                continue;
-            }
-            b":status" if answer => {
-                let status = std::str::from_utf8(&value).ok().and_then(|text| text.parse().ok());
-                wrong = wrong.or_else(|| status.is_none().then_some("a :status that is not a number"));
-                std::mem::replace(&mut head.status, status).is_some()
-            }
-            b":method" if !answer => head.method.replace(value).is_some(),
-            b":authority" if !answer => head.authority.replace(value).is_some(),
-            // Only a CONNECT is answered with more than 400, and it has none of these (RFC 9113 §8.5).
-            b":scheme" | b":path" | b":protocol" if !answer => {
-                wrong = wrong.or(Some("only CONNECT to host:port is served here"));
-                false
-            }
-            [] | [b':', ..] => {
-                wrong = Some("an unknown pseudo header");
-                false
-            }
-            name_bytes => {
-                let token =
-                    |b: &u8| b.is_ascii_graphic() && !b.is_ascii_uppercase() && !b"\"(),/:;<=>?@[\\]{}".contains(b);
-                if !name_bytes.iter().all(token) {
-                    wrong = Some("a header name that is not one");
-                }
-                head.fields.push((name, value));
-                false
-            }
-        };
-        if repeated {
-            wrong = Some("a pseudo header twice");
-        }
-    }
-    head.malformed = wrong;
-    head
-}
-
-/// A stream before it has two halves: a request that waits for its answer, on either side.
-pub(super) struct Opening {
-    core: Shared,
-    id: u32,
-    taken: bool,
-}
-
-impl Opening {
-    /// Sends a request (client). The caller has checked that the peer takes one more.
-    pub(super) fn request(core: &Shared, block: &[u8]) -> Option<Self> {
-        let mut this = core.borrow_mut();
-        if this.closing() {
-            return None;
-        }
-        let id = this.last_id;
-        this.last_id += 2;
-        let entry = Entry::new(this.first_send_window, 1);
-        this.streams.insert(id, entry);
-        this.put_headers(id, false, block);
-        drop(this);
-        Some(Self { core: core.clone(), id, taken: false })
-    }
-
-    /// Takes what [`Core::arrival`] gave (server).
-    pub(super) fn arrived(core: &Shared, id: u32) -> Self {
-        Self { core: core.clone(), id, taken: false }
-    }
-
-    /// The answer; or why there is none, and whether the peer did nothing with the request.
-    pub(super) fn poll_answer(&mut self, cx: &Context<'_>) -> Poll<Result<Head, (StreamError, bool)>> {
-        let mut core = self.core.borrow_mut();
-        let Some(entry) = core.streams.get_mut(&self.id) else {
-            return Poll::Ready(Err((StreamError::Lost("stream forgotten".into()), false)));
-        };
-        if let Some(head) = entry.answer.take() {
-            return Poll::Ready(Ok(head));
-        }
-        match (&entry.read, &entry.write) {
-            (Side::Cut(error), _) | (_, Side::Cut(error)) => Poll::Ready(Err((error.clone(), entry.not_processed))),
-            _ => {
-                register(&mut entry.reader, cx);
-                Poll::Pending
-            }
-        }
-    }
-
-    /// Resolves when the peer has given up.
-    pub(super) fn poll_cut(&mut self, cx: &Context<'_>) -> Poll<StreamError> {
-        self.core.borrow_mut().poll_cut(self.id, cx, false)
-    }
-
-    /// Sends the answer (server).
-    pub(super) fn answer(&mut self, block: &[u8], end: bool) -> Result<(), StreamError> {
-        let mut core = self.core.borrow_mut();
-        match core.streams.get_mut(&self.id).map(|entry| &mut entry.write) {
-            Some(side @ Side::Open) => {
-                if end {
-                    *side = Side::Ended;
-                }
-            }
-            Some(Side::Cut(error)) => return Err(error.clone()),
-            Some(Side::Ended) | None => return Err(StreamError::Lost("answered twice".into())),
-        }
-        core.put_headers(self.id, end, block);
-        if end {
-            // The client need not send what nobody reads (RFC 9113 §8.1).
-            core.reset(self.id, error::NO_ERROR);
-        }
-        Ok(())
-    }
-
-    /// The stream itself.
-    pub(super) fn into_halves(mut self) -> (ReadHalf, WriteHalf) {
-        self.taken = true;
-        let (core, id) = (self.core.clone(), self.id);
-        if let Some(entry) = core.borrow_mut().streams.get_mut(&id) {
-            entry.handles = 2;
-        }
-        (ReadHalf { core: core.clone(), id }, WriteHalf { core, id })
-    }
-}
-
-impl Drop for Opening {
-    fn drop(&mut self) {
-        if !self.taken {
-            self.core.borrow_mut().release(self.id, code::CANCEL);
-        }
-    }
-}
-
-/// What the peer sends on one stream.
-pub(in crate::tunnel) struct ReadHalf {
-    core: Shared,
-    id: u32,
-}
-
-/// What we send on one stream.
-pub(in crate::tunnel) struct WriteHalf {
-    core: Shared,
-    id: u32,
-}
-
-impl ReadHalf {
-    pub(in crate::tunnel) fn poll_read(&mut self, cx: &Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
-        self.core.borrow_mut().poll_read(self.id, cx)
-    }
-
-    pub(in crate::tunnel) fn poll_cut(&mut self, cx: &Context<'_>) -> Poll<StreamError> {
-        self.core.borrow_mut().poll_cut(self.id, cx, true)
-    }
-}
-
-impl WriteHalf {
-    pub(in crate::tunnel) fn poll_ready(&mut self, cx: &Context<'_>, want: usize) -> Poll<Result<usize, StreamError>> {
-        self.core.borrow_mut().poll_ready(self.id, cx, want)
-    }
-
-    pub(in crate::tunnel) fn send_from(
-        &mut self,
-        most: usize,
-        read: impl FnOnce(&mut [IoSliceMut<'_>]) -> io::Result<usize>,
-    ) -> Result<io::Result<usize>, StreamError> {
-        self.core.borrow_mut().send(self.id, most, read)
-    }
-
-    pub(in crate::tunnel) fn shutdown(&mut self) -> Result<(), StreamError> {
-        self.core.borrow_mut().shutdown(self.id)
-    }
-
-    pub(in crate::tunnel) fn reset(&mut self, code: u32) {
-        self.core.borrow_mut().reset(self.id, code);
-    }
-
-    pub(in crate::tunnel) fn poll_cut(&mut self, cx: &Context<'_>) -> Poll<StreamError> {
-        self.core.borrow_mut().poll_cut(self.id, cx, false)
-    }
-}
-
-impl Drop for ReadHalf {
-    fn drop(&mut self) {
-        let mut core = self.core.borrow_mut();
-        // Nobody reads any more, so the peer shall not go on sending.
-        if core.streams.get(&self.id).is_some_and(|entry| entry.read == Side::Open) {
-            core.reset(self.id, code::CANCEL);
-        }
-        core.release(self.id, code::CANCEL);
-    }
-}
-
-impl Drop for WriteHalf {
-    fn drop(&mut self) {
-        let mut core = self.core.borrow_mut();
-        // Without END_STREAM, what was sent is not whole.
-        if core.streams.get(&self.id).is_some_and(|entry| entry.write == Side::Open) {
-            core.reset(self.id, code::CANCEL);
-        }
-        core.release(self.id, code::CANCEL);
-    }
-}
-
-impl fmt::Debug for ReadHalf {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ReadHalf").field("stream", &self.id).finish_non_exhaustive()
-    }
-}
-
-impl fmt::Debug for WriteHalf {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WriteHalf").field("stream", &self.id).finish_non_exhaustive()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A megabyte in frames of one byte must not cost a megabyte of frames.
-    #[test]
-    fn small_pieces_are_kept_together() {
-        let mut entry = Entry::new(0, 2);
-        let block = Bytes::from(vec![7; 128 << 10]);
-        for at in 0..100_000 {
-            entry.push(block.slice(at..at + 1));
-        }
-        assert!(entry.queue.is_empty());
-        assert!(block.is_unique(), "nothing holds on to the block that was read");
-        assert_eq!(entry.pop().map(|bytes| bytes.len()), Some(100_000));
-        assert_eq!((entry.queued, entry.pop()), (0, None));
-    }
-
-    #[test]
-    fn order_is_kept_between_small_and_large_pieces() {
-        let mut entry = Entry::new(0, 2);
-        let bytes = Bytes::from((0..=255u8).cycle().take(3 << 20).collect::<Vec<_>>());
-        let (mut at, mut size) = (0, 1);
-        while at < bytes.len() {
-            let end = (at + size).min(bytes.len());
-            entry.push(bytes.slice(at..end));
-            at = end;
-            size = size * 7 % 30_011 + 1;
-        }
-        let mut got = Vec::new();
-        while let Some(piece) = entry.pop() {
-            got.extend_from_slice(&piece);
-        }
-        assert!(got == bytes);
     }
 }

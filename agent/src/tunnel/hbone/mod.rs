@@ -2,14 +2,19 @@
 //!
 //! Drives one connection, as client or server. Pooling is left to [`super::pool`], the meaning of a CONNECT to the
 //! caller. From the wire inwards: `driver` (the socket), `tls` (records), `frame` and `hpack` (HTTP/2's syntax),
-//! `connection` (streams and windows), then `client` and `server`.
+//! `connection` (all streams), `stream` (one of them), `outbox` (what is sent), `head` (what headers mean), `handle` (what
+//! others hold), then `client` and `server`.
 
 pub(super) mod client;
 mod connection;
 mod driver;
 mod frame;
+mod handle;
+mod head;
 mod hpack;
+mod outbox;
 pub(super) mod server;
+mod stream;
 mod tls;
 
 use std::{
@@ -25,18 +30,18 @@ use super::StreamError;
 /// What the peer sends on one stream.
 #[derive(Debug)]
 pub(super) struct ReadHalf {
-    half: connection::ReadHalf,
+    half: handle::ReadHalf,
     _slot: Option<Rc<client::Slot>>,
 }
 
 /// What we send on one stream.
 #[derive(Debug)]
 pub(super) struct WriteHalf {
-    half: connection::WriteHalf,
+    half: handle::WriteHalf,
     _slot: Option<Rc<client::Slot>>,
 }
 
-fn halves(opening: connection::Opening, slot: Option<client::Slot>) -> (ReadHalf, WriteHalf) {
+fn halves(opening: handle::Opening, slot: Option<client::Slot>) -> (ReadHalf, WriteHalf) {
     let slot = slot.map(Rc::new);
     let (read, write) = opening.into_halves();
     (ReadHalf { half: read, _slot: slot.clone() }, WriteHalf { half: write, _slot: slot })

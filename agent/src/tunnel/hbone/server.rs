@@ -21,9 +21,12 @@ use tracing::{debug, error};
 
 use super::{
     client::is_header_value,
-    connection::{Core, End, Head, Opening, Shared},
+    connection::{Core, End, Shared},
     driver::Driver,
-    frame, halves, hpack,
+    frame, halves,
+    handle::Opening,
+    head::Head,
+    hpack,
     tls::{Session, TlsError},
 };
 use crate::tunnel::{
