@@ -1328,3 +1328,120 @@ fn held_back_questions_are_answered_once_the_client_reads() {
         tokio::join!(ask, hear);
     });
 }
+
+/// More requests at once than connections have room for: nobody is forgotten, and no connection is opened in vain.
+#[test]
+fn a_burst_of_requests_gets_as_many_connections_as_it_needs() {
+    local(async {
+        let tls = tls();
+        let server = Server::start(&tls, Config::default(), echo).await;
+        let pool = Pool::new(Config::default());
+        let streams = futures_util::future::join_all((0..250).map(|_| open(&pool, server.addr, &tls.client))).await;
+        assert!(streams.iter().all(Result::is_ok));
+        assert_eq!(server.accepted.get(), 3);
+    });
+}
+
+/// Two ends of one connection on loopback: the application's, and the proxy's.
+async fn socket_pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let (app, near) = tokio::join!(TcpStream::connect(listener.local_addr().expect("address")), listener.accept());
+    (app.expect("connect"), near.expect("accept").0)
+}
+
+/// An application that dies is noticed even while the tunnel takes nothing from it.
+#[test]
+fn a_reset_is_noticed_while_the_tunnel_is_stalled() {
+    local(async {
+        let tls = tls();
+        let handler = |incoming: Incoming| async move {
+            let _stream = accepted(incoming).await;
+            std::future::pending::<()>().await;
+        };
+        let server = Server::start(&tls, Config::default(), handler).await;
+        let pool = Pool::new(Config::default());
+        let (mut app, near) = socket_pair().await;
+        let stream = open(&pool, server.addr, &tls.client).await.expect("open");
+        let counters = Counters::default();
+        let dies = async {
+            let block = vec![0; 64 << 10];
+            while let Ok(written) = timeout(Duration::from_millis(200), app.write_all(&block)).await {
+                written.expect("write");
+            }
+            linger_zero(app);
+        };
+        let (outcome, ()) = tokio::join!(copy::bidirectional(near, stream, &counters), dies);
+        let near_reset =
+            matches!(outcome, copy::CopyOutcome::Cut { side: copy::Side::Near, cause: copy::Cause::Reset });
+        assert!(near_reset, "{outcome:?}");
+    });
+}
+
+/// A stream that is cut off is noticed even while the application takes nothing.
+#[test]
+fn a_cut_is_noticed_while_the_socket_is_stalled() {
+    local(async {
+        let tls = tls();
+        let handler = |incoming: Incoming| async move {
+            let mut stream = accepted(incoming).await;
+            assert_eq!(stream.read().await, Ok(None), "the application has ended its direction");
+            let block = vec![0; 64 << 10];
+            while timeout(Duration::from_millis(200), stream.write(&block)).await.is_ok() {}
+            stream.reset(code::CONNECT_ERROR);
+        };
+        let server = Server::start(&tls, Config::default(), handler).await;
+        let pool = Pool::new(Config::default());
+        let (mut app, near) = socket_pair().await;
+        app.shutdown().await.expect("shutdown");
+        let stream = open(&pool, server.addr, &tls.client).await.expect("open");
+        let counters = Counters::default();
+        let outcome = copy::bidirectional(near, stream, &counters).await;
+        let far_reset = matches!(outcome, copy::CopyOutcome::Cut { side: copy::Side::Far, cause: copy::Cause::Reset });
+        assert!(far_reset, "{outcome:?}");
+        let mut sink = vec![0; 1 << 20];
+        while app.read(&mut sink).await.expect_or_reset() {}
+    });
+}
+
+trait ExpectOrReset {
+    fn expect_or_reset(self) -> bool;
+}
+
+impl ExpectOrReset for std::io::Result<usize> {
+    /// `false` once the connection is reset; an orderly end is wrong.
+    fn expect_or_reset(self) -> bool {
+        match self {
+            Ok(n) => {
+                assert_ne!(n, 0, "a truncated transfer looks finished");
+                true
+            }
+            Err(error) => {
+                assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+                false
+            }
+        }
+    }
+}
+
+/// A stream in bulk leaves room for one that says a word at a time.
+#[test]
+fn bulk_does_not_starve_a_dialogue() {
+    local(async {
+        let tls = tls();
+        let server = Server::start(&tls, Config::default(), echo).await;
+        let pool = Pool::new(Config::default());
+        let mut bulk = JoinSet::new();
+        for _ in 0..4 {
+            let (mut read, mut write) = open(&pool, server.addr, &tls.client).await.expect("open").split();
+            bulk.spawn_local(async move { while let Ok(Some(_)) = read.read().await {} });
+            bulk.spawn_local(async move { while write.write(&[7; 64 << 10]).await.is_ok() {} });
+        }
+        let mut stream = open(&pool, server.addr, &tls.client).await.expect("open");
+        for _ in 0..100 {
+            stream.write(b"word").await.expect("write");
+            let answer = timeout(Duration::from_secs(2), stream.read()).await.expect("starved");
+            assert_eq!(answer.expect("read").as_deref(), Some(&b"word"[..]));
+        }
+        assert_eq!(server.accepted.get(), 1);
+    });
+}

@@ -101,6 +101,10 @@ where
     let mut deadline = None;
     loop {
         let next = poll_fn(|cx| {
+            // Those who wait come before reading brings more of them.
+            if let Some(arrival) = core.borrow_mut().arrival() {
+                return Poll::Ready(Some(arrival));
+            }
             let end = driver.poll(cx);
             let mut core = core.borrow_mut();
             if core.max_streams().is_some() {
