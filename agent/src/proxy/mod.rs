@@ -133,11 +133,9 @@ impl Context {
                 Leg::Waiting if Instant::now() < deadline => tokio::time::sleep(LEG_POLL).await,
                 Leg::Waiting => {
                     self.sockets.borrow_mut().forget_leg(source, target);
-                    reset(&stream);
                     anyhow::bail!("the application at {target} does not accept: its backlog is full");
                 }
                 Leg::Lost => {
-                    reset(&stream);
                     anyhow::bail!(
                         "the client's address could not be shown to the application: refused (FLOWS is full)"
                     );
@@ -157,7 +155,9 @@ impl Context {
         let socket = socket_in(pod, target).context("make a socket in the pod")?;
         self.sockets.borrow_mut().mark_leg(&socket, client)?;
         bind(&socket, source).with_context(|| format!("bind to {source} in the pod"))?;
-        Ok(connect(socket, target, patience).await?)
+        let stream = connect(socket, target, patience).await?;
+        reset_on_close(&stream);
+        Ok(stream)
     }
 }
 
@@ -222,8 +222,8 @@ fn leg_source() -> IpAddr {
     Ipv4Addr::new(first, second, third, fourth.clamp(1, 254)).into()
 }
 
-/// Makes the drop of a socket a reset.
-fn reset(socket: &TcpStream) {
+/// Makes the close of a socket a reset, be it by us or, when the agent is killed, by the kernel.
+fn reset_on_close(socket: &TcpStream) {
     // Fails only on a socket that has no connection, where there is nothing to reset.
     let _ = socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO));
 }
