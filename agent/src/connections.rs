@@ -33,6 +33,8 @@ const TOLD_PER_INTERVAL: u32 = 100;
 const INTERVAL: Duration = Duration::from_secs(1);
 /// How long the reason of a close is kept for the end that the kernel reports.
 const KEEP_REASON: Duration = Duration::from_secs(10);
+/// `TCP_SYN_RECV` of net/tcp_states.h.
+const SYN_RECV: u8 = 3;
 
 /// The connections of this node's pods that the kernel passed.
 pub struct Passed {
@@ -109,39 +111,50 @@ impl Passed {
         enrolled_now: bool,
     ) -> anyhow::Result<()> {
         let mut diag = SockDiag::open(&pod.netns).context("list the pod's sockets")?;
-        let query = |states| Query { states, bytes: false, storage: Some(self.storage.as_fd()) };
+        let query = |states| Query { states, bytes: true, storage: Some(self.storage.as_fd()) };
         let open = diag.list(&query(States::OPEN.and(States::SYN_RECV))).context("list the pod's sockets")?;
         let listening = diag.list(&query(States::LISTEN)).context("list the pod's listeners")?;
         let served: BTreeSet<u16> = listening.iter().map(|socket| socket.id.local.port()).collect();
         let mut result = Ok(());
         for socket in &open {
             let (local, remote) = (socket.id.local, socket.id.remote);
-            match kind(socket) {
-                Some(kind) if kind == SocketKind::Passed as u8 => {}
-                // Older than enrolment, or caught before the kernel could note it.
+            // Without a note: older than enrolment, or caught in the handshake before the kernel could note it.
+            let noted = match kind(socket) {
+                Some(kind) if kind == SocketKind::Passed as u8 => true,
                 None if socket.cgroup.is_some() && arrived(pod, local, remote, &served) => {
                     if enrolled_now {
                         info!(pod = %own.object, src = %remote, dst = %local, "pre-enrolment connection");
                     }
+                    false
                 }
                 _ => continue,
-            }
+            };
             let verdict = snapshot.decide(own, Peer::Plain, local.port());
-            if verdict.answer == Answer::Refuse {
-                result = result.and(self.close(&mut diag, &socket.id, verdict, snapshot.explain(&verdict)));
+            if verdict.answer != Answer::Refuse {
+                continue;
+            }
+            match self.close(&mut diag, &socket.id, verdict, snapshot.explain(&verdict)) {
+                // The kernel reports the end of what it has noted; of others this is all that will be known.
+                Ok(true) if !noted && socket.state != SYN_RECV => {
+                    self.ended(snapshot, &last_seen(pod, socket, &verdict))
+                }
+                Ok(_) => {}
+                Err(error) => result = result.and(Err(error)),
             }
         }
         result
     }
 
-    fn close(&mut self, diag: &mut SockDiag, id: &SocketId, verdict: Verdict, detail: String) -> anyhow::Result<()> {
-        // False: it ended by itself.
-        if diag.destroy(id).with_context(|| format!("close {} → {}, which policy forbids", id.remote, id.local))? {
+    /// False if it had ended by itself.
+    fn close(&mut self, diag: &mut SockDiag, id: &SocketId, verdict: Verdict, detail: String) -> anyhow::Result<bool> {
+        let was_open =
+            diag.destroy(id).with_context(|| format!("close {} → {}, which policy forbids", id.remote, id.local))?;
+        if was_open {
             info!(src = %id.remote, dst = %id.local, reason = verdict.reason.as_str(), detail,
                 "closed an open connection that policy no longer allows");
             self.closed_by_us.insert((id.remote, id.local), (Instant::now(), verdict, detail));
         }
-        Ok(())
+        Ok(was_open)
     }
 
     fn overtaken(&mut self, snapshot: &Snapshot, pod: &ServedPod, event: &Event) {
@@ -220,6 +233,27 @@ impl Passed {
             identity: None,
             cluster: workload.map(|_| &self.cluster as &dyn fmt::Display),
         }
+    }
+}
+
+/// What the kernel would have reported of a connection's end, from its socket as it was listed before it was closed.
+/// When it was opened is not known.
+fn last_seen(pod: &ServedPod, socket: &Socket, verdict: &Verdict) -> Event {
+    let bytes = socket.bytes.unwrap_or_default();
+    Event {
+        src: socket.id.remote.ip().into(),
+        dst: socket.id.local.ip().into(),
+        netns_cookie: pod.cookie.0,
+        received_bytes: bytes.received,
+        sent_bytes: bytes.acked,
+        rule: verdict.rule,
+        generation: verdict.generation,
+        sport: socket.id.remote.port(),
+        dport: socket.id.local.port(),
+        kind: EventKind::Closed as u8,
+        direction: Direction::Inbound as u8,
+        reason: verdict.reason as u8,
+        ..Event::default()
     }
 }
 

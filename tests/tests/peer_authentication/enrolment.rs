@@ -11,8 +11,8 @@ use culvert_tests::sandbox::{Family, Node, Plan, Sandbox};
 use nix::sys::signal::Signal;
 
 use super::support::{
-    EFFECT, Held, LEGACY, LOG_LIMIT, NGINX, Want, call, cluster, edit, edit_pod, end_of_log, has, line, marker, mesh,
-    plan, policy, put, refused, server, strict,
+    EFFECT, Held, LEGACY, LOG_LIMIT, NGINX, Want, call, cluster, edit, edit_pod, end_of_log, has, is_from, line,
+    marker, mesh, plan, policy, put, refused, server, strict,
 };
 
 const LATE: &str = "default/late";
@@ -132,9 +132,15 @@ fn a_connection_older_than_enrolment_is_closed_by_a_later_policy() -> Result<()>
     let from = end.local.context("it was connected")?;
     excepted.passes(&sandbox)?;
     own.passes(&sandbox)?;
-    line(&sandbox, Node::B, offset, "why it was closed", |l| {
-        has(l, "src", &from.to_string()) && has(l, "reason", "strict-requires-mtls")
+    // §16: with its bytes and the policy's name, like a connection that the kernel had passed.
+    let told = line(&sandbox, Node::B, offset, "its end", |l| {
+        is_from(l, from) && l.message() == "connection complete" && has(l, "reason", "strict-requires-mtls")
     })?;
+    ensure!(told.field("error").unwrap_or_default().contains("PeerAuthentication default/late"), "{told:?}");
+    for field in ["bytes_recv", "bytes_sent"] {
+        let bytes = told.field(field).and_then(|n| n.parse::<u64>().ok()).with_context(|| format!("{told:?}"))?;
+        ensure!(bytes >= (end.rounds - 1) * "round 0\n".len() as u64, "{field}: {told:?} after {end:?}");
+    }
     Ok(())
 }
 
