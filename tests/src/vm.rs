@@ -11,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -153,7 +154,7 @@ impl Guest {
             modules: Vec::new(),
             files: BTreeMap::new(),
             memory_mib: 1024,
-            limit: Duration::from_secs(180),
+            limit: Duration::from_secs(300),
         }
     }
 
@@ -171,7 +172,8 @@ impl Guest {
         self
     }
 
-    /// With a program of this machine in `/bin`, and the shared libraries it needs where it looks for them.
+    /// With a program of this machine in `/bin`, and the shared libraries it needs where it looks for them. The script calls
+    /// it by its path where busybox has a program of the same name.
     ///
     /// # Errors
     /// `ldd` failed.
@@ -200,6 +202,10 @@ impl Guest {
     /// # Errors
     /// QEMU could not be run, the guest did not end in time, or it ended without a status; the error shows its console.
     pub fn boot(&self, kernel: &Unpacked) -> Result<Report> {
+        // One at a time, and one processor each: guests that wait for each other's processors on a busy machine take
+        // minutes to boot.
+        static TURN: Mutex<()> = Mutex::new(());
+        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let work = std::env::temp_dir().join(format!("culvert-vm-{}-{}", std::process::id(), kernel.release));
         fs::create_dir_all(&work).with_context(|| format!("create {}", work.display()))?;
         let report = self.boot_in(kernel, &work);
@@ -235,7 +241,7 @@ impl Guest {
         File::create(&console).context("create the guest's console")?;
         let begun = Instant::now();
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "2"])
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"])
             .args(machine)
             .args(["-m", &self.memory_mib.to_string()])
             .args(["-append", "console=ttyS0 panic=-1 rdinit=/init"])

@@ -9,7 +9,7 @@ uname -r
 test -s /sys/kernel/btf/vmlinux || exit 2
 mkdir /sys/fs/cgroup/pod && test -e /sys/fs/cgroup/pod/cgroup.kill || exit 3
 mkdir /sys/fs/bpf/culvert || exit 4
-ip link add a type veth peer name b && brctl addbr c || exit 5
+/bin/ip link add veth0 type veth peer name veth1 && /bin/ip link add br0 type bridge || exit 5
 culvert-pod --help | head -n 1
 exit 7
 ";
@@ -17,7 +17,8 @@ exit 7
 fn boots(kernel: Kernel) -> Result<()> {
     let unpacked = kernel.unpacked()?;
     let program = culvert_tests::sandbox::built("culvert-pod")?;
-    let report = Guest::new(SCRIPT).module("veth").module("bridge").program(&program)?.boot(&unpacked)?;
+    let guest = Guest::new(SCRIPT).module("veth").module("bridge").program(&program)?;
+    let report = guest.program(&culvert_tests::command::find("ip")?)?.boot(&unpacked)?;
     ensure!(report.status == 7, "status {}:\n{}", report.status, report.output);
     let mut lines = report.output.lines();
     ensure!(lines.next() == Some(&unpacked.release), "{}", report.output);

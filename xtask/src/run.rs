@@ -12,30 +12,30 @@ use culvert_tests::tour::{self, Outcome, Row};
 
 use crate::{build, say, setup};
 
-/// Name of the sandbox.
-const INSTANCE: &str = "run";
-
 /// Arguments of `run`.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// End after the table, with status 0 if all is as expected
     #[arg(long)]
     once: bool,
+    /// Name of the sandbox; two at once need two names
+    #[arg(long, default_value = "run")]
+    name: String,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     build::run(&setup::run(setup::For::Run)?)?;
     let step = say::step("build two nodes: network namespaces, cgroups, pods, a kubelet each");
-    let mut sandbox = Sandbox::build(tour::plan(INSTANCE))?;
+    let mut sandbox = Sandbox::build(tour::plan(&arguments.name))?;
     step.done();
-    let result = play(&mut sandbox, arguments.once);
+    let result = play(&mut sandbox, arguments);
     let step = say::step("take the sandbox down");
     sandbox.take_down()?;
     step.done();
     result
 }
 
-fn play(sandbox: &mut Sandbox, once: bool) -> Result<()> {
+fn play(sandbox: &mut Sandbox, arguments: &Arguments) -> Result<()> {
     let step = say::step("start the CA and an agent per node, and wait until they are ready");
     let mut mesh = MeshPlan::new(built("culvert")?);
     mesh.cert_ttl = Some(tour::CERT_TTL.to_owned());
@@ -51,10 +51,10 @@ fn play(sandbox: &mut Sandbox, once: bool) -> Result<()> {
     let rows = tour::play(sandbox, |row| table.print(row))?;
     let wrong = rows.iter().filter(|r| !r.ok()).count();
     println!("\nscenario: {} as expected, {wrong} not", rows.len() - wrong);
-    if wrong > 0 && once {
+    if wrong > 0 && arguments.once {
         bail!("{wrong} of {} rows are not as expected", rows.len());
     }
-    if once {
+    if arguments.once {
         return Ok(());
     }
     tour::leave_policy_to_edit(sandbox)?;
@@ -137,6 +137,9 @@ fn outcome(outcome: &Outcome) -> String {
 /// Arguments of `shell`.
 #[derive(clap::Args)]
 pub(crate) struct ShellArguments {
+    /// Name of the sandbox
+    #[arg(long, default_value = "run")]
+    name: String,
     /// The pod: its name, or namespace/name
     pod: String,
     /// A command instead of a shell
@@ -148,9 +151,9 @@ pub(crate) struct ShellArguments {
 ///
 /// `ip netns exec` enters the namespace alone; to the mesh such a process is a stranger in the pod, and is refused.
 pub(crate) fn shell(arguments: &ShellArguments) -> Result<()> {
-    let place = place_of(&tour::plan(INSTANCE), &arguments.pod)?;
+    let place = place_of(&tour::plan(&arguments.name), &arguments.pod)?;
     if !place.cgroup.exists() {
-        bail!("no sandbox is up: start it with `cargo xtask run`");
+        bail!("no sandbox named {} is up: start it with `cargo xtask run`", arguments.name);
     }
     let programs = built("culvert-pod")?;
     let words = if arguments.command.is_empty() { vec!["sh".to_owned()] } else { arguments.command.clone() };

@@ -339,7 +339,7 @@ fn a_namespace_that_a_process_only_passes_through_is_not_the_pods() {
     let deadline = Instant::now() + Duration::from_secs(5);
     while own(&tree.node(), A).is_none_or(|found| found.id() != netns.id()) {
         assert!(Instant::now() < deadline, "the pod stayed where its process had passed through");
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
         tree.read_events().expect("readable");
         tree.look_again(Instant::now());
     }

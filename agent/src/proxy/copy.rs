@@ -22,9 +22,9 @@ use tokio::{io::Interest, net::TcpStream, task::coop::consume_budget};
 
 use crate::tunnel::{self, StreamError};
 
-/// Most bytes read from a socket at once: four full TLS records.
-const CHUNK: usize = 64 << 10;
-/// Reads below this are copied out, so that a byte that waits for a window does not hold a whole buffer.
+/// Most bytes read from a socket at once.
+const CHUNK: usize = 128 << 10;
+/// Reads below this are copied out, so that a few bytes that wait for a slow socket do not hold a whole buffer.
 const SMALL: usize = 4 << 10;
 /// Most chunks handed to the kernel in one call.
 const VECTORS: usize = 32;
@@ -176,19 +176,39 @@ async fn into_tunnel(socket: &TcpStream, to: &mut tunnel::WriteHalf, count: &Ato
         tokio::select! {
             biased;
             ready = socket.readable() => ready.map_err(near)?,
-            cut = poll_fn(|cx| to.poll_cut(cx)) => return Err(far(cut)),
+            cut = poll_fn(|cx| to.poll_cut(cx)) => return not_wanted(cut),
         }
         // Window first, then bytes: what does not fit stays in the socket, where TCP holds the sender back.
-        let room = poll_fn(|cx| to.poll_ready(cx, CHUNK)).await.map_err(far)?;
-        match read_chunk(socket, room).map_err(near)? {
-            Read::Nothing => {}
-            Read::Eof => return to.shutdown().map_err(far),
-            Read::Bytes(bytes) => {
-                count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                to.send(bytes).map_err(far)?;
+        let room = match poll_fn(|cx| to.poll_ready(cx, CHUNK)).await {
+            Ok(room) => room,
+            Err(cut) => return not_wanted(cut),
+        };
+        let mut space = 0;
+        let read = to.send_from(room, |slices| {
+            space = slices.iter().map(|slice| slice.len()).sum();
+            socket.try_read_vectored(slices)
+        });
+        match read.map_err(far)? {
+            Ok(0) => return to.shutdown().map_err(far),
+            Ok(n) => {
+                count.fetch_add(n as u64, Ordering::Relaxed);
+                if n < space {
+                    mark_empty(socket);
+                }
             }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(near(error)),
         }
         consume_budget().await;
+    }
+}
+
+/// A peer that has sent all it has may say that it wants no more of ours (RFC 9113 §8.1): a socket would be closed
+/// with unread bytes then, and so is ours, once the other direction has ended.
+fn not_wanted(cut: StreamError) -> Result<(), CopyOutcome> {
+    match cut {
+        StreamError::Reset(tunnel::code::NO_ERROR) => Ok(()),
+        cut => Err(far(cut)),
     }
 }
 
@@ -226,7 +246,10 @@ async fn out_of_tunnel(from: &mut tunnel::ReadHalf, socket: &TcpStream, count: &
                     advance(&mut chunks, written);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    socket.writable().await.map_err(near)?;
+                    tokio::select! {
+                        ready = socket.writable() => ready.map_err(near)?,
+                        cut = poll_fn(|cx| from.poll_cut(cx)) => return Err(far(cut)),
+                    }
                 }
                 Err(error) => return Err(near(error)),
             }
@@ -295,9 +318,7 @@ fn read_chunk(socket: &TcpStream, most: usize) -> io::Result<Read> {
             Err(error) => return Err(error),
         };
         if read < most {
-            // The socket is empty: say so to the reactor, instead of asking the kernel to hear it. A FIN or a reset
-            // that came meanwhile is remembered separately.
-            let _ = socket.try_io(Interest::READABLE, || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
+            mark_empty(socket);
         }
         Ok(Read::Bytes(if read < SMALL {
             let bytes = Bytes::copy_from_slice(arena);
@@ -307,6 +328,12 @@ fn read_chunk(socket: &TcpStream, most: usize) -> io::Result<Read> {
             arena.split().freeze()
         }))
     })
+}
+
+/// The socket gave less than was asked for, so it is empty: says so to the reactor, instead of asking the kernel to hear
+/// it. A FIN or a reset that came meanwhile is remembered separately.
+fn mark_empty(socket: &TcpStream) {
+    let _ = socket.try_io(Interest::READABLE, || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
 }
 
 fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {

@@ -1,6 +1,6 @@
 //! What the scenarios share: a mesh, policies put in force, and the places to look at afterwards.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsRawFd as _;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use culvert_common::{LAYOUT_VERSION, Reason};
 use culvert_tests::command;
 use culvert_tests::programs::{Failure, HeldRound, HttpResult};
-use culvert_tests::sandbox::{Family, LogLine, MeshPlan, Node, Plan, Sandbox, agent_process, built};
+use culvert_tests::sandbox::{Family, LogLine, MeshPlan, Node, Plan, PodPlan, Sandbox, agent_process, built};
 use serde_json::Value;
 
 pub(crate) const NGINX: &str = "test/nginx";
@@ -33,6 +33,11 @@ pub(crate) fn plan(instance: &str) -> Plan {
     let server = plan.pods.iter_mut().find(|pod| pod.key() == SERVER).expect("bookinfo has a productpage");
     *server = server.clone().program(&["exchange-serve", &format!("--port={EXCHANGE}"), "--port=7001"]);
     plan
+}
+
+/// A pod that serves HTTP and the exchange protocol.
+pub(crate) fn server(node: Node, namespace: &str, name: &str) -> PodPlan {
+    PodPlan::new(node, namespace, name).http(&[9080]).program(&["exchange-serve", "--port=7000", "--port=7001"])
 }
 
 pub(crate) fn mesh(plan: Plan) -> Result<Sandbox> {
@@ -266,4 +271,26 @@ impl Held {
 
 pub(crate) fn now_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).ok().and_then(|d| u64::try_from(d.as_millis()).ok()).unwrap_or(0)
+}
+
+/// Rewrites the manifest of a pod: each pair is a text that must be there, and what takes its place.
+pub(crate) fn edit_pod(sandbox: &Sandbox, pod: &str, edits: &[(&str, &str)]) -> Result<()> {
+    edit(sandbox, &format!("pod-{}.yaml", pod.replace('/', "-")), edits)
+}
+
+pub(crate) fn edit(sandbox: &Sandbox, file: &str, edits: &[(&str, &str)]) -> Result<()> {
+    let path = sandbox.manifests().path().join(file);
+    let mut text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    for (old, new) in edits {
+        ensure!(text.contains(old), "{file} does not contain {old:?}");
+        text = text.replace(old, new);
+    }
+    sandbox.manifests().apply(file, &text)
+}
+
+/// A Service with one cluster IP; `rest` of its spec in flow style.
+pub(crate) fn service(name: &str, ip: IpAddr, rest: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: default}}\nspec: {{type: ClusterIP, clusterIP: \"{ip}\", clusterIPs: [\"{ip}\"], {rest}}}\n"
+    )
 }

@@ -155,13 +155,7 @@ pub(crate) fn show(shown: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Whether an executable of this name is found, also where only root's PATH looks.
+/// Whether an executable of this name is there.
 fn has(program: &str) -> bool {
-    find(program).is_some()
-}
-
-fn find(program: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let more = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
-    env::split_paths(&path).chain(more).map(|dir| dir.join(program)).find(|p| p.is_file())
+    command::find(program).is_ok()
 }
