@@ -29,7 +29,9 @@ use super::Clock;
 use crate::model::{SpiffeId, TrustDomain};
 
 /// Why a peer's certificate was refused. For logs and metrics; the peer learns no more than a TLS alert.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// `Debug` shows the words of `Display`: it is what rustls puts into the text of its own error.
+#[derive(Clone, PartialEq, Eq)]
 pub enum Refusal {
     /// The peer sent no certificate.
     NoCertificate,
@@ -126,6 +128,12 @@ impl Refusal {
             CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => Self::WrongPurpose,
             _ => Self::Unverifiable,
         })
+    }
+}
+
+impl fmt::Debug for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
     }
 }
 

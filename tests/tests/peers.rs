@@ -1,0 +1,489 @@
+//! Peers that do not behave: the wire of HBONE, spoken by this test from inside a pod's network, with certificates that it
+//! signs itself with the CA's key (specification §4, §14).
+
+use std::fmt::Debug;
+use std::fs;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use bytes::Bytes;
+use culvert::identity::{self, CaConfig, Identities};
+use culvert::model::{SpiffeId, TrustDomain};
+use culvert_tests::command;
+use culvert_tests::programs::{Failure, HttpResult, Seen, ShortResult};
+use culvert_tests::sandbox::{Claims, Family, MeshPlan, Node, Place, Plan, PodPlan, Sandbox, built};
+use h2::client::SendRequest;
+use http::{Method, Request};
+use rcgen::{CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+const HTTP: u16 = 9080;
+const EXCHANGE: u16 = 7000;
+const HBONE: u16 = 15008;
+const CLIENT: &str = "spiffe://cluster.local/ns/test/sa/client";
+const OUTSIDER: &str = "spiffe://cluster.local/ns/test/sa/outsider";
+/// For anything that must end by itself.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// `outsider` is where this test speaks from and `impostor` where it listens: pods whose connections nobody captures.
+fn mesh(instance: &str) -> Result<Sandbox> {
+    let out = |node, name: &str| PodPlan::new(node, "test", name).label("istio.io/dataplane-mode", "none");
+    let plan = Plan::empty(instance)
+        .pod(PodPlan::new(Node::A, "test", "client"))
+        .pod(out(Node::A, "outsider"))
+        .pod(out(Node::B, "impostor"))
+        .pod(
+            PodPlan::new(Node::B, "default", "far")
+                .http(&[HTTP])
+                .program(&["exchange-serve", &format!("--port={EXCHANGE}")]),
+        );
+    let mut sandbox = Sandbox::build(plan)?;
+    sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
+    Ok(sandbox)
+}
+
+/// A certificate chain and its key.
+type Leaf = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
+
+/// A leaf for `uri`, signed with the CA's own key.
+fn signed(sandbox: &Sandbox, uri: &str, change: impl FnOnce(&mut CertificateParams)) -> Result<Leaf> {
+    let read = |name: &str| fs::read_to_string(sandbox.dir().join("ca").join(name)).with_context(|| name.to_owned());
+    let issuer = Issuer::from_ca_cert_pem(&read("ca-cert.pem")?, KeyPair::from_pem(&read("ca-key.pem")?)?)?;
+    let key = KeyPair::generate()?;
+    let mut params = leaf(uri)?;
+    change(&mut params);
+    let certificate = params.signed_by(&key, &issuer)?;
+    Ok((vec![certificate.der().clone()], PrivateKeyDer::Pkcs8(key.serialize_der().into())))
+}
+
+fn self_signed(uri: &str) -> Result<Leaf> {
+    let mut ca = CertificateParams::default();
+    ca.is_ca = IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let ca = CertifiedIssuer::self_signed(ca, KeyPair::generate()?)?;
+    let key = KeyPair::generate()?;
+    let certificate = leaf(uri)?.signed_by(&key, &ca)?;
+    Ok((vec![certificate.der().clone()], PrivateKeyDer::Pkcs8(key.serialize_der().into())))
+}
+
+fn leaf(uri: &str) -> Result<CertificateParams> {
+    let mut params = CertificateParams::default();
+    params.subject_alt_names = vec![SanType::URI(uri.try_into()?)];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    Ok(params)
+}
+
+/// Runs `work` inside a place's network, for at most [`LIMIT`].
+fn inside<T: Send, F: Future<Output = Result<T>>>(place: &Place, work: impl FnOnce() -> F + Send) -> Result<T> {
+    place.inside(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async { tokio::time::timeout(LIMIT, work()).await.context("the peer hangs")? })
+    })
+}
+
+/// Believes every server: these tests are about what the server believes.
+#[derive(Debug)]
+struct Credulous;
+
+impl ServerCertVerifier for Credulous {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.2".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![SignatureScheme::ECDSA_NISTP256_SHA256, SignatureScheme::RSA_PSS_SHA256]
+    }
+}
+
+fn provider() -> Arc<rustls::crypto::CryptoProvider> {
+    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+}
+
+async fn tls(to: SocketAddr, leaf: Option<Leaf>) -> Result<tokio_rustls::client::TlsStream<TcpStream>> {
+    let builder = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Credulous));
+    let mut config = match leaf {
+        Some((chain, key)) => builder.with_client_auth_cert(chain, key)?,
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let tcp = TcpStream::connect(to).await.with_context(|| format!("connect to {to}"))?;
+    Ok(TlsConnector::from(Arc::new(config)).connect(ServerName::IpAddress(to.ip().into()), tcp).await?)
+}
+
+/// An HTTP/2 connection; its driver ends with it.
+async fn http2(to: SocketAddr, leaf: Option<Leaf>) -> Result<SendRequest<Bytes>> {
+    let (send, connection) = h2::client::handshake(tls(to, leaf).await?).await?;
+    // Owned by the runtime, which ends with the test's closure.
+    tokio::spawn(connection);
+    Ok(send.ready().await?)
+}
+
+fn connect(authority: &str) -> Result<Request<()>> {
+    Ok(Request::builder().method(Method::CONNECT).version(http::Version::HTTP_2).uri(authority).body(())?)
+}
+
+async fn status(send: &SendRequest<Bytes>, request: Request<()>) -> Result<u16> {
+    let (answer, _body) = send.clone().ready().await?.send_request(request, false)?;
+    Ok(answer.await?.status().as_u16())
+}
+
+/// One request of HTTP/1.1 through a CONNECT; what the server saw.
+async fn seen(send: &SendRequest<Bytes>, request: Request<()>) -> Result<Seen> {
+    let (answer, mut body) = send.clone().ready().await?.send_request(request, false)?;
+    let answer = answer.await?;
+    ensure!(answer.status() == 200, "CONNECT was answered with {}", answer.status());
+    body.send_data(Bytes::from_static(b"GET / HTTP/1.1\r\nHost: far\r\nConnection: close\r\n\r\n"), true)?;
+    let (mut text, mut stream) = (Vec::new(), answer.into_body());
+    while let Some(data) = stream.data().await {
+        text.extend_from_slice(&data?);
+    }
+    let text = String::from_utf8(text)?;
+    let (_, json) = text.split_once("\r\n\r\n").with_context(|| format!("no HTTP answer: {text}"))?;
+    serde_json::from_str(json).with_context(|| format!("the server's answer: {json}"))
+}
+
+/// Waits until the agent of node b has told a line with these fields since the last call; shows what there was instead.
+fn expect_told(sandbox: &Sandbox, node: Node, from: &mut u64, fields: &[(&str, &str)]) -> Result<()> {
+    let mut shown = Vec::new();
+    let told = command::wait_for(&format!("the agent of {node} told {fields:?}"), Duration::from_secs(3), || {
+        let (lines, next) = sandbox.agent_log(node, *from)?;
+        let told = lines
+            .iter()
+            .any(|line| fields.iter().all(|(name, text)| line.field(name).is_some_and(|value| value.contains(text))));
+        if told {
+            *from = next;
+        }
+        shown = lines;
+        Ok(told.then_some(()))
+    });
+    told.with_context(|| format!("it told {shown:?}"))
+}
+
+fn expect_error<T: Debug>(got: Result<T>, what: &str) -> Result<()> {
+    match got {
+        Ok(got) => bail!("{what} got {got:?}"),
+        Err(error) if format!("{error:#}").contains("the peer hangs") => Err(error.context(what.to_owned())),
+        Err(_) => Ok(()),
+    }
+}
+
+/// [I.8]: a certificate is required, from our roots, of our trust domain, valid now; [I.11]: of the pod at the address, or
+/// it is told.
+#[test]
+fn a_client_needs_a_certificate_of_this_mesh() -> Result<()> {
+    let sandbox = mesh("t-client-cert")?;
+    let (place, far) = (&sandbox.pod("test/outsider")?.place, sandbox.pod("default/far")?);
+    let (to, target) = (far.at(Family::V4, HBONE), far.at(Family::V4, HTTP).to_string());
+    let (_, mut log) = sandbox.agent_log(Node::B, 0)?;
+    let past = |params: &mut CertificateParams| {
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+    };
+    let cases = [
+        ("no certificate", None, "TLS"),
+        ("a foreign root", Some(self_signed(OUTSIDER)?), "TLS"),
+        ("an expired certificate", Some(signed(&sandbox, OUTSIDER, past)?), "expired"),
+        (
+            "another trust domain",
+            Some(signed(&sandbox, "spiffe://elsewhere/ns/test/sa/outsider", |_| {})?),
+            "trust domain",
+        ),
+        ("no identity", Some(signed(&sandbox, "https://cluster.local/", |_| {})?), "TLS"),
+    ];
+    for (what, leaf, said) in cases {
+        let got = inside(place, || async { seen(&http2(to, leaf).await?, connect(&target)?).await });
+        expect_error(got, what)?;
+        expect_told(&sandbox, Node::B, &mut log, &[("reason", "tls-failure"), ("error", said)])
+            .with_context(|| what.to_owned())?;
+    }
+    // The same peer with its own certificate is served, so the cases above failed for what they say.
+    let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
+    let got = inside(place, || async { seen(&http2(to, Some(leaf)).await?, connect(&target)?).await })?;
+    ensure!(got.peer.ip() == sandbox.pod("test/outsider")?.at(Family::V4, 0).ip(), "{got:?}");
+    expect_told(&sandbox, Node::B, &mut log, &[("src.identity", OUTSIDER), ("reason", "no-allow-policies")])?;
+    // A certificate of another pod's account: valid, served by what it proves, and told.
+    let leaf = signed(&sandbox, CLIENT, |_| {})?;
+    inside(place, || async { seen(&http2(to, Some(leaf)).await?, connect(&target)?).await })?;
+    let mismatch = [("reason", "identity-address-mismatch"), ("proved", CLIENT), ("known", OUTSIDER)];
+    expect_told(&sandbox, Node::B, &mut log, &mismatch)
+}
+
+/// [I.9], [I.10]: the server must prove the identity of the pod that was chosen; there is no plaintext instead.
+#[test]
+fn a_server_must_prove_the_identity_of_its_pod() -> Result<()> {
+    let sandbox = mesh("t-server-cert")?;
+    // By the manifests a pod of the mesh; by its UID none that the agent of its node has found.
+    let file = "pod-test-impostor.yaml";
+    let text = fs::read_to_string(sandbox.manifests().path().join(file))?;
+    let uid = &sandbox.pod("test/impostor")?.uid;
+    let text = text.replace(uid.as_str(), "00000000-0000-4000-8000-000000000001");
+    let text = text.replace("istio.io/dataplane-mode: \"none\"", "istio.io/dataplane-mode: \"ambient\"");
+    sandbox.manifests().apply(file, &text)?;
+    let (_, mut log) = sandbox.agent_log(Node::A, 0)?;
+    expect_told(&sandbox, Node::A, &mut 0, &[("message", "policy compiled"), ("generation", "2")])?;
+    let impostor = sandbox.pod("test/impostor")?;
+    let link = sandbox.capture()?;
+    let own = "spiffe://cluster.local/ns/test/sa/impostor";
+    let cases = [
+        ("another account's certificate", signed(&sandbox, CLIENT, |_| {})?, false),
+        ("a foreign root", self_signed(own)?, false),
+        ("its own certificate", signed(&sandbox, own, |_| {})?, true),
+    ];
+    for (what, (chain, key), accepted) in cases {
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let (ready, listening) = std::sync::mpsc::sync_channel(1);
+        let to = impostor.at(Family::V4, HTTP);
+        let (shaken, got) = std::thread::scope(|scope| -> Result<_> {
+            let server = scope.spawn(|| {
+                inside(&impostor.place, || async {
+                    let listener = TcpListener::bind(impostor.at(Family::V4, HBONE)).await?;
+                    ready.send(())?;
+                    let (tcp, _) = listener.accept().await?;
+                    let mut tls = match TlsAcceptor::from(Arc::new(config)).accept(tcp).await {
+                        Ok(tls) => tls,
+                        Err(_) => return Ok(false),
+                    };
+                    // The client speaks HTTP/2 only to a server that it believes.
+                    let mut preface = [0; 24];
+                    Ok(tls.read_exact(&mut preface).await.is_ok())
+                })
+            });
+            listening.recv()?;
+            let got = sandbox.http("test/client", to, "for-the-impostor")?;
+            Ok((server.join().map_err(|_| anyhow!("the server panicked"))??, got))
+        })?;
+        ensure!(shaken == accepted, "{what}: believed: {shaken}");
+        ensure!(got.status.is_none() && got.failure != Some(Failure::TimedOut), "{what}: {got:?}");
+        let reason = if accepted { "tunnel-lost" } else { "tls-failure" };
+        expect_told(&sandbox, Node::A, &mut log, &[("reason", reason), ("direction", "outbound")])
+            .with_context(|| what.to_owned())?;
+    }
+    ensure!(!link.contains(b"for-the-impostor")?, "readable on the link");
+    Ok(())
+}
+
+/// The table of specification §14.2, and [H.1], [H.2], [H.5], [K.2].
+#[test]
+fn a_connect_is_answered_by_the_book() -> Result<()> {
+    let sandbox = mesh("t-connect")?;
+    let (outsider, far) = (sandbox.pod("test/outsider")?, sandbox.pod("default/far")?);
+    let leaf = || signed(&sandbox, OUTSIDER, |_| {});
+    for family in [Family::V4, Family::V6] {
+        let (to, leaf) = (far.at(family, HBONE), leaf()?);
+        let (own, target) = (outsider.at(family, 0).ip(), far.at(family, HTTP));
+        let elsewhere = sandbox.pod("test/client")?.at(family, HTTP);
+        let other_family = far.at(if family == Family::V4 { Family::V6 } else { Family::V4 }, HTTP);
+        inside(&outsider.place, || async {
+            let send = http2(to, Some(leaf)).await?;
+            let cases = [
+                (connect(&elsewhere.to_string())?, 400, "an address that is another pod's"),
+                (connect(&other_family.to_string())?, 400, "the pod's other address"),
+                (connect("127.0.0.1:9080")?, 400, "loopback"),
+                (connect("far.default.svc.cluster.local:9080")?, 503, "a name"),
+                (connect(&far.at(family, 15001).to_string())?, 503, "15001"),
+                (connect(&far.at(family, 15006).to_string())?, 503, "15006"),
+                (connect(&far.at(family, 15008).to_string())?, 503, "15008"),
+                (connect(&far.at(family, 9).to_string())?, 503, "a closed port"),
+                (Request::get(format!("https://{target}/")).body(())?, 400, "GET"),
+                (Request::post(format!("https://{target}/")).body(())?, 400, "POST"),
+            ];
+            for (request, wanted, what) in cases {
+                let got = status(&send, request).await.with_context(|| what.to_owned())?;
+                ensure!(got == wanted, "{what}: {got}, expected {wanted}");
+            }
+            let with = |forwarded: String| -> Result<Request<()>> {
+                let mut request = connect(&target.to_string())?;
+                request.headers_mut().insert("forwarded", forwarded.parse()?);
+                Ok(request)
+            };
+            // A lie about the address: all of it is worth nothing.
+            let got = seen(&send, with(format!("for=\"{}\"", SocketAddr::new(elsewhere.ip(), 4321)))?).await?;
+            ensure!(got.peer.ip() == own && got.peer.port() != 4321, "[H.2]: the application saw {}", got.peer);
+            let got = seen(&send, with(format!("for=\"{}\"", SocketAddr::new(own, 4321)))?).await?;
+            ensure!(got.peer == SocketAddr::new(own, 4321), "[H.5]: the application saw {}", got.peer);
+            let got = seen(&send, with("for=nonsense".to_owned())?).await?;
+            ensure!(got.peer.ip() == own, "the application saw {}", got.peer);
+            Ok(())
+        })
+        .with_context(|| format!("{family:?}"))?;
+    }
+    Ok(())
+}
+
+/// What is no tunnel ends at once, and what abuses one harms nobody else.
+#[test]
+fn garbage_and_abuse_leave_others_unharmed() -> Result<()> {
+    let mut sandbox = mesh("t-abuse")?;
+    let (outsider, far) = (sandbox.pod("test/outsider")?.place.clone(), sandbox.pod("default/far")?.clone());
+    let (to, target) = (far.at(Family::V4, HBONE), far.at(Family::V4, HTTP).to_string());
+    let (_, mut log) = sandbox.agent_log(Node::B, 0)?;
+    let closed = |bytes: &'static [u8]| {
+        inside(&outsider, || async {
+            let mut tcp = TcpStream::connect(to).await?;
+            tcp.write_all(bytes).await?;
+            let start = Instant::now();
+            // However it ends: there is an end.
+            let _ = tcp.read_to_end(&mut Vec::new()).await;
+            Ok(start.elapsed())
+        })
+    };
+    for garbage in [&b"GET / HTTP/1.1\r\nHost: far\r\n\r\n"[..], b"\x16\x03\x01\xff\xff\x00", &[0xff; 70_000]] {
+        let took = closed(garbage);
+        if garbage.starts_with(b"\x16") {
+            // The start of a record that never comes: the handshake's own deadline ends it, which is longer than ours.
+            continue;
+        }
+        ensure!(took? < Duration::from_secs(2), "garbage was listened to");
+        expect_told(&sandbox, Node::B, &mut log, &[("reason", "tls-failure")])?;
+    }
+    // Behind a good handshake: no HTTP/2.
+    let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
+    inside(&outsider, || async {
+        let mut tls = tls(to, Some(leaf)).await?;
+        tls.write_all(b"GET / HTTP/1.1\r\nHost: far\r\n\r\n").await?;
+        let _ = tls.read_to_end(&mut Vec::new()).await;
+        Ok(())
+    })?;
+    expect_told(&sandbox, Node::B, &mut log, &[("reason", "h2-handshake-failure")])?;
+
+    // Requests that are given up at once, as fast as they go, beside ordinary ones (CVE-2023-44487).
+    let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
+    let (sent, got) = std::thread::scope(|scope| -> Result<_> {
+        let abuse = scope.spawn(|| {
+            inside(&outsider, || async {
+                let (chain, key) = leaf;
+                let mut sent = 0;
+                for _ in 0..50 {
+                    let send = http2(to, Some((chain.clone(), key.clone_key()))).await?;
+                    // Until the server has had enough of this connection.
+                    while let Ok(mut ready) = send.clone().ready().await {
+                        let Ok((_answer, mut body)) = ready.send_request(connect(&target)?, false) else { break };
+                        body.send_reset(h2::Reason::CANCEL);
+                        sent += 1;
+                        if sent % 50 == 0 {
+                            // Let the connection's own task send them.
+                            tokio::task::yield_now().await;
+                        }
+                    }
+                }
+                Ok(sent)
+            })
+        });
+        let to = far.at(Family::V4, EXCHANGE).to_string();
+        let got: ShortResult = sandbox.call("test/client", &["short", "--to", &to, "--count", "300"])?;
+        Ok((abuse.join().map_err(|_| anyhow!("the peer panicked"))??, got))
+    })?;
+    println!("{sent} requests given up, beside {} connections in {} ms", got.ok, got.millis);
+    ensure!(got.errors.is_empty() && got.ok == 300, "beside the abuse: {got:?}");
+    sandbox.expect_running("agent-b")?;
+    let got: HttpResult = sandbox.http("test/client", far.at(Family::V4, HTTP), "after")?;
+    ensure!(got.status == Some(200), "{got:?}");
+    Ok(())
+}
+
+/// [I.4], [I.12]: what a token says is checked, and what it does not say is not given.
+#[test]
+fn the_ca_refuses_tokens_that_prove_nothing() -> Result<()> {
+    let sandbox = mesh("t-token")?;
+    let good = sandbox.agent_claims(Node::A);
+    let with = |change: fn(&mut Claims)| {
+        let mut claims = good.clone();
+        change(&mut claims);
+        claims
+    };
+    let cases = [
+        ("its own", good.clone(), CLIENT, true),
+        ("another node's", sandbox.agent_claims(Node::B), CLIENT, false),
+        ("its own, for a pod of the other node", good.clone(), "spiffe://cluster.local/ns/default/sa/far", false),
+        ("its own, for nobody's account", good.clone(), "spiffe://cluster.local/ns/test/sa/nobody", false),
+        ("an expired", with(|claims| claims.lifetime_s = -600), CLIENT, false),
+        ("another audience's", with(|claims| claims.audience = "api".to_owned()), CLIENT, false),
+        ("another issuer's", with(|claims| claims.issuer = "https://elsewhere".to_owned()), CLIENT, false),
+        (
+            "a former pod's",
+            with(|claims| claims.pod.1 = "00000000-0000-4000-8000-000000000001".to_owned()),
+            CLIENT,
+            false,
+        ),
+        ("an application's", with(|claims| claims.account.0 = "client".to_owned()), CLIENT, false),
+    ];
+    for (what, claims, wanted, given) in cases {
+        let token = sandbox.dir().join("token-of-this-case");
+        fs::write(&token, sandbox.signer().sign(&claims)?)?;
+        let config = identity::Config {
+            source: identity::Source::Ca(CaConfig {
+                address: format!("{}:15012", Node::A.v4()),
+                root_file: sandbox.root_certificate(),
+                server_name: "istiod.istio-system.svc".into(),
+                token_file: token,
+                cluster_id: "Kubernetes".into(),
+                ttl: Duration::from_secs(3600),
+            }),
+            trust_domain: TrustDomain::default(),
+            trust_domain_aliases: Vec::new(),
+        };
+        let status = inside(sandbox.node_place(Node::A), || async {
+            let (identities, renewal) = Identities::new(config)?;
+            let wanted: SpiffeId = wanted.parse().map_err(|error| anyhow!("{wanted}: {error}"))?;
+            identities.want(&[wanted].into());
+            let settled = async {
+                loop {
+                    let status = identities.status().pop().context("one identity is wanted")?;
+                    if status.last_error.is_some() || status.state == identity::State::Serving {
+                        return Ok(status);
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            };
+            tokio::select! {
+                status = settled => status,
+                () = renewal.run(std::future::pending()) => Err(anyhow!("the renewal has ended")),
+            }
+        })?;
+        ensure!((status.state == identity::State::Serving) == given, "with {what} token: {status:?}");
+        if !given {
+            let error = status.last_error.as_deref().unwrap_or_default();
+            ensure!(error.contains("Unauthenticated"), "with {what} token: {error}");
+        }
+    }
+    Ok(())
+}
