@@ -940,18 +940,16 @@ fn rapid_reset_ends_the_connection() {
     local(async {
         let (most, end) = attacked(async |mut client| {
             let _ = client.write_all(&[PREFACE, &frame(4, 0, 0, &[])].concat()).await;
-            for id in 0..20_000u32 {
+            for id in 0..1_000_000u32 {
                 let id = 2 * id + 1;
                 let pair = [frame(1, 4, id, HEADERS), frame(3, 0, id, &8u32.to_be_bytes())].concat();
                 if client.write_all(&pair).await.is_err() {
                     return;
                 }
             }
-            let _ = client.flush().await;
-            sleep(Duration::from_millis(500)).await;
         })
         .await;
-        assert!(matches!(end, Err(ServeError::Protocol(_) | ServeError::Lost(_))), "{end:?}");
+        assert!(matches!(end, Err(ServeError::Protocol(_))), "{end:?}");
         assert!(most <= 400, "{most} handlers at once");
     });
 }
@@ -971,29 +969,29 @@ fn a_continuation_flood_ends_the_connection() {
             }
         })
         .await;
-        assert!(matches!(end, Err(ServeError::Protocol(_) | ServeError::Lost(_))), "{end:?}");
+        assert!(matches!(end, Err(ServeError::Protocol(_))), "{end:?}");
         assert_eq!(most, 0);
     });
 }
 
-/// PING and SETTINGS ask for answers; a client that does not read them is held back by TCP, and then found dead.
+/// PING and SETTINGS ask for answers; a client that does not read them is held back by TCP.
 #[test]
 fn floods_of_control_frames_are_held_back() {
     for flood in [frame(6, 0, 0, &[1; 8]), frame(4, 0, 0, &[])] {
         local(async {
             let tls = tls();
-            let config =
-                Config { ping_interval: Duration::from_millis(500), ping_timeout: Duration::from_secs(1), ..fast() };
-            let server = Server::start(&tls, config, echo).await;
+            let server = Server::start(&tls, Config::default(), echo).await;
             let mut client = raw_client(server.addr, &tls).await;
             let _ = client.write_all(&[PREFACE, &frame(4, 0, 0, &[])].concat()).await;
             let chunk = flood.repeat(1000);
             let mut sent = 0usize;
-            // Unbounded answers in memory would let this go on for ever.
-            while let Ok(Ok(())) = timeout(Duration::from_millis(400), client.write_all(&chunk)).await {
+            while let Ok(written) = timeout(Duration::from_millis(400), client.write_all(&chunk)).await {
+                written.expect("write");
                 sent += chunk.len();
-                assert!(sent < 256 << 20, "nobody stops the flood");
+                // More than the sockets' buffers hold: answers must be piling up in memory.
+                assert!(sent < 64 << 20, "nobody stops the flood");
             }
+            assert!(server.ends.borrow().is_empty());
         });
     }
 }
@@ -1300,11 +1298,15 @@ fn requests_that_no_library_would_write_are_answered_with_400() {
 /// A client that asks much before it reads anything is held back, and then gets every answer.
 #[test]
 fn held_back_questions_are_answered_once_the_client_reads() {
-    const PINGS: usize = 400_000;
+    const PINGS: usize = 600_000;
     local(async {
         let tls = tls();
         let server = Server::start(&tls, Config::default(), echo).await;
-        let mut client = raw_client(server.addr, &tls).await;
+        let socket = tokio::net::TcpSocket::new_v4().expect("socket");
+        socket.set_recv_buffer_size(64 << 10).expect("a small buffer, so that the answers fill it");
+        let tcp = socket.connect(server.addr).await.expect("connect");
+        let name = rustls::pki_types::ServerName::IpAddress(server.addr.ip().into());
+        let mut client = TlsConnector::from(tls.client.clone()).connect(name, tcp).await.expect("TLS");
         client.write_all(&[PREFACE, &frame(4, 0, 0, &[])].concat()).await.expect("write");
         let (mut read, mut write) = tokio::io::split(client);
         let ask = async {
@@ -1443,5 +1445,40 @@ fn bulk_does_not_starve_a_dialogue() {
             assert_eq!(answer.expect("read").as_deref(), Some(&b"word"[..]));
         }
         assert_eq!(server.accepted.get(), 1);
+    });
+}
+
+/// The connection's window is given back on arrival, whoever reads or does not.
+#[test]
+fn the_connections_window_is_filled_up_while_nobody_reads() {
+    local(async {
+        let tls = tls();
+        let handler = |incoming: Incoming| async move {
+            let _stream = accepted(incoming).await;
+            std::future::pending::<()>().await;
+        };
+        let server = Server::start(&tls, Config::default(), handler).await;
+        let mut client = raw_client(server.addr, &tls).await;
+        client.write_all(&[PREFACE, &frame(4, 0, 0, &[])].concat()).await.expect("write");
+        for stream in [1, 3] {
+            client.write_all(&frame(1, 4, stream, HEADERS)).await.expect("write");
+            for _ in 0..12 {
+                client.write_all(&frame(0, 0, stream, &[7; 16 << 10])).await.expect("write");
+            }
+        }
+        // What the first 256 KiB used up.
+        let mut got = Vec::new();
+        let filled = |got: &[u8]| {
+            got.windows(13).any(|window| {
+                let increment = u32::from_be_bytes(window[9..].try_into().expect("four bytes"));
+                window[..9] == [0, 0, 4, 8, 0, 0, 0, 0, 0] && (256 << 10..300 << 10).contains(&increment)
+            })
+        };
+        while !filled(&got) {
+            let mut buffer = [0; 4096];
+            let n = client.read(&mut buffer).await.expect("read");
+            assert_ne!(n, 0, "closed");
+            got.extend_from_slice(&buffer[..n]);
+        }
     });
 }

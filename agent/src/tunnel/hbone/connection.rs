@@ -31,15 +31,16 @@ use crate::tunnel::{StreamError, code};
 /// It never binds: readers who never read hold their own windows and stall nobody else. (The reference value of 16 MiB
 /// is used up by four of them.) What we hold is bounded by the streams' windows.
 const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
-/// Below this much of it left, the connection's window is filled up.
-const CONNECTION_WINDOW_LOW: i64 = 1 << 30;
+/// Below this much of it left, the connection's window is filled up. Tests do not move gigabytes.
+const CONNECTION_WINDOW_LOW: i64 = if cfg!(test) { CONNECTION_WINDOW as i64 - (256 << 10) } else { 1 << 30 };
 /// Streams that a client may have open (§14.3).
 const MAX_STREAMS: usize = 200;
 /// Streams that we keep for a client: those whose handlers are still ending count, too. A client that resets what it
 /// opens gets as far as this and is refused further ones until handlers have ended.
 const MAX_KEPT: usize = 2 * MAX_STREAMS;
-/// Refusals in a row, without a stream accepted between them, after which the client is attacking.
-const MAX_REFUSED: u32 = 1000;
+/// Requests in a row that were refused for want of room, or reset before anybody took them, without an answer between
+/// them: then the client is attacking.
+const MAX_IN_VAIN: u32 = 1000;
 /// Empty DATA frames in a row that we bear.
 const MAX_EMPTY: u32 = 1000;
 /// Most header bytes that we accept from a client, and from a server (§14.3).
@@ -103,7 +104,7 @@ pub(super) struct Core {
     waiting: VecDeque<u32>,
     /// Requests that nobody has taken (server).
     arrivals: VecDeque<(u32, Head)>,
-    refused: u32,
+    in_vain: u32,
     empty: u32,
     ping_sent: bool,
     /// GOAWAY came: no streams may be opened.
@@ -162,7 +163,7 @@ impl Core {
             max_frame: tls::MAX_CONTENT,
             waiting: VecDeque::new(),
             arrivals: VecDeque::new(),
-            refused: 0,
+            in_vain: 0,
             empty: 0,
             ping_sent: false,
             goaway: false,
@@ -624,6 +625,7 @@ impl Core {
             Some(Side::Cut(error)) => return Err(error.clone()),
             Some(Side::Ended) | None => return Err(StreamError::Lost("answered twice".into())),
         }
+        self.in_vain = 0;
         self.put_headers(id, end, block);
         if end {
             // The client need not send what nobody reads (RFC 9113 §8.1).
@@ -669,6 +671,7 @@ impl Core {
                 if let Some(at) = self.arrivals.iter().position(|(id, _)| *id == stream) {
                     self.arrivals.remove(at);
                     self.streams.remove(&stream);
+                    return self.in_vain();
                 }
                 Ok(())
             }
@@ -812,14 +815,9 @@ impl Core {
         }
         let open = self.streams.values().filter(|entry| entry.open()).count();
         if open >= MAX_STREAMS || self.streams.len() >= MAX_KEPT {
-            self.refused += 1;
-            if self.refused > MAX_REFUSED {
-                return Err(Broken(error::ENHANCE_YOUR_CALM, "more streams than it may, again and again"));
-            }
             self.put_reset(id, error::REFUSED_STREAM);
-            return Ok(());
+            return self.in_vain();
         }
-        self.refused = 0;
         let mut entry = Entry::new(self.first_send_window, 1);
         if end {
             entry.read = Side::Ended;
@@ -827,6 +825,15 @@ impl Core {
         self.streams.insert(id, entry);
         self.arrivals.push_back((id, head));
         self.wake_driver();
+        Ok(())
+    }
+
+    /// Counts a request that came to nothing.
+    fn in_vain(&mut self) -> Result<(), Broken> {
+        self.in_vain += 1;
+        if self.in_vain > MAX_IN_VAIN {
+            return Err(Broken(error::ENHANCE_YOUR_CALM, "request after request that came to nothing"));
+        }
         Ok(())
     }
 

@@ -425,3 +425,144 @@ async fn send(tcp: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::tunnel::testing::{local, tls};
+
+    async fn sessions() -> (Session, Session) {
+        let configs = tls();
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
+        let addr = listener.local_addr().expect("address");
+        let (client, server) = tokio::join!(TcpStream::connect(addr), listener.accept());
+        let (client, (server, _)) = (client.expect("connect"), server.expect("accept"));
+        let name = ServerName::IpAddress(addr.ip().into());
+        let (client, server) =
+            tokio::join!(Session::connect(&client, &configs.client, name), Session::accept(&server, &configs.server));
+        let both = (client.map_err(debug).expect("client"), server.map_err(debug).expect("server"));
+        assert_eq!(both.1.certificates.len(), 1, "the client showed its certificate");
+        both
+    }
+
+    fn debug(error: TlsError) -> String {
+        format!("{error:?}")
+    }
+
+    fn sealed(session: &mut Session, kind: u8, content: &[u8]) -> Vec<u8> {
+        let mut record = vec![0; HEADER + content.len() + TRAILER];
+        let len = session.sealer.put(&mut record, kind, content).map_err(debug).expect("sealed");
+        assert_eq!(len, record.len());
+        record
+    }
+
+    fn content(session: &mut Session, mut record: Vec<u8>) -> Result<Vec<u8>, String> {
+        match session.open(&mut record).map_err(debug)? {
+            Opened::Data(place) => Ok(record[place].to_vec()),
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn records_cross_in_order_and_only_whole() {
+        local(async {
+            let (mut client, mut server) = sessions().await;
+            for size in [0, 1, 100, MAX_CONTENT] {
+                let record = sealed(&mut client, APPLICATION_DATA, &vec![7; size]);
+                assert_eq!(record_len(&record).map_err(debug), Ok(Some(record.len())));
+                assert_eq!(content(&mut server, record), Ok(vec![7; size]));
+            }
+            let mut changed = sealed(&mut client, APPLICATION_DATA, b"secret");
+            *changed.last_mut().expect("not empty") ^= 1;
+            assert!(content(&mut server, changed).is_err(), "a changed record");
+            let (mut client, mut server) = sessions().await;
+            let first = sealed(&mut client, APPLICATION_DATA, b"first");
+            let second = sealed(&mut client, APPLICATION_DATA, b"second");
+            assert!(content(&mut server, second).is_err(), "a record too early");
+            let (mut client, mut server) = sessions().await;
+            assert!(content(&mut server, first).is_err(), "a record of another connection");
+            let record = sealed(&mut client, APPLICATION_DATA, b"once");
+            let (mut client, mut server) = sessions().await;
+            let own = sealed(&mut client, APPLICATION_DATA, b"once");
+            assert_ne!(record, own, "keys are of one connection");
+            assert_eq!(content(&mut server, own.clone()), Ok(b"once".to_vec()));
+            assert!(content(&mut server, own).is_err(), "a record twice");
+        });
+    }
+
+    /// RFC 8446 §4.6.3: who is asked for new keys sends with new keys; who announces them does.
+    #[test]
+    fn a_requested_key_update_is_answered() {
+        local(async {
+            let (mut client, mut server) = sessions().await;
+            let request = sealed(&mut client, HANDSHAKE, &[24, 0, 0, 1, 1]);
+            let secret = client.keys.next_tx().expect("next key");
+            client.sealer = Sealer { crypter: Crypter::new(secret, 0).map_err(debug).expect("key"), rekey: false };
+            assert!(!server.rekey_due(0));
+            assert_eq!(content(&mut server, request), Err("Internal".to_owned()));
+            let record = sealed(&mut client, APPLICATION_DATA, b"new key");
+            assert_eq!(content(&mut server, record), Ok(b"new key".to_vec()));
+            assert!(server.rekey_due(0));
+            let mut answer = vec![0; 100];
+            let len = server.rekey(&mut answer).map_err(debug).expect("rekeyed");
+            answer.truncate(len);
+            assert!(!server.rekey_due(0));
+            assert_eq!(content(&mut client, answer), Err("Internal".to_owned()));
+            let record = sealed(&mut server, APPLICATION_DATA, b"new key, too");
+            assert_eq!(content(&mut client, record), Ok(b"new key, too".to_vec()));
+        });
+    }
+
+    #[test]
+    fn what_must_not_come_after_the_handshake_is_refused() {
+        for (kind, bytes) in [
+            (HANDSHAKE, &[24, 0, 0, 1, 2][..]), // an impossible request
+            (HANDSHAKE, &[24, 0, 0, 1, 0, 4]),  // something behind a key update
+            (HANDSHAKE, &[13, 0, 0, 0]),        // CertificateRequest
+            (HANDSHAKE, &[4, 1, 0, 0]),         // a message of 64 KiB
+            (ALERT, &[2, 40]),                  // handshake_failure
+            (ALERT, &[1]),
+            (20, &[1]),    // ChangeCipherSpec
+            (0, &[0; 10]), // no type at all
+        ] {
+            local(async {
+                let (mut client, mut server) = sessions().await;
+                let mut record = sealed(&mut client, kind, bytes);
+                assert!(server.open(&mut record).is_err(), "{kind} {bytes:?}");
+            });
+        }
+        local(async {
+            let (mut client, mut server) = sessions().await;
+            let mut close = vec![0; 100];
+            let len = client.sealer.close(&mut close).map_err(debug).expect("sealed");
+            assert_eq!(server.open(&mut close[..len]).map_err(debug), Ok(Opened::Closed));
+            let mut clear = vec![22, 3, 3, 0, 17];
+            clear.extend([0; 17]);
+            assert!(server.open(&mut clear).is_err(), "a record in the clear");
+            for record in [[23, 3, 3, 0xff, 0xff], [23, 3, 3, 0, 16]] {
+                assert!(record_len(&record).is_err());
+            }
+            assert!(matches!(record_len(&[23, 3, 3, 0]), Ok(None)));
+        });
+    }
+
+    /// More key updates than anybody needs are an attack on our CPU.
+    #[test]
+    fn endless_key_updates_are_refused() {
+        local(async {
+            let (mut client, mut server) = sessions().await;
+            let mut updates = 0;
+            loop {
+                let mut record = vec![0; 100];
+                let len = client.rekey(&mut record).map_err(debug).expect("rekeyed");
+                if server.open(&mut record[..len]).is_err() {
+                    break;
+                }
+                updates += 1;
+            }
+            assert_eq!(updates, MAX_KEY_UPDATES);
+        });
+    }
+}
