@@ -7,6 +7,7 @@
 //! | [`capture`] | record the link between the nodes and search it for a payload |
 //! | [`tour`] | the user's scenario: each policy, what must happen, what did happen |
 //! | [`vm`] | boot another kernel under QEMU and run a script in it |
+//! | [`libtest`] | what the output of Rust's test harness adds up to |
 //! | [`interrupt`] | Ctrl-C as an ordinary error, so that everything built is also taken down |
 //! | [`command`] | run a program of the system; say what it said when it fails |
 //!
@@ -16,6 +17,7 @@
 pub mod capture;
 pub mod command;
 pub mod interrupt;
+pub mod libtest;
 pub mod programs;
 pub mod sandbox;
 pub mod tour;
