@@ -48,6 +48,14 @@ pub fn full() -> bool {
     env::var_os("CULVERT_TEST_FULL").is_some()
 }
 
+/// Names the number by which every limit of waiting is multiplied.
+pub const PATIENCE_VARIABLE: &str = "CULVERT_TEST_PATIENCE";
+
+/// How many times longer than usual a test may wait: 1, unless the machine is known to be slow, as a translated guest is.
+pub fn patience() -> u32 {
+    env::var(PATIENCE_VARIABLE).ok().and_then(|n| n.parse().ok()).unwrap_or(1)
+}
+
 /// Keeps a figure that a test measured, for the summary of `cargo xtask test` and, with `--full`, for docs/.
 ///
 /// # Errors

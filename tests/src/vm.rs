@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{command, interrupt};
+use crate::{PATIENCE_VARIABLE, command, interrupt};
 
 /// A kernel series of Debian that is tested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -351,7 +351,12 @@ impl Guest {
             .args(["-accel", accelerator.name(), "-cpu", accelerator.processor()])
             .args(["-m", &self.memory_mib.to_string()])
             // Nobody attacks this guest, and under translation each remedy costs as much as the disease.
-            .args(["-append", "console=ttyS0 quiet panic=-1 mitigations=off rdinit=/init"])
+            .arg("-append")
+            // What the kernel does not know becomes the first process's environment.
+            .arg(format!(
+                "console=ttyS0 quiet panic=-1 mitigations=off rdinit=/init {PATIENCE_VARIABLE}={}",
+                accelerator.patience()
+            ))
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .arg("-kernel")
