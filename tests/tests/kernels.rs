@@ -29,8 +29,10 @@ mkdir /sys/fs/cgroup/a /sys/fs/bpf/a || lacks 'cgroup2 or the BPF file system'
 test -e /sys/fs/cgroup/a/cgroup.kill || lacks 'cgroup.kill'
 for suite in datapath mesh; do
   echo culvert-suite: begin $suite
+  begun=$(cut -d. -f1 /proc/uptime)
   $suite --test-threads 1 2>&1
-  echo; echo culvert-suite: end $suite $?
+  status=$?
+  echo; echo culvert-suite: end $suite $status $(($(cut -d. -f1 /proc/uptime) - begun))
 done
 dmesg | grep -E 'kernel BUG|Oops|WARNING: CPU|general protection' && exit 3
 exit 0
