@@ -4,7 +4,13 @@
 //! life, but only while every worker gives its own. The workers carry connections (`worker`); a thread of its own
 //! watches the cgroup tree (`pods`), another writes the access log (`telemetry`).
 
-use std::{collections::BTreeSet, os::fd::AsFd as _, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    os::fd::AsFd as _,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, anyhow};
 use culvert_common::SettingsValue;
@@ -169,7 +175,9 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         host,
         kubelet: None,
         snapshots,
+        unjudged: BTreeMap::new(),
         retry: false,
+        stuck: false,
     };
 
     let (ended, until_end) = watch::channel(());
@@ -218,8 +226,20 @@ struct Control {
     host: Arc<NetnsHandle>,
     kubelet: Option<Kubelet>,
     snapshots: watch::Sender<Arc<Snapshot>>,
+    /// Pods whose open connections have not been judged by the policy in force yet.
+    unjudged: BTreeMap<PodUid, Unjudged>,
     /// Something failed and is to be tried again.
     retry: bool,
+    /// A worker does not move, and it was said.
+    stuck: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Unjudged {
+    /// The pod has just been brought in.
+    entered: bool,
+    /// That it failed has been said.
+    told: bool,
 }
 
 impl Control {
@@ -295,16 +315,26 @@ impl Control {
         self.identities.want(&Enrollments::identities(&snapshot, node));
         let changes = self.enrollments.reconcile(&mut self.datapath, &self.workers, &snapshot, node);
         self.retry |= changes.failed > 0;
-        for (uids, entered) in [(&changes.entered, true), (&changes.changed, false)] {
-            uids.iter().for_each(|uid| self.judge_again(&snapshot, uid, entered));
+        for uid in changes.changed {
+            self.unjudged.entry(uid).or_default();
         }
+        self.unjudged.extend(changes.entered.into_iter().map(|uid| (uid, Unjudged { entered: true, told: false })));
+        self.judge_again(&snapshot);
         Ok(())
     }
 
-    fn judge_again(&mut self, snapshot: &Snapshot, uid: &PodUid, entered: bool) {
-        let (Some(pod), Some(own)) = (self.enrollments.pod(uid), snapshot.workload(uid)) else { return };
-        if let Err(error) = self.passed.judge_again(snapshot, pod, own, entered) {
-            warn!(pod = %own.object, error = format!("{error:#}"), "open connections could not be judged again");
+    /// Judges open connections where policy has changed; what fails stays to be done ([D.1]).
+    fn judge_again(&mut self, snapshot: &Snapshot) {
+        for (uid, mut todo) in std::mem::take(&mut self.unjudged) {
+            let (Some(pod), Some(own)) = (self.enrollments.pod(&uid), snapshot.workload(&uid)) else { continue };
+            if let Err(error) = self.passed.judge_again(snapshot, pod, own, todo.entered) {
+                if !std::mem::replace(&mut todo.told, true) {
+                    let error = format!("{error:#}");
+                    warn!(pod = %own.object, error, "open connections could not be judged again; trying on");
+                }
+                self.retry = true;
+                self.unjudged.insert(uid, todo);
+            }
         }
     }
 
@@ -340,10 +370,17 @@ impl Control {
     fn beat(&mut self) -> anyhow::Result<()> {
         match self.workers.iter().map(Worker::silent_for).max() {
             Some(silence) if silence > WORKER_SILENCE => {
-                error!(?silence, "a worker is stuck: the sign of life is withheld, connections will be refused");
+                if !std::mem::replace(&mut self.stuck, true) {
+                    error!(?silence, "a worker is stuck: the sign of life is withheld, connections will be refused");
+                }
                 Ok(())
             }
-            _ => self.datapath.beat(),
+            _ => {
+                if std::mem::take(&mut self.stuck) {
+                    warn!("every worker moves again");
+                }
+                self.datapath.beat()
+            }
         }
     }
 

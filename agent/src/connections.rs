@@ -4,7 +4,7 @@
 //! SOCK_DESTROY where they are no longer allowed. The kernel's refusals are told here too.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fmt,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
@@ -94,10 +94,13 @@ impl Passed {
     }
 
     /// Judges a pod's open plaintext connections by `snapshot` and closes those that are no longer allowed, and only
-    /// those. With `enrolled_now`, those that were open before the pod was enrolled are judged and listed too.
+    /// those; also the ones that are older than enrolment, which `enrolled_now` lists.
+    ///
+    /// Call it after the kernel has the policy: a handshake that the kernel completes later is judged by the new one
+    /// there, and one that it is completing has a socket that is listed here.
     ///
     /// # Errors
-    /// The sockets could not be listed: nothing was closed.
+    /// The sockets could not be listed, or one could not be closed: to be called again.
     pub fn judge_again(
         &mut self,
         snapshot: &Snapshot,
@@ -107,55 +110,49 @@ impl Passed {
     ) -> anyhow::Result<()> {
         let mut diag = SockDiag::open(&pod.netns).context("list the pod's sockets")?;
         let query = |states| Query { states, bytes: false, storage: Some(self.storage.as_fd()) };
-        let open = diag.list(&query(States::OPEN)).context("list the pod's sockets")?;
-        let served: Vec<u16> = match enrolled_now {
-            true => diag.list(&query(States::LISTEN)).context("list the pod's listeners")?,
-            false => Vec::new(),
-        }
-        .iter()
-        .map(|socket| socket.id.local.port())
-        .collect();
+        let open = diag.list(&query(States::OPEN.and(States::SYN_RECV))).context("list the pod's sockets")?;
+        let listening = diag.list(&query(States::LISTEN)).context("list the pod's listeners")?;
+        let served: BTreeSet<u16> = listening.iter().map(|socket| socket.id.local.port()).collect();
+        let mut result = Ok(());
         for socket in &open {
             let (local, remote) = (socket.id.local, socket.id.remote);
             match kind(socket) {
                 Some(kind) if kind == SocketKind::Passed as u8 => {}
-                None if enrolled_now && before_enrolment(pod, local, remote, &served) => {
-                    info!(pod = %own.object, src = %remote, dst = %local, "pre-enrolment connection");
+                // Older than enrolment, or caught before the kernel could note it.
+                None if socket.cgroup.is_some() && arrived(pod, local, remote, &served) => {
+                    if enrolled_now {
+                        info!(pod = %own.object, src = %remote, dst = %local, "pre-enrolment connection");
+                    }
                 }
                 _ => continue,
             }
             let verdict = snapshot.decide(own, Peer::Plain, local.port());
             if verdict.answer == Answer::Refuse {
-                self.close(&mut diag, &socket.id, verdict, snapshot.explain(&verdict));
+                result = result.and(self.close(&mut diag, &socket.id, verdict, snapshot.explain(&verdict)));
             }
+        }
+        result
+    }
+
+    fn close(&mut self, diag: &mut SockDiag, id: &SocketId, verdict: Verdict, detail: String) -> anyhow::Result<()> {
+        // False: it ended by itself.
+        if diag.destroy(id).with_context(|| format!("close {} → {}, which policy forbids", id.remote, id.local))? {
+            info!(src = %id.remote, dst = %id.local, reason = verdict.reason.as_str(), detail,
+                "closed an open connection that policy no longer allows");
+            self.closed_by_us.insert((id.remote, id.local), (Instant::now(), verdict, detail));
         }
         Ok(())
     }
 
-    fn close(&mut self, diag: &mut SockDiag, id: &SocketId, verdict: Verdict, detail: String) {
-        match diag.destroy(id) {
-            Ok(true) => {
-                info!(src = %id.remote, dst = %id.local, reason = verdict.reason.as_str(), detail,
-                    "closed an open connection that policy no longer allows");
-                self.closed_by_us.insert((id.remote, id.local), (Instant::now(), verdict, detail));
-            }
-            // It ended by itself.
-            Ok(false) => {}
-            Err(error) => {
-                warn!(src = %id.remote, dst = %id.local, %error, "could not close a connection that policy forbids");
-            }
-        }
-    }
-
     fn overtaken(&mut self, snapshot: &Snapshot, pod: &ServedPod, event: &Event) {
-        let result = SockDiag::open(&pod.netns).map(|mut diag| {
+        let result = SockDiag::open(&pod.netns).and_then(|mut diag| {
             let id = SocketId { local: dst(event), remote: src(event), ifindex: 0, cookie: 0 };
             let reason = Reason::from_u8(event.reason).unwrap_or(Reason::KernelCapacity);
             let verdict = Verdict { answer: Answer::Refuse, reason, rule: event.rule, generation: event.generation };
-            self.close(&mut diag, &id, verdict, snapshot.explain(&verdict));
+            self.close(&mut diag, &id, verdict, snapshot.explain(&verdict))
         });
         if let Err(error) = result {
-            warn!(src = %src(event), dst = %dst(event), %error, "could not close a connection that policy forbids");
+            warn!(error = format!("{error:#}"), "could not close a connection that policy forbids");
         }
     }
 
@@ -227,7 +224,7 @@ impl Passed {
 }
 
 /// An inbound connection from outside the pod, to a port that somebody listens on: nothing of ours.
-fn before_enrolment(pod: &ServedPod, local: SocketAddr, remote: SocketAddr, served: &[u16]) -> bool {
+fn arrived(pod: &ServedPod, local: SocketAddr, remote: SocketAddr, served: &BTreeSet<u16>) -> bool {
     pod.ips.contains(&local.ip())
         && !pod.ips.contains(&remote.ip())
         && !remote.ip().is_loopback()

@@ -194,6 +194,7 @@ fn enter(
     use std::os::fd::AsFd as _;
 
     let cookie = connections::cookie(netns)?;
+    has_an_address(netns, &workload.ips)?;
     datapath.prepare(cookie, netns.as_fd(), &workload.ips)?;
     let count = u32::try_from(workers.len()).context("number of workers")?;
     let listeners = listen::open(netns, count)?;
@@ -207,6 +208,28 @@ fn enter(
     }
     datapath.ready(cookie, policy)?;
     Ok(pod)
+}
+
+/// The namespace that the pod's processes are in must be the pod's: what is attached to a wrong one would catch
+/// somebody else's connections.
+fn has_an_address(netns: &NetnsHandle, ips: &[IpAddr]) -> anyhow::Result<()> {
+    let there: Vec<IpAddr> = netns
+        .run(|| {
+            let interfaces = nix::ifaddrs::getifaddrs()?;
+            Ok(interfaces.filter_map(|interface| ip(&interface.address?)).collect())
+        })
+        .context("enter the pod's network namespace")?
+        .map_err(|error: nix::Error| anyhow::anyhow!("list the addresses of the pod's network namespace: {error}"))?;
+    anyhow::ensure!(
+        ips.iter().any(|ip| there.contains(ip)),
+        "the network namespace of the pod's processes has none of its addresses {ips:?} (it has {there:?})"
+    );
+    Ok(())
+}
+
+fn ip(address: &nix::sys::socket::SockaddrStorage) -> Option<IpAddr> {
+    let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
 }
 
 fn policy(snapshot: &Snapshot, workload: &Workload) -> PodPolicy {

@@ -1,6 +1,6 @@
-//! Culvert: a sidecarless service mesh for Linux nodes.
+//! Culvert: a sidecarless service mesh for Linux nodes. This page is the architecture.
 //!
-//! Three flows, each in one direction, joined only in `app`:
+//! Three flows, each in one direction, joined only in [`app`]:
 //!
 //! ```text
 //! policy   kube | file ─► source ─► model ─► policy::compile ─► datapath ─► BPF maps
@@ -9,6 +9,53 @@
 //! bytes    socket ─► listen ─► proxy ─► tunnel ─► peer
 //!                               └─ asks policy::decide, identity and dns
 //! ```
+//!
+//! Read the table downwards: a module imports only from rows above it.
+//!
+//! | module | its one job |
+//! |---|---|
+//! | [`model`] | plain values: workload, service, endpoint, identity, policy as the user wrote it; no I/O |
+//! | [`policy`] | compiles the model; routes and decides one connection; pure, and the answer names the rule |
+//! | [`drain`], [`telemetry`], [`dns`] | orderly shutdown; logs, access log and readiness; from names to addresses |
+//! | [`source`] | a folder of manifests as whole snapshots of the model |
+//! | [`netns`] | enter a network namespace and come back; list, read and destroy the sockets in it |
+//! | [`pods`] | the pods of this node, joined with their cgroup and network namespace |
+//! | [`datapath`] | load, attach, and make the maps equal to what is wanted; the only place that imports aya |
+//! | [`identity`] | keys, certificates, trust bundle, rotation; from a peer's certificate to its SPIFFE ID |
+//! | [`tunnel`] | one CONNECT stream over mTLS, and the pool; knows HTTP/2 and rustls, not pods, policy or Kubernetes |
+//! | [`listen`] | bind inside a pod |
+//! | [`proxy`] | the story of one connection: `outbound.rs`, `inbound.rs`, `copy.rs` |
+//! | [`worker`] | one thread that carries connections |
+//! | [`connections`] | connections that no worker carries: told, judged again, closed |
+//! | [`enroll`] | bring a pod in and out, in the right order, and again without harm |
+//! | [`ca`] | the server side of the CA API: who may ask for which identity, and the signing |
+//! | [`cli`], [`config`] | what was typed; then what it means |
+//! | [`app`] | wiring, and nothing clever |
+//!
+//! # One connection
+//!
+//! A pod's `connect` meets the kernel program `connect4/6`, which notes the original destination at the socket and
+//! rewrites the address to the pod's own, on one of 4096 ports; `sk_lookup` in the pod's namespace recognises exactly
+//! this connection and hands it to a listener of one of the workers, where [`proxy::outbound`] asks the snapshot for a
+//! route and opens a stream in a tunnel that starts from the pod's own address. On the other node the tunnel reaches the
+//! server pod's namespace, where `sk_lookup` hands port 15008 to a worker; [`proxy::inbound`] verifies, decides, and
+//! connects to the application from a loopback address. `getpeername` and `accept` show both applications each other's
+//! real addresses. Plaintext to an enrolled pod is decided in `sk_lookup` alone; what it passes no process of ours
+//! touches, and `sock_ops` reports its end.
+//!
+//! # Threads
+//!
+//! | thread | does |
+//! |---|---|
+//! | main | reads the source, compiles, enrols, renews certificates, answers readiness, gives the sign of life |
+//! | `culvert-worker-N` | accepts and carries connections; nothing of a connection ever leaves its worker |
+//! | pods | follows the cgroup tree |
+//! | access log | writes lines |
+//!
+//! # Ports
+//!
+//! In a pod: 15008 tunnels (by `sk_lookup`; the sockets themselves listen above 65096), 61000 to 65095 the redirected
+//! connections of the pod to itself. On the node: 15021 readiness, 15012 the CA.
 
 pub mod app;
 pub mod ca;
@@ -16,6 +63,7 @@ pub mod cli;
 pub mod config;
 pub mod connections;
 pub mod datapath;
+pub mod dns;
 pub mod drain;
 pub mod enroll;
 pub mod identity;

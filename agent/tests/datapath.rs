@@ -19,8 +19,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::maps::{HashMap as BpfHashMap, Map, MapData};
 use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy};
-use culvert_common::{Answer, Direction, EventKind, ListenerKind, Mode, PORT_HBONE, Reason, SettingsValue};
+use culvert_common::{
+    Addr, Answer, Direction, EventKind, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE, PodAddrValue, Reason,
+    SettingsValue,
+};
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
@@ -495,6 +499,51 @@ fn what_needs_the_agent_reaches_its_listeners() {
     node.dial_from_peer("10.99.0.2:9080").expect("the agent's plaintext listener");
     let (accepted, _) = plaintext.accept().expect("accept");
     assert_eq!(accepted.local_addr().expect("local").port(), 9080);
+}
+
+/// Fills a pinned map with entries that mean nothing, until the kernel takes no more.
+fn fill<K: aya::Pod, V: aya::Pod + Default>(datapath: &Datapath, name: &str, key: impl Fn(u64) -> K) -> u64 {
+    let map = MapData::from_pin(datapath.pin_dir().join(name)).expect("the map is pinned");
+    let mut map = BpfHashMap::<_, K, V>::try_from(Map::HashMap(map)).expect("a hash map");
+    let mut filled = 0;
+    while map.insert(key(filled), V::default(), 0).is_ok() {
+        filled += 1;
+    }
+    filled
+}
+
+/// [K.4]: a map that is full refuses the pod in both directions, and says which map it is.
+#[test]
+fn a_full_map_of_addresses_refuses_the_pod() {
+    let node = Node::new();
+    let _application = node.serve("0.0.0.0:9080");
+    let mut datapath = node.load();
+    datapath.beat().expect("beat");
+    let junk = |n: u64| Addr::from_be32x4([1, 2, (n >> 32) as u32, n as u32]);
+    assert_eq!(fill::<Addr, PodAddrValue>(&datapath, "POD_ADDRS", junk), 65536);
+    let ips: Vec<IpAddr> = vec![POD4.parse().expect("a literal")];
+    let error = datapath.prepare(node.cookie, node.pod.as_fd(), &ips).expect_err("no room");
+    assert!(format!("{error:#}").contains("POD_ADDRS for 10.99.0.2"), "{error:#}");
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")));
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")));
+}
+
+/// A policy that does not fit moves the pod's plaintext verdicts to the agent; nothing passes by the mode alone.
+#[test]
+fn a_full_map_of_modes_makes_the_agent_decide() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    application.set_nonblocking(true).expect("nonblocking");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let plaintext = node.listener();
+    datapath.listener(node.cookie, ListenerKind::Plaintext, 0, plaintext.as_fd()).expect("listener");
+    let junk = |n: u64| ModeKey { netns_cookie: u64::MAX - n, ..ModeKey::default() };
+    fill::<ModeKey, ModeValue>(&datapath, "MODES", junk);
+    let ports = BTreeMap::from([(9080, (Mode::Strict, 3)), (9081, (Mode::Strict, 3))]);
+    datapath.ready(node.cookie, &PodPolicy { ports, ..policy(2, Mode::Permissive) }).expect("in force, by the agent");
+    node.dial_from_peer("10.99.0.2:9080").expect("reaches the agent");
+    plaintext.accept().expect("the agent decides");
+    assert!(matches!(application.accept(), Err(error) if error.kind() == ErrorKind::WouldBlock));
 }
 
 /// What `bpftool map dump` shows has names.

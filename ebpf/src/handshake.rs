@@ -89,6 +89,8 @@ fn connecting(ctx: &SockOpsContext) {
         // The other end finds nothing, and refuses.
         warn!(ctx, "no room in FLOWS: connection from port {} will be refused", sport);
     }
+    // A record that nobody takes over must not outlive its socket: the next one with the same port is somebody else's.
+    let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
 }
 
 /// A handshake was completed towards a listener.
@@ -188,6 +190,14 @@ fn changed(ctx: &SockOpsContext) {
     let Some(sk) = socket(ctx) else { return };
     let Some(value) = storage(sk) else { return };
     if value.kind != SocketKind::Passed as u8 {
+        let connects = value.kind == SocketKind::Redirected as u8
+            || value.kind == SocketKind::Leg as u8
+            || value.kind == SocketKind::Probe as u8;
+        if connects && ctx.arg(1) == BPF_TCP_CLOSE {
+            let ((src, sport), (dst, dport)) = ends(ctx);
+            // Most often it is gone already.
+            let _ = FLOWS.remove(FlowKey { src, dst, sport, dport, _pad: 0 });
+        }
         return;
     }
     // The kernel's byte counts include each FIN, so the transitions that prove one are noted.

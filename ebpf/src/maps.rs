@@ -1,6 +1,7 @@
 //! Every map: its key, its value, who writes it, who reads it, and why that capacity.
 
 use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
     btf_maps::{Array, HashMap, LruHashMap, PerCpuHashMap, RingBuf, SkStorage, SockHash},
     macros::btf_map,
 };
@@ -9,18 +10,22 @@ use culvert_common::{
     SocketValue, VerdictKey, addr::Addr,
 };
 
-/// Enrolled pods by netns cookie. The agent writes; every program reads. A kubelet runs at most a few hundred pods.
-#[btf_map]
-pub(crate) static PODS: HashMap<u64, PodValue, 4096> = HashMap::new();
+/// Allocates entries as they come: the kernel's memory follows what is used, and adding one can fail.
+const ON_DEMAND: usize = BPF_F_NO_PREALLOC as usize;
 
-/// Addresses of enrolled pods. The agent writes; `inbound` and `connect` read. Four addresses a pod on average.
+/// Enrolled pods by netns cookie. The agent writes; every program reads. Many times the pods that a kubelet can run, and
+/// allocated beforehand: a pod without an entry would not be captured, so this map must never be full.
 #[btf_map]
-pub(crate) static POD_ADDRS: HashMap<Addr, PodAddrValue, 16384> = HashMap::new();
+pub(crate) static PODS: HashMap<u64, PodValue, 16384> = HashMap::new();
+
+/// Addresses of enrolled pods. The agent writes; `inbound` and `connect` read. An address that does not fit is refused.
+#[btf_map]
+pub(crate) static POD_ADDRS: HashMap<Addr, PodAddrValue, 65536, ON_DEMAND> = HashMap::new();
 
 /// Ports whose PeerAuthentication mode differs from their pod's, in two generations at most while one replaces the
-/// other. The agent writes; `inbound` and `handshake` read.
+/// other. The agent writes; `inbound` and `handshake` read. If a pod's do not fit, the agent gives its verdicts.
 #[btf_map]
-pub(crate) static MODES: HashMap<ModeKey, ModeValue, 65536> = HashMap::new();
+pub(crate) static MODES: HashMap<ModeKey, ModeValue, 65536, ON_DEMAND> = HashMap::new();
 
 /// The agent's listening sockets. The agent writes, the kernel removes a socket that is closed; `inbound` reads. Three
 /// kinds for each worker of each pod.

@@ -57,7 +57,7 @@ pub(crate) struct Ended {
 
 /// Sends an event; wakes the agent only where it must act.
 ///
-/// It is written where the agent will read it, word by word: before Linux 6.8 the verifier counts at least 32 bytes of
+/// It is written where the agent will read it, word by word: on Linux 6.1 the verifier counts at least 32 bytes of
 /// stack for each function on the way, and an event made on the stack, with a call to fill it, was more than there is.
 #[inline(always)]
 pub(crate) fn send(about: &About<'_>, ended: &Ended, wake: bool) {

@@ -1,7 +1,9 @@
 //! Running a program of the system: its output when it succeeds, its own words when it fails.
 
+use std::env;
 use std::ffi::OsStr;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -49,6 +51,17 @@ pub fn success(shown: &str, output: &Output) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     let said = said.trim();
     bail!("`{shown}` ended with {}{}{said}", output.status, if said.is_empty() { "" } else { ": " })
+}
+
+/// The executable of this name, also where only root's `PATH` looks.
+///
+/// # Errors
+/// There is none.
+pub fn find(program: &str) -> Result<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let more = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
+    let mut candidates = env::split_paths(&path).chain(more).map(|dir| dir.join(program));
+    candidates.find(|p| p.is_file()).with_context(|| format!("{program} is not on PATH"))
 }
 
 /// The command as one would type it, for messages.

@@ -86,7 +86,7 @@ pub enum Peer {
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Identity(id) => f.write_str(id.strip_prefix("spiffe://").unwrap_or(id)),
+            Self::Identity(id) => f.write_str(id),
             Self::Nobody => f.write_str("no identity"),
             Self::NoConnection => f.write_str("-"),
             Self::Unlogged => f.write_str("not in the log"),
@@ -302,7 +302,8 @@ fn observe(
         // What must never be readable is not tried again until it is not.
         let leaked = readable && client != LEGACY;
         if observed == expected || leaked || begun.elapsed() > EFFECT_LIMIT {
-            let note = got.error.unwrap_or_default();
+            // Where all is as expected, the table says it all.
+            let note = if observed == expected { String::new() } else { got.error.unwrap_or_default() };
             return Ok(Row { step, call, expected, observed, note });
         }
         thread::sleep(Duration::from_millis(100));

@@ -7,6 +7,8 @@ mod say;
 mod setup;
 mod test;
 
+use std::process::ExitCode;
+
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use culvert_tests::interrupt;
@@ -36,8 +38,17 @@ enum Command {
     Down,
 }
 
-fn main() -> Result<()> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
+    match dispatch(Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("✗ {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(arguments: Arguments) -> Result<()> {
     interrupt::catch()?;
     match arguments.command {
         Command::Setup => setup::run(setup::For::Test).map(|_| say::done("this machine has all it needs")),

@@ -12,30 +12,30 @@ use culvert_tests::tour::{self, Outcome, Row};
 
 use crate::{build, say, setup};
 
-/// Name of the sandbox.
-const INSTANCE: &str = "run";
-
 /// Arguments of `run`.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
     /// End after the table, with status 0 if all is as expected
     #[arg(long)]
     once: bool,
+    /// Name of the sandbox; two at once need two names
+    #[arg(long, default_value = "run")]
+    name: String,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     build::run(&setup::run(setup::For::Run)?)?;
     let step = say::step("build two nodes: network namespaces, cgroups, pods, a kubelet each");
-    let mut sandbox = Sandbox::build(tour::plan(INSTANCE))?;
+    let mut sandbox = Sandbox::build(tour::plan(&arguments.name))?;
     step.done();
-    let result = play(&mut sandbox, arguments.once);
+    let result = play(&mut sandbox, arguments);
     let step = say::step("take the sandbox down");
     sandbox.take_down()?;
     step.done();
     result
 }
 
-fn play(sandbox: &mut Sandbox, once: bool) -> Result<()> {
+fn play(sandbox: &mut Sandbox, arguments: &Arguments) -> Result<()> {
     let step = say::step("start the CA and an agent per node, and wait until they are ready");
     let mut mesh = MeshPlan::new(built("culvert")?);
     mesh.cert_ttl = Some(tour::CERT_TTL.to_owned());
@@ -43,17 +43,18 @@ fn play(sandbox: &mut Sandbox, once: bool) -> Result<()> {
     step.done();
     println!(
         "\nProductpage (namespace default, node b, in the mesh) is called by Nginx (namespace test, node a, in the mesh) and\n\
-         Legacy-app (namespace test, node a, out of the mesh) while its PeerAuthentication changes. \"link\" is whether the\n\
-         request was found, readable, in a recording of everything between the two nodes.\n"
+         Legacy-app (namespace test, node a, out of the mesh) while its PeerAuthentication changes. Observed are the HTTP\n\
+         result that the client got, the identity that the access log of the server's agent names (spiffe://cluster.local/…),\n\
+         and whether the request was found, readable, in a recording of everything that crossed between the nodes.\n"
     );
     let mut table = Table::default();
     let rows = tour::play(sandbox, |row| table.print(row))?;
     let wrong = rows.iter().filter(|r| !r.ok()).count();
     println!("\nscenario: {} as expected, {wrong} not", rows.len() - wrong);
-    if wrong > 0 && once {
+    if wrong > 0 && arguments.once {
         bail!("{wrong} of {} rows are not as expected", rows.len());
     }
-    if once {
+    if arguments.once {
         return Ok(());
     }
     tour::leave_policy_to_edit(sandbox)?;
@@ -112,26 +113,33 @@ struct Table {
 impl Table {
     fn print(&mut self, row: &Row) {
         if !self.started {
-            println!("{:<21} {:<24} {:<58} observed", "policy", "call", "expected");
+            println!("{:<21} {:<24} {:<47} {:<47}", "", "", "expected", "observed");
+            let columns = format!("{:<8} {:<20} link", "client", "server saw");
+            println!("{:<21} {:<24} {columns:<47} {columns:<47}", "policy", "call");
             self.started = true;
         }
         let step = if self.step == row.step { "" } else { row.step };
         self.step = row.step;
-        let observed = if row.ok() { "the same".to_owned() } else { outcome(&row.observed) };
+        let (expected, observed) = (outcome(&row.expected), outcome(&row.observed));
         let mark = if row.ok() { "✓" } else { "✗" };
-        let note = if row.note.is_empty() { String::new() } else { format!("  ({})", row.note) };
-        println!("{step:<21} {:<24} {:<58} {mark} {observed}{note}", row.call, outcome(&row.expected));
+        println!("{step:<21} {:<24} {expected:<47} {observed:<47} {mark} {}", row.call, row.note);
     }
 }
 
+/// The three observations in columns; an identity without what all of them share.
 fn outcome(outcome: &Outcome) -> String {
+    let peer = outcome.peer.to_string();
+    let peer = peer.strip_prefix("spiffe://cluster.local/").unwrap_or(&peer);
     let link = if outcome.readable { "readable" } else { "nothing readable" };
-    format!("{}, {}, link: {link}", outcome.answer, outcome.peer)
+    format!("{:<8} {peer:<20} {link}", outcome.answer.to_string())
 }
 
 /// Arguments of `shell`.
 #[derive(clap::Args)]
 pub(crate) struct ShellArguments {
+    /// Name of the sandbox
+    #[arg(long, default_value = "run")]
+    name: String,
     /// The pod: its name, or namespace/name
     pod: String,
     /// A command instead of a shell
@@ -143,9 +151,9 @@ pub(crate) struct ShellArguments {
 ///
 /// `ip netns exec` enters the namespace alone; to the mesh such a process is a stranger in the pod, and is refused.
 pub(crate) fn shell(arguments: &ShellArguments) -> Result<()> {
-    let place = place_of(&tour::plan(INSTANCE), &arguments.pod)?;
+    let place = place_of(&tour::plan(&arguments.name), &arguments.pod)?;
     if !place.cgroup.exists() {
-        bail!("no sandbox is up: start it with `cargo xtask run`");
+        bail!("no sandbox named {} is up: start it with `cargo xtask run`", arguments.name);
     }
     let programs = built("culvert-pod")?;
     let words = if arguments.command.is_empty() { vec!["sh".to_owned()] } else { arguments.command.clone() };

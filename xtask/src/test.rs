@@ -12,14 +12,13 @@
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use culvert_tests::libtest::Count;
-use culvert_tests::{RESULTS_VARIABLE, command, interrupt, sandbox};
+use culvert_tests::{RESULTS_VARIABLE, interrupt, sandbox};
 
 use crate::setup::{self, Ready, root};
 use crate::{build, say};
@@ -167,8 +166,7 @@ impl Stages<'_> {
     fn check(&mut self, name: &str, mut command: Command) -> Result<()> {
         let step = say::step(name);
         let begun = Instant::now();
-        let status = command.stdin(Stdio::null()).status();
-        let status = status.with_context(|| format!("start `{}`", command::describe(&command)))?;
+        let status = setup::run_cargo(&mut command, |_| {})?;
         self.add(name, status.success(), begun.elapsed());
         step.done();
         interrupt::check()
@@ -178,15 +176,8 @@ impl Stages<'_> {
     fn harness(&mut self, name: &str, mut command: Command) -> Result<()> {
         let step = say::step(name);
         let begun = Instant::now();
-        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("start cargo test")?;
         let mut count = Count::default();
-        for line in BufReader::new(child.stdout.take().context("the output of cargo test")?).split(b'\n') {
-            let line = line.context("read the output of cargo test")?;
-            let line = String::from_utf8_lossy(&line);
-            println!("{line}");
-            count.read(&line);
-        }
-        let status = child.wait().context("wait for cargo test")?;
+        let status = setup::run_cargo(&mut command, |line| count.read(line))?;
         // It did not compile, or a harness died: nothing that was counted shows it.
         if !status.success() && count.failed == 0 {
             count.failed = 1;

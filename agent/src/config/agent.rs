@@ -3,7 +3,10 @@
 use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::{Invalid, Setting, Values};
-use crate::telemetry::{self, Format};
+use crate::{
+    dns,
+    telemetry::{self, Format},
+};
 
 /// The table.
 pub const SETTINGS: &[Setting] = &[
@@ -216,7 +219,7 @@ fn certificates(values: &mut Values) -> Option<Certificates> {
         (true, false) => {
             let (root, token) = (values.required("ca-root"), values.required("ca-token"));
             Some(Certificates::Ca {
-                address: values.optional("ca-address")?,
+                address: values.parse("ca-address", |text| dns::host_port(text).map(|_| text.to_owned()))?,
                 root: root?,
                 server_name: values.optional("ca-server-name")?,
                 token: token?,

@@ -28,6 +28,7 @@ use culvert_common::{
     Addr, Event, FlowKey, FlowValue, HeartbeatValue, LAYOUT_VERSION, ListenerKey, ListenerKind, Mode, ModeKey,
     ModeValue, PodAddrValue, PodState, PodValue, SettingsValue, SocketKind, SocketValue, VerdictKey,
 };
+use tracing::warn;
 
 mod sys;
 
@@ -169,11 +170,12 @@ impl Datapath {
 
     /// Puts a pod's inbound program and addresses in place and refuses its traffic until [`Datapath::ready`].
     ///
-    /// Order: first the entry (so that nothing passes unjudged), then the addresses, then the program. Safe to repeat:
-    /// an entry that is there keeps its state and policy.
+    /// Order: first the entry, then the program, then the addresses, so that wherever this fails the pod stays refused in
+    /// both directions: an entry that is not ready refuses what leaves, an address that is not known what arrives.
+    /// Safe to repeat: an entry that is there keeps its state and policy.
     ///
     /// # Errors
-    /// A full map or a failed attachment; the pod stays refused.
+    /// A full map or a failed attachment.
     pub fn prepare(&mut self, cookie: NetnsCookie, netns: BorrowedFd<'_>, ips: &[IpAddr]) -> anyhow::Result<()> {
         let mut value = self.pod(cookie)?.unwrap_or(PodValue {
             state: PodState::Pending as u8,
@@ -184,13 +186,13 @@ impl Datapath {
         value.addr6 = first(ips, IpAddr::is_ipv6);
         value.workers = self.config.workers;
         self.write_pod(cookie, &value)?;
-        self.write_addrs(cookie, ips)?;
         let inode = netns_inode(netns)?;
         let path = self.pod_link(cookie);
         attach(&path, program_fd(&self.ebpf, "inbound")?, netns, AttachType::SkLookup, |target| {
             target == Target::Netns(inode)
         })
-        .with_context(|| format!("attach the inbound program to network namespace {inode}"))
+        .with_context(|| format!("attach the inbound program to network namespace {inode}"))?;
+        self.write_addrs(cookie, ips)
     }
 
     /// Puts one of the agent's listeners in the pod into its place, over what was there.
@@ -211,29 +213,45 @@ impl Datapath {
     /// Puts a policy in force and opens the pod: the last step of enrolment, and every later change.
     ///
     /// The ports of the new generation are written first; one write of the pod's entry switches to them; those of the
-    /// old one are removed after a grace ([`Datapath::maintain`]).
+    /// old one are removed after a grace ([`Datapath::maintain`]). Ports that do not fit make the agent decide about the
+    /// pod's plaintext.
     ///
     /// # Errors
-    /// A full map; the pod keeps what was in force.
+    /// The entry could not be written; the pod keeps what was in force.
     pub fn ready(&mut self, cookie: NetnsCookie, policy: &PodPolicy) -> anyhow::Result<()> {
         let before =
             self.pod(cookie)?.ok_or_else(|| anyhow!("pod of namespace cookie {} was not prepared", cookie.0))?;
         let old: Vec<ModeKey> = self.mode_keys(cookie, |key| key.generation != policy.generation);
         let same_generation = before.state == PodState::Ready as u8 && before.generation == policy.generation;
-        for (&port, &(mode, rule)) in &policy.ports {
-            let key = ModeKey { netns_cookie: cookie.0, generation: policy.generation, port, _pad: 0 };
-            self.modes
-                .insert(key, ModeValue { rule, mode: mode as u8, _pad: [0; 3] }, 0)
-                .with_context(|| format!("write MODES for port {port} (the map holds 65536 ports)"))?;
-        }
-        let value = PodValue {
-            generation: policy.generation,
-            rule: policy.rule,
-            state: PodState::Ready as u8,
-            mode: policy.mode as u8,
-            has_port_modes: u8::from(!policy.ports.is_empty()),
-            plaintext_by_agent: u8::from(policy.plaintext_by_agent),
-            ..before
+        let value = match self.write_ports(cookie, policy) {
+            Ok(()) => PodValue {
+                generation: policy.generation,
+                rule: policy.rule,
+                state: PodState::Ready as u8,
+                mode: policy.mode as u8,
+                has_port_modes: u8::from(!policy.ports.is_empty()),
+                plaintext_by_agent: u8::from(policy.plaintext_by_agent),
+                ..before
+            },
+            Err(error) => {
+                warn!(
+                    cookie = cookie.0,
+                    ports = policy.ports.len(),
+                    error = format!("{error:#}"),
+                    "a pod's policy does not fit into the kernel: the agent gives its verdicts on plaintext"
+                );
+                self.remove_ports(cookie, policy.generation);
+                PodValue {
+                    generation: policy.generation,
+                    rule: policy.rule,
+                    state: PodState::Ready as u8,
+                    // Whatever the mode, the agent sees the connection, and refuses by the whole policy.
+                    mode: Mode::Permissive as u8,
+                    has_port_modes: 0,
+                    plaintext_by_agent: 1,
+                    ..before
+                }
+            }
         };
         if !same_generation || value != before {
             self.write_pod(cookie, &value)?;
@@ -258,7 +276,10 @@ impl Datapath {
     /// # Errors
     /// The first thing that could not be removed; the rest is tried all the same.
     pub fn remove(&mut self, cookie: NetnsCookie) -> anyhow::Result<()> {
-        let mut result = ignore_absent(fs::remove_file(self.pod_link(cookie))).context("unpin the inbound program");
+        let path = self.pod_link(cookie);
+        let detached = sys::open_pinned(&path).and_then(|link| sys::link_detach(link.as_fd()));
+        let mut result = ignore_absent(detached).context("detach the inbound program");
+        result = result.and(ignore_absent(fs::remove_file(&path)).context("unpin the inbound program"));
         let addrs: Vec<Addr> = self.addrs_of(cookie);
         result = result.and(ignore_missing(self.pods.remove(&cookie.0)).context("remove from PODS"));
         for addr in addrs {
@@ -347,6 +368,23 @@ impl Datapath {
         Sockets::open(&self.dir)
     }
 
+    fn write_ports(&mut self, cookie: NetnsCookie, policy: &PodPolicy) -> anyhow::Result<()> {
+        for (&port, &(mode, rule)) in &policy.ports {
+            let key = ModeKey { netns_cookie: cookie.0, generation: policy.generation, port, _pad: 0 };
+            self.modes
+                .insert(key, ModeValue { rule, mode: mode as u8, _pad: [0; 3] }, 0)
+                .with_context(|| format!("write MODES for port {port} (the map holds 65536 ports)"))?;
+        }
+        Ok(())
+    }
+
+    fn remove_ports(&mut self, cookie: NetnsCookie, generation: u32) {
+        for key in self.mode_keys(cookie, |key| key.generation == generation) {
+            // What is left is never looked up: the pod's entry says so.
+            let _ = self.modes.remove(&key);
+        }
+    }
+
     fn pod(&self, cookie: NetnsCookie) -> anyhow::Result<Option<PodValue>> {
         match self.pods.get(&cookie.0, 0) {
             Ok(value) => Ok(Some(value)),
@@ -356,7 +394,7 @@ impl Datapath {
     }
 
     fn write_pod(&mut self, cookie: NetnsCookie, value: &PodValue) -> anyhow::Result<()> {
-        self.pods.insert(cookie.0, value, 0).context("write PODS (the map holds 4096 pods)")
+        self.pods.insert(cookie.0, value, 0).context("write PODS (the map holds 16384 pods)")
     }
 
     fn addrs_of(&self, cookie: NetnsCookie) -> Vec<Addr> {
@@ -369,7 +407,7 @@ impl Datapath {
         for addr in &wanted {
             self.addrs
                 .insert(addr, PodAddrValue { netns_cookie: cookie.0 }, 0)
-                .with_context(|| format!("write POD_ADDRS for {addr} (the map holds 16384 addresses)"))?;
+                .with_context(|| format!("write POD_ADDRS for {addr} (the map holds 65536 addresses)"))?;
         }
         for addr in self.addrs_of(cookie).iter().filter(|addr| !wanted.contains(addr)) {
             ignore_missing(self.addrs.remove(addr)).context("remove from POD_ADDRS")?;

@@ -15,6 +15,7 @@ const BPF_OBJ_GET: libc::c_long = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
+const BPF_LINK_DETACH: libc::c_long = 34;
 
 /// Where a program is attached: numbers of `enum bpf_attach_type` (include/uapi/linux/bpf.h).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,6 +107,11 @@ pub(super) fn link_create(prog: BorrowedFd<'_>, target: BorrowedFd<'_>, kind: At
 pub(super) fn link_update(link: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
     // In this command the third word is the flags.
     bpf(BPF_LINK_UPDATE, &mut LinkAttr { first_fd: raw(link), second_fd: raw(prog), third: 0, flags: 0 }).map(drop)
+}
+
+/// Takes a link off its target before the call returns; one that only loses its pin goes some time later.
+pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
+    bpf(BPF_LINK_DETACH, &mut raw(link)).map(drop)
 }
 
 /// Pins a link under a path of a bpffs.

@@ -3,14 +3,17 @@
 //! When to ask, and whether to believe the answer, is decided by its callers.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
 
 use anyhow::{Context, bail};
+use hyper_util::rt::TokioIo;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA256, SanType};
 use rustls::pki_types::PrivatePkcs8KeyDer;
+use tokio::net::TcpStream;
 use tonic::{
     client::Grpc,
     codegen::http::uri::PathAndQuery,
@@ -18,12 +21,13 @@ use tonic::{
     transport::{Certificate as PemCertificate, Channel, ClientTlsConfig, Endpoint},
 };
 use tonic_prost::ProstCodec;
+use tower::service_fn;
 
 use super::{
     certificate::{Answer, certificates},
     wire::{self, CertificateRequest, CertificateResponse},
 };
-use crate::model::SpiffeId;
+use crate::{dns, model::SpiffeId};
 
 /// How long connecting to the CA may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -54,6 +58,9 @@ pub(super) struct Failed {
     /// The CA did not answer at all, so the other identities fail for the same reason.
     pub(super) unreachable: bool,
 }
+
+/// Port of Istio's CA, where the address names none.
+const DEFAULT_PORT: u16 = 15012;
 
 impl From<anyhow::Error> for Failed {
     fn from(error: anyhow::Error) -> Self {
@@ -97,7 +104,7 @@ impl CaClient {
             .with_context(|| format!("set up TLS to the CA with server name {:?}", self.config.server_name))?
             .connect_timeout(CONNECT_TIMEOUT)
             .timeout(REQUEST_TIMEOUT)
-            .connect_lazy();
+            .connect_with_connector_lazy(service_fn(connect));
         *slot = Some((roots, channel.clone()));
         Ok(channel)
     }
@@ -165,6 +172,13 @@ impl CaClient {
             }),
         }
     }
+}
+
+/// A connection to the host of the CA's address, by whichever of its addresses answers first.
+async fn connect(uri: http::Uri) -> io::Result<TokioIo<TcpStream>> {
+    let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+    let addresses = dns::addresses(host, uri.port_u16().unwrap_or(DEFAULT_PORT)).await.map_err(io::Error::other)?;
+    TcpStream::connect(addresses.as_slice()).await.map(TokioIo::new)
 }
 
 async fn read(path: &Path, what: &str) -> anyhow::Result<Vec<u8>> {

@@ -206,6 +206,15 @@ impl Identities {
         self.certificate(own).await?.server_config(&self.trust, &self.clock)
     }
 
+    /// Waits up to [`WAIT`] until there is a valid certificate: for a new connection in a tunnel that stands already, whose
+    /// handshake was with one that may have expired since.
+    ///
+    /// # Errors
+    /// [`Unavailable`] where there is none.
+    pub async fn ready(&self, own: &SpiffeId) -> Result<(), Unavailable> {
+        self.certificate(own).await.map(drop)
+    }
+
     /// Every wanted identity, in order.
     pub fn status(&self) -> Vec<Status> {
         let now = self.clock.unix_seconds();

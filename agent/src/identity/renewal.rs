@@ -38,6 +38,10 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// Largest pause between two attempts, before ±20 %: the largest with them is 150 s ([I.7]).
 const MAX_BACKOFF: Duration = Duration::from_secs(125);
 
+/// Largest pause while a connection waits for the certificate, which it does for [`WAIT`](super::WAIT): it shall see an
+/// attempt of its own, so that a CA that is back is noticed with the first connections.
+const WAITED_PAUSE: Duration = Duration::from_millis(2500);
+
 /// Where answers come from.
 pub(super) enum Origin {
     Ca(CaClient),
@@ -59,8 +63,13 @@ impl Origin {
 enum Next {
     /// As soon as there is room.
     Now,
-    /// After a failure.
-    At(Instant),
+    /// After a failure: at `at`, or already at `waited` while a connection waits.
+    At {
+        /// After the whole pause.
+        at: Instant,
+        /// After [`WAITED_PAUSE`], if that is sooner.
+        waited: Instant,
+    },
     /// At this second since the epoch: half life.
     Renew(u64),
     /// When the certificate folder changes.
@@ -104,7 +113,7 @@ impl Entry {
     pub(super) fn renews_at(&self) -> Option<u64> {
         match self.next {
             Next::Renew(at) => Some(at),
-            Next::Now | Next::At(_) | Next::OnChange => None,
+            Next::Now | Next::At { .. } | Next::OnChange => None,
         }
     }
 
@@ -112,7 +121,8 @@ impl Entry {
     fn due_in(&self, now: Instant, unix: u64) -> Option<Duration> {
         let pause = match self.next {
             Next::Now => Duration::ZERO,
-            Next::At(at) => at.saturating_duration_since(now),
+            Next::At { waited, .. } if self.waiting > 0 => waited.saturating_duration_since(now),
+            Next::At { at, .. } => at.saturating_duration_since(now),
             Next::Renew(at) => Duration::from_secs(at.saturating_sub(unix)),
             Next::OnChange => Duration::MAX,
         };
@@ -361,13 +371,16 @@ fn finish(
             let pause = backoff(entry.first_pause, entry.failures, rand::random());
             entry.unreachable = unreachable;
             entry.next = match origin {
-                Origin::Ca(_) => Next::At(Instant::now() + pause),
+                Origin::Ca(_) => {
+                    let now = Instant::now();
+                    Next::At { at: now + pause, waited: now + pause.min(WAITED_PAUSE) }
+                }
                 Origin::Files(_) => Next::OnChange,
             };
             let held = entry.certificate.as_ref().filter(|certificate| unix < certificate.expires_at);
             warn!(%identity, error = format!("{error:#}"), failures = entry.failures,
                 old_certificate_valid_for_s = held.map(|certificate| certificate.expires_at - unix),
-                retry_in_ms = matches!(entry.next, Next::At(_)).then(|| u64::try_from(pause.as_millis()).unwrap_or(u64::MAX)),
+                retry_in_ms = matches!(entry.next, Next::At { .. }).then(|| u64::try_from(pause.as_millis()).unwrap_or(u64::MAX)),
                 "cannot get a certificate");
             entry.last_error = Some(format!("{error:#}").into());
         }
@@ -478,5 +491,16 @@ mod tests {
         tokio::time::advance(pause).await;
         assert_eq!(table.take_due(Instant::now(), 0, 1), Some(first.clone()));
         assert_eq!(table.read()[&first].last_error.as_deref(), Some("refused"));
+
+        // After many failures the pause is long, unless a connection waits.
+        for _ in 0..12 {
+            let failed = Failed { error: anyhow::anyhow!("refused"), unreachable: false };
+            finish(&origin, &table, &trust, &clock, first.clone(), Err(failed));
+        }
+        tokio::time::advance(WAITED_PAUSE).await;
+        assert_eq!(table.take_due(Instant::now(), 0, 1), None);
+        let waiting = table.wait_for(&first);
+        assert_eq!(table.take_due(Instant::now(), 0, 1), Some(first.clone()));
+        drop(waiting);
     }
 }

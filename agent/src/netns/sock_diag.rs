@@ -31,12 +31,20 @@ impl States {
     /// Data may pass in at least one direction, or the peer is unaware that it may not: all but LISTEN, the handshake,
     /// TIME_WAIT and CLOSE.
     pub const OPEN: Self = Self(1 << 1 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11);
+    /// SYN_RECV: the server's end of a handshake, with or without a socket of its own yet.
+    pub const SYN_RECV: Self = Self(1 << 3);
     /// ESTABLISHED.
     pub const ESTABLISHED: Self = Self(1 << 1);
     /// LISTEN.
     pub const LISTEN: Self = Self(1 << 10);
     /// Every state.
     pub const ALL: Self = Self(0xfff);
+
+    /// These and those.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 }
 
 /// Which socket: the addresses as the kernel's tables know it, and the cookie that no other socket ever has.

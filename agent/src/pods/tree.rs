@@ -417,11 +417,12 @@ impl Tree {
             PodNetwork::Pending | PodNetwork::Host => None,
         };
         match self.find_netns(path, known) {
-            Found::Known => pod.unsettled = None,
+            Found::Known => pod.unsettled = pod.unsettled.and_then(|unsettled| Unsettled::next(Some(unsettled), now)),
             Found::Own(handle) => {
                 tracing::debug!(uid = %pod.uid.0, inode = handle.id().inode, "pod has a network namespace");
                 pod.network = PodNetwork::Own(Arc::new(handle));
-                pod.unsettled = None;
+                // On its way to the pod a process may pass through a namespace that is neither's.
+                pod.unsettled = Unsettled::next(None, now);
             }
             Found::Host => {
                 let since = pod.unsettled.as_ref().map_or(now, |unsettled| unsettled.since);

@@ -15,7 +15,6 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::Poll,
-    time::Duration,
 };
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
@@ -23,9 +22,9 @@ use tokio::{io::Interest, net::TcpStream, task::coop::consume_budget};
 
 use crate::tunnel::{self, StreamError};
 
-/// Most bytes read from a socket at once: four full TLS records.
-const CHUNK: usize = 64 << 10;
-/// Reads below this are copied out, so that a byte that waits for a window does not hold a whole buffer.
+/// Most bytes read from a socket at once.
+const CHUNK: usize = 128 << 10;
+/// Reads below this are copied out, so that a few bytes that wait for a slow socket do not hold a whole buffer.
 const SMALL: usize = 4 << 10;
 /// Most chunks handed to the kernel in one call.
 const VECTORS: usize = 32;
@@ -101,21 +100,26 @@ fn far(cause: impl Into<Cause>) -> CopyOutcome {
     CopyOutcome::Cut { side: Side::Far, cause: cause.into() }
 }
 
-/// A socket that is reset when dropped, unless both directions have ended by then.
-struct ResetOnDrop(TcpStream, bool);
+/// A socket whose close is a reset until both directions have ended, whoever closes it: the kernel does when the agent is
+/// killed, and then too what was cut off must not look finished.
+struct ResetOnClose(TcpStream);
 
-impl Drop for ResetOnDrop {
-    fn drop(&mut self) {
-        if !self.1 {
-            // Fails only on a socket that has no connection, where there is nothing to reset.
-            let _ = socket2::SockRef::from(&self.0).set_linger(Some(Duration::ZERO));
-        }
+impl ResetOnClose {
+    fn new(socket: TcpStream) -> Self {
+        super::reset_on_close(&socket);
+        Self(socket)
+    }
+
+    /// Both directions have ended: what is still on its way is delivered.
+    fn finish(self) {
+        // Fails only on a socket that has no connection any more.
+        let _ = socket2::SockRef::from(&self.0).set_linger(None);
     }
 }
 
 /// Copies between `socket` and the tunnel until both directions have ended or one side was cut off.
 pub async fn bidirectional(socket: TcpStream, stream: tunnel::Stream, counters: &Counters) -> CopyOutcome {
-    let mut socket = ResetOnDrop(socket, false);
+    let socket = ResetOnClose::new(socket);
     let (mut read, mut write) = stream.split();
     let copied = {
         let both = async {
@@ -131,7 +135,7 @@ pub async fn bidirectional(socket: TcpStream, stream: tunnel::Stream, counters: 
     };
     match copied {
         Ok(()) => {
-            socket.1 = true;
+            socket.finish();
             CopyOutcome::Finished
         }
         Err(outcome) => {
@@ -143,8 +147,7 @@ pub async fn bidirectional(socket: TcpStream, stream: tunnel::Stream, counters: 
 
 /// Copies between two sockets until both directions have ended or one side was cut off.
 pub async fn bidirectional_plain(near_socket: TcpStream, far_socket: TcpStream, counters: &Counters) -> CopyOutcome {
-    let mut a = ResetOnDrop(near_socket, false);
-    let mut b = ResetOnDrop(far_socket, false);
+    let (a, b) = (ResetOnClose::new(near_socket), ResetOnClose::new(far_socket));
     let copied = {
         let both = async {
             tokio::try_join!(
@@ -160,8 +163,8 @@ pub async fn bidirectional_plain(near_socket: TcpStream, far_socket: TcpStream, 
     };
     match copied {
         Ok(()) => {
-            a.1 = true;
-            b.1 = true;
+            a.finish();
+            b.finish();
             CopyOutcome::Finished
         }
         Err(outcome) => outcome,
@@ -173,19 +176,39 @@ async fn into_tunnel(socket: &TcpStream, to: &mut tunnel::WriteHalf, count: &Ato
         tokio::select! {
             biased;
             ready = socket.readable() => ready.map_err(near)?,
-            cut = poll_fn(|cx| to.poll_cut(cx)) => return Err(far(cut)),
+            cut = poll_fn(|cx| to.poll_cut(cx)) => return not_wanted(cut),
         }
         // Window first, then bytes: what does not fit stays in the socket, where TCP holds the sender back.
-        let room = poll_fn(|cx| to.poll_ready(cx, CHUNK)).await.map_err(far)?;
-        match read_chunk(socket, room).map_err(near)? {
-            Read::Nothing => {}
-            Read::Eof => return to.shutdown().map_err(far),
-            Read::Bytes(bytes) => {
-                count.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                to.send(bytes).map_err(far)?;
+        let room = match poll_fn(|cx| to.poll_ready(cx, CHUNK)).await {
+            Ok(room) => room,
+            Err(cut) => return not_wanted(cut),
+        };
+        let mut space = 0;
+        let read = to.send_from(room, |slices| {
+            space = slices.iter().map(|slice| slice.len()).sum();
+            socket.try_read_vectored(slices)
+        });
+        match read.map_err(far)? {
+            Ok(0) => return to.shutdown().map_err(far),
+            Ok(n) => {
+                count.fetch_add(n as u64, Ordering::Relaxed);
+                if n < space {
+                    mark_empty(socket);
+                }
             }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(near(error)),
         }
         consume_budget().await;
+    }
+}
+
+/// A peer that has sent all it has may say that it wants no more of ours (RFC 9113 §8.1): a socket would be closed
+/// with unread bytes then, and so is ours, once the other direction has ended.
+fn not_wanted(cut: StreamError) -> Result<(), CopyOutcome> {
+    match cut {
+        StreamError::Reset(tunnel::code::NO_ERROR) => Ok(()),
+        cut => Err(far(cut)),
     }
 }
 
@@ -223,7 +246,10 @@ async fn out_of_tunnel(from: &mut tunnel::ReadHalf, socket: &TcpStream, count: &
                     advance(&mut chunks, written);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    socket.writable().await.map_err(near)?;
+                    tokio::select! {
+                        ready = socket.writable() => ready.map_err(near)?,
+                        cut = poll_fn(|cx| from.poll_cut(cx)) => return Err(far(cut)),
+                    }
                 }
                 Err(error) => return Err(near(error)),
             }
@@ -292,9 +318,7 @@ fn read_chunk(socket: &TcpStream, most: usize) -> io::Result<Read> {
             Err(error) => return Err(error),
         };
         if read < most {
-            // The socket is empty: say so to the reactor, instead of asking the kernel to hear it. A FIN or a reset
-            // that came meanwhile is remembered separately.
-            let _ = socket.try_io(Interest::READABLE, || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
+            mark_empty(socket);
         }
         Ok(Read::Bytes(if read < SMALL {
             let bytes = Bytes::copy_from_slice(arena);
@@ -304,6 +328,12 @@ fn read_chunk(socket: &TcpStream, most: usize) -> io::Result<Read> {
             arena.split().freeze()
         }))
     })
+}
+
+/// The socket gave less than was asked for, so it is empty: says so to the reactor, instead of asking the kernel to hear
+/// it. A FIN or a reset that came meanwhile is remembered separately.
+fn mark_empty(socket: &TcpStream) {
+    let _ = socket.try_io(Interest::READABLE, || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into()));
 }
 
 fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {

@@ -13,7 +13,7 @@ use super::{
     keepalive,
     outbound::baggage,
     report::{Flag, Outcome, Story},
-    reset, workload_at,
+    reset_on_close, workload_at,
 };
 use crate::{
     identity,
@@ -30,18 +30,18 @@ pub async fn tunnel(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream
     };
     if local.port() != PORT_HBONE || !pod.ips.contains(&local.ip()) {
         debug!(uid = %pod.uid, %local, "a process dialled the tunnel listener itself: refused");
-        return reset(&socket);
+        return reset_on_close(&socket);
     }
     let story = || Story::new(Direction::Inbound, remote, local);
     let Some(workload) = context.snapshot().workload(&pod.uid).cloned() else {
-        reset(&socket);
+        reset_on_close(&socket);
         let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");
         return story().end(&context, &outcome);
     };
     let tls = match context.identities.server_config(&workload.identity).await {
         Ok(tls) => tls,
         Err(error) => {
-            reset(&socket);
+            reset_on_close(&socket);
             return story().end(&context, &Outcome::failed(Flag::IdentityError, error));
         }
     };
@@ -139,6 +139,10 @@ async fn judge(
         let outcome = Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
         return refuse(incoming, status, outcome);
     }
+    // As on the other side: no new connection in an old tunnel once our certificate has expired ([I.7]).
+    if let Err(error) = context.identities.ready(&own.identity).await {
+        return refuse(incoming, 503, Outcome::failed(Flag::IdentityError, error));
+    }
     // [H.2], [H.5]: the address is the TCP source; the header gives the port at most.
     let forwarded = incoming.header("forwarded").and_then(headers::forwarded_client);
     let client = forwarded.filter(|client| client.ip() == remote.ip()).unwrap_or(remote);
@@ -211,7 +215,7 @@ pub async fn plaintext(context: Rc<Context>, pod: Arc<ServedPod>, own_port: u16,
     };
     if local.port() == own_port || !pod.ips.contains(&local.ip()) {
         debug!(uid = %pod.uid, %local, "a process dialled the plaintext listener itself: refused");
-        return reset(&socket);
+        return reset_on_close(&socket);
     }
     let _ = socket.set_nodelay(true);
     let mut story = Story::new(Direction::Inbound, remote, local);
@@ -223,7 +227,7 @@ pub async fn plaintext(context: Rc<Context>, pod: Arc<ServedPod>, own_port: u16,
             deliver(&context, &pod, &snapshot, own, socket, local, remote, &mut story).await
         }
         None => {
-            reset(&socket);
+            reset_on_close(&socket);
             Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source")
         }
     };
@@ -243,13 +247,13 @@ async fn deliver(
 ) -> Outcome {
     let verdict = snapshot.decide(own, Peer::Plain, local.port());
     if verdict.answer == Answer::Refuse {
-        reset(&socket);
+        reset_on_close(&socket);
         return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
     }
     let leg = match context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await {
         Ok(leg) => leg,
         Err(error) => {
-            reset(&socket);
+            reset_on_close(&socket);
             return Outcome::failed(Flag::Connect, error);
         }
     };

@@ -8,6 +8,7 @@ use std::{
     cell::RefCell,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsRawFd as _,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -37,6 +38,8 @@ pub mod inbound;
 pub mod outbound;
 mod report;
 
+/// Within this time a connection inside the pod stands, unless the application's accept queue is full or there is none.
+const LEG_AT_ONCE: Duration = Duration::from_millis(25);
 /// How often the handshake of a leg is looked at while the application's accept queue is full.
 const LEG_POLL: Duration = Duration::from_millis(1);
 
@@ -95,7 +98,7 @@ impl Context {
     ) -> io::Result<TcpStream> {
         let socket = socket_in(pod, target)?;
         self.sockets.borrow_mut().mark(&socket).map_err(io::Error::other)?;
-        socket.bind(&SocketAddr::new(source, 0).into())?;
+        bind(&socket, source)?;
         connect(socket, target, patience).await
     }
 
@@ -107,14 +110,21 @@ impl Context {
         target: SocketAddr,
         patience: Duration,
     ) -> anyhow::Result<TcpStream> {
-        let socket = socket_in(pod, target).context("make a socket in the pod")?;
-        self.sockets.borrow_mut().mark_leg(&socket, client)?;
-        socket.bind(&SocketAddr::new(leg_source(target), 0).into()).context("bind to loopback in the pod")?;
         let deadline = Instant::now() + patience;
-        let stream = match connect(socket, target, patience).await {
-            Ok(stream) => stream,
-            Err(error) => return Err(error).with_context(|| format!("connect to the application at {target}")),
+        let stream = match target {
+            SocketAddr::V4(_) => self.leg_from(pod, client, leg_source(), target, patience).await,
+            // Linux sends no reset from an address of the pod to `::1`, so that a port on which nobody listens would be
+            // a time-out. What is not connected at once is asked for again from an address that is answered.
+            SocketAddr::V6(_) => {
+                match self.leg_from(pod, client, Ipv6Addr::LOCALHOST.into(), target, LEG_AT_ONCE.min(patience)).await {
+                    Err(error) if timed_out(&error) => {
+                        self.leg_from(pod, client, target.ip(), target, patience.saturating_sub(LEG_AT_ONCE)).await
+                    }
+                    other => other,
+                }
+            }
         };
+        let stream = stream.with_context(|| format!("connect to the application at {target}"))?;
         let source = stream.local_addr().context("address of the leg")?;
         loop {
             let state = self.sockets.borrow_mut().leg(source, target);
@@ -123,11 +133,9 @@ impl Context {
                 Leg::Waiting if Instant::now() < deadline => tokio::time::sleep(LEG_POLL).await,
                 Leg::Waiting => {
                     self.sockets.borrow_mut().forget_leg(source, target);
-                    reset(&stream);
                     anyhow::bail!("the application at {target} does not accept: its backlog is full");
                 }
                 Leg::Lost => {
-                    reset(&stream);
                     anyhow::bail!(
                         "the client's address could not be shown to the application: refused (FLOWS is full)"
                     );
@@ -135,6 +143,26 @@ impl Context {
             }
         }
     }
+
+    async fn leg_from(
+        &self,
+        pod: &ServedPod,
+        client: SocketAddr,
+        source: IpAddr,
+        target: SocketAddr,
+        patience: Duration,
+    ) -> anyhow::Result<TcpStream> {
+        let socket = socket_in(pod, target).context("make a socket in the pod")?;
+        self.sockets.borrow_mut().mark_leg(&socket, client)?;
+        bind(&socket, source).with_context(|| format!("bind to {source} in the pod"))?;
+        let stream = connect(socket, target, patience).await?;
+        reset_on_close(&stream);
+        Ok(stream)
+    }
+}
+
+fn timed_out(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
 }
 
 /// Only when exactly one pod has the address, and, where an identity was proved, only if it is that pod's.
@@ -164,19 +192,38 @@ async fn connect(socket: Socket, target: SocketAddr, patience: Duration) -> io::
     }
 }
 
-/// A loopback source for a leg: spread over 127.6.0.0/16, so that ports never run out; IPv6 has only `::1`.
-fn leg_source(target: SocketAddr) -> IpAddr {
-    if target.is_ipv6() {
-        return Ipv6Addr::LOCALHOST.into();
+/// Binds to an address and leaves the port to connect(2), which may take one that is in use towards another server, or
+/// waits in TIME_WAIT; bind(2) would want one of the about 28 000 that nobody uses at all.
+fn bind(socket: &Socket, source: IpAddr) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    let length = size_of_val(&on) as libc::socklen_t;
+    // SAFETY: `on` has `length` readable bytes. The option of IPPROTO_IP holds for IPv6 sockets too.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_BIND_ADDRESS_NO_PORT,
+            (&raw const on).cast(),
+            length,
+        )
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
     }
+    socket.bind(&SocketAddr::new(source, 0).into())
+}
+
+/// A loopback source for an IPv4 leg, spread over 127.6.0.0/16, so that ports never run out. (IPv6 has only `::1`, whose
+/// ports in TIME_WAIT the kernel uses again after a second.)
+fn leg_source() -> IpAddr {
     let [first, second] = LEG_SOURCE_PREFIX;
     let [third, fourth] = rand::random::<[u8; 2]>();
     // .0 and .255 of the range would do as well; humans read them as networks.
     Ipv4Addr::new(first, second, third, fourth.clamp(1, 254)).into()
 }
 
-/// Makes the drop of a socket a reset.
-fn reset(socket: &TcpStream) {
+/// Makes the close of a socket a reset, be it by us or, when the agent is killed, by the kernel.
+fn reset_on_close(socket: &TcpStream) {
     // Fails only on a socket that has no connection, where there is nothing to reset.
     let _ = socket2::SockRef::from(socket).set_linger(Some(Duration::ZERO));
 }

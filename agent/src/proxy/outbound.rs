@@ -11,7 +11,7 @@ use super::{
     copy::{self, Counters},
     keepalive, report,
     report::{Flag, Outcome, Story},
-    reset,
+    reset_on_close,
 };
 use crate::{
     model::ObjectRef,
@@ -30,13 +30,15 @@ const TUNNEL_PAUSE_MAX: Duration = Duration::from_millis(800);
 pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream) {
     let Some(dst) = context.sockets.borrow().original_destination(&socket) else {
         debug!(uid = %pod.uid, "a process dialled the outbound listener itself: refused");
-        return reset(&socket);
+        return reset_on_close(&socket);
     };
     let client = match socket.peer_addr() {
         Ok(client) => canonical(client),
         // The client is gone already.
         Err(_) => return,
     };
+    // Until an answer has come to its end, no end of ours may look like one.
+    reset_on_close(&socket);
     // Small answers must not wait for acknowledgements of earlier ones.
     let _ = socket.set_nodelay(true);
     let mut story = Story::new(Direction::Outbound, client, dst);
@@ -52,61 +54,64 @@ async fn route(
     dst: SocketAddr,
     story: &mut Story,
 ) -> Outcome {
-    let snapshot = context.snapshot();
-    let Some(own) = snapshot.workload(&pod.uid) else {
-        reset(&socket);
-        return Outcome::failed(Flag::UnknownWorkload, "the client's pod is not in the source");
-    };
-    story.src_workload = Some(own.clone());
     let choice = Choice { random: rand::random(), client: client.ip() };
-    match snapshot.route(own, dst, choice) {
-        Route::Refuse(refusal) => {
-            reset(&socket);
-            Outcome::failed(Flag::NoRoute(refusal), format_args!("{dst}: {}", refusal.as_str()))
-        }
-        Route::Plaintext { target, workload, service } => {
-            story.dst = target;
-            story.dst_workload = workload;
-            story.service = service;
-            match context.dial(pod, client.ip(), target, snapshot.mesh.connect_timeout).await {
-                Ok(server) => plain(context, socket, server, &story.counters).await,
-                Err(error) => {
-                    reset(&socket);
-                    Outcome::failed(Flag::Connect, format_args!("connect to {target}: {error}"))
-                }
+    let until = Instant::now() + TUNNEL_PATIENCE;
+    loop {
+        let snapshot = context.snapshot();
+        let Some(own) = snapshot.workload(&pod.uid) else {
+            return Outcome::failed(Flag::UnknownWorkload, "the client's pod is not in the source");
+        };
+        story.src_workload = Some(own.clone());
+        match snapshot.route(own, dst, choice) {
+            Route::Refuse(refusal) => {
+                return Outcome::failed(Flag::NoRoute(refusal), format_args!("{dst}: {}", refusal.as_str()));
             }
-        }
-        Route::Tunnel { workload, target, service } if workload.uid == own.uid => {
-            story.dst = target;
-            story.dst_workload = Some(workload);
-            story.service = service;
-            to_itself(context, pod, &snapshot, own, socket, client, target, &story.counters).await
-        }
-        Route::Tunnel { workload, target, service } => {
-            story.dst = SocketAddr::new(target.ip(), PORT_HBONE);
-            story.hbone_addr = Some(target);
-            story.src_identity = Some(own.identity.clone());
-            story.dst_identity = Some(workload.identity.clone());
-            story.dst_workload = Some(workload.clone());
-            story.service = service.clone();
-            let opened = open(context, pod, own, &workload, client, target, service.as_ref(), &snapshot).await;
-            match opened {
-                Ok(stream) => {
-                    tokio::select! {
-                        ended = copy::bidirectional(socket, stream, &story.counters) => {
-                            Outcome::of_copy(ended, "tunnelled", "the client", "the server")
+            Route::Plaintext { target, workload, service } => {
+                story.heads_for(target, workload, service);
+                return match context.dial(pod, client.ip(), target, snapshot.mesh.connect_timeout).await {
+                    Ok(server) => plain(context, socket, server, &story.counters).await,
+                    Err(error) => Outcome::failed(Flag::Connect, format_args!("connect to {target}: {error}")),
+                };
+            }
+            Route::Tunnel { workload, target, service } if workload.uid == own.uid => {
+                story.heads_for(target, Some(workload), service);
+                return to_itself(context, pod, &snapshot, own, socket, client, target, &story.counters).await;
+            }
+            Route::Tunnel { workload, target, service } => {
+                story.heads_for(SocketAddr::new(target.ip(), PORT_HBONE), Some(workload.clone()), service.clone());
+                story.hbone_addr = Some(target);
+                story.src_identity = Some(own.identity.clone());
+                story.dst_identity = Some(workload.identity.clone());
+                let opened =
+                    open(context, pod, own, &workload, client, target, service.as_ref(), &snapshot, until).await;
+                return match opened {
+                    Opened::Stream(stream) => {
+                        tokio::select! {
+                            ended = copy::bidirectional(socket, stream, &story.counters) => {
+                                Outcome::of_copy(ended, "tunnelled", "the client", "the server")
+                            }
+                            () = context.cut() => drained(),
                         }
-                        () = context.cut() => drained(),
                     }
-                }
-                Err(error) => {
-                    // Never plaintext instead ([I.10], [T.2]).
-                    reset(&socket);
-                    Outcome::of_open(&error)
-                }
+                    Opened::Outdated => continue,
+                    Opened::Failed(error) => {
+                        // Never plaintext instead ([I.10], [T.2]).
+                        Outcome::of_open(&error)
+                    }
+                };
             }
         }
     }
+}
+
+/// What came of opening a tunnel.
+enum Opened {
+    /// It is open.
+    Stream(Stream),
+    /// Nobody is there, and there is a younger snapshot, by which the server may be elsewhere or out of the mesh.
+    Outdated,
+    /// It is not, and will not be.
+    Failed(OpenError),
 }
 
 /// The pod calls itself by its Service: a short cut with the same answer that the tunnel would get.
@@ -123,15 +128,11 @@ async fn to_itself(
 ) -> Outcome {
     let verdict = snapshot.decide(own, Peer::Tunnel, target.port());
     if verdict.answer == culvert_common::Answer::Refuse {
-        reset(&socket);
         return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
     }
     match context.leg(pod, client, target, snapshot.mesh.connect_timeout).await {
         Ok(server) => plain(context, socket, server, counters).await,
-        Err(error) => {
-            reset(&socket);
-            Outcome::failed(Flag::Connect, error)
-        }
+        Err(error) => Outcome::failed(Flag::Connect, error),
     }
 }
 
@@ -158,7 +159,8 @@ async fn open(
     target: SocketAddr,
     service: Option<&ObjectRef>,
     snapshot: &Snapshot,
-) -> Result<Stream, OpenError> {
+    until: Instant,
+) -> Opened {
     let key = PoolKey {
         source: own.identity.clone(),
         source_ip: client.ip(),
@@ -182,7 +184,10 @@ async fn open(
             Ok((socket, tls))
         }
     };
-    let until = Instant::now() + TUNNEL_PATIENCE;
+    // A tunnel that stands outlives its certificate; new connections do not ([I.7]).
+    if let Err(error) = context.identities.ready(&own.identity).await {
+        return Opened::Failed(OpenError::Connect(Arc::new(error.into())));
+    }
     let mut pause = TUNNEL_PAUSE;
     loop {
         match context.pool.open(&key, &request, dial).await {
@@ -190,8 +195,12 @@ async fn open(
             Err(OpenError::Connect(error)) if refused(&error) && Instant::now() + pause < until => {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(TUNNEL_PAUSE_MAX);
+                if context.snapshot().generation != snapshot.generation {
+                    return Opened::Outdated;
+                }
             }
-            other => return other,
+            Ok(stream) => return Opened::Stream(stream),
+            Err(error) => return Opened::Failed(error),
         }
     }
 }

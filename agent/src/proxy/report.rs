@@ -162,6 +162,12 @@ impl Story {
         }
     }
 
+    /// Notes where an outbound connection goes, over what was noted before.
+    pub(super) fn heads_for(&mut self, dst: SocketAddr, workload: Option<Arc<Workload>>, service: Option<ObjectRef>) {
+        (self.dst, self.dst_workload, self.service) = (dst, workload, service);
+        (self.src_identity, self.dst_identity, self.hbone_addr) = (None, None, None);
+    }
+
     /// Writes the line. The nearer side's bytes go `forward`: what this agent sent towards its remote peer.
     pub(super) fn end(&self, context: &Context, outcome: &Outcome) {
         let (reason, error): (&dyn fmt::Display, Option<&dyn fmt::Display>) = match outcome {

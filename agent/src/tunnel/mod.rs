@@ -4,7 +4,7 @@
 //! verified inside the rustls configurations that the caller passes in. A connection lives on one thread from accept
 //! to end, so nothing here is `Send`; every task has an owner that awaits it: the [`Pool`], or [`server::serve`].
 //!
-//! [`Stream`] is what both ends hand out and all that the copy loop knows. HBONE ([`hbone`]) is the one kind of
+//! [`Stream`] is what both ends hand out and all that the copy loop knows. HBONE (module `hbone`) is the one kind of
 //! tunnel today; another kind is another variant of it.
 
 mod authority;

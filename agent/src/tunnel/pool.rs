@@ -57,6 +57,9 @@ impl Default for Config {
     }
 }
 
+/// Connections that one request waits for before it gives up: room for 6400 requests that begin at once.
+const MAX_ROUNDS: u32 = 64;
+
 /// What must be equal for two connections of applications to share a tunnel ([H.3]).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PoolKey {
@@ -135,26 +138,6 @@ impl fmt::Display for OpenError {
 }
 
 impl std::error::Error for OpenError {}
-
-impl OpenError {
-    pub(super) fn from_tls(error: io::Error) -> Self {
-        match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-            Some(reason) => Self::Tls(reason.to_string().into()),
-            None => Self::Tls(error.to_string().into()),
-        }
-    }
-
-    pub(super) fn from_h2(error: &h2::Error) -> Self {
-        match (error.get_io(), error.reason()) {
-            // rustls reports what TLS 1.3 says after the client's handshake, such as a refused certificate, like this.
-            (Some(io), _) if io.kind() == io::ErrorKind::InvalidData => Self::Tls(io.to_string().into()),
-            (Some(io), _) => Self::Lost(io.to_string().into()),
-            (None, Some(reason)) if error.is_reset() => Self::Reset(reason.into()),
-            (None, _) if error.is_go_away() && error.is_remote() => Self::Lost(error.to_string().into()),
-            (None, _) => Self::Protocol(error.to_string().into()),
-        }
-    }
-}
 
 /// Connections to servers of tunnels, for the use of one thread.
 ///
@@ -242,7 +225,9 @@ impl Inner {
     where
         F: Future<Output = anyhow::Result<(TcpStream, Arc<ClientConfig>)>> + 'static,
     {
-        loop {
+        // Others may take the room that a new connection brings, but not for ever: a peer that takes no streams at all
+        // must not be dialled without end.
+        for _ in 0..MAX_ROUNDS {
             let (settling, dialling) = {
                 if self.closed.get() {
                     return Err(OpenError::Closed);
@@ -277,6 +262,7 @@ impl Inner {
                 }
             }
         }
+        Err(OpenError::Lost("no connection had room for a stream".into()))
     }
 
     /// Starts the task that dials, then drives the connection to its end.

@@ -2,7 +2,6 @@
 
 use std::{fmt, future::Future, net::SocketAddr, rc::Rc, sync::Arc};
 
-use http::HeaderMap;
 use rustls::{ServerConfig, pki_types::CertificateDer};
 use tokio::{net::TcpStream, time::Instant};
 
@@ -23,18 +22,12 @@ pub struct Peer {
 pub struct Incoming {
     peer: Rc<Peer>,
     authority: Authority,
-    headers: HeaderMap,
     request: hbone::server::Request,
 }
 
 impl Incoming {
-    pub(super) fn new(
-        peer: Rc<Peer>,
-        authority: Authority,
-        headers: HeaderMap,
-        request: hbone::server::Request,
-    ) -> Self {
-        Self { peer, authority, headers, request }
+    pub(super) fn new(peer: Rc<Peer>, authority: Authority, request: hbone::server::Request) -> Self {
+        Self { peer, authority, request }
     }
 
     /// Who asks.
@@ -49,7 +42,7 @@ impl Incoming {
 
     /// A header's text: telemetry, never an input of policy ([H.2]).
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.get(name)?.to_str().ok()
+        self.request.header(name)
     }
 
     /// Resolves when the client has given up.

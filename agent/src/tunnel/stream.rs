@@ -3,8 +3,9 @@
 use std::{
     fmt,
     future::poll_fn,
+    io::{self, IoSliceMut},
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use bytes::Bytes;
@@ -83,7 +84,7 @@ impl Stream {
     ///
     /// # Errors
     /// [`StreamError`] if the stream was cut off.
-    pub async fn write(&mut self, data: Bytes) -> Result<(), StreamError> {
+    pub async fn write(&mut self, data: &[u8]) -> Result<(), StreamError> {
         self.write.write(data).await
     }
 
@@ -134,6 +135,13 @@ impl ReadHalf {
             Read::Hbone(half) => half.poll_read(cx),
         }
     }
+
+    /// Resolves when this direction was cut off, for those who wait for something else than its next bytes.
+    pub fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
+        match &mut self.0 {
+            Read::Hbone(half) => half.poll_cut(cx),
+        }
+    }
 }
 
 impl WriteHalf {
@@ -141,28 +149,35 @@ impl WriteHalf {
     ///
     /// # Errors
     /// [`StreamError`] if the stream was cut off.
-    pub async fn write(&mut self, mut data: Bytes) -> Result<(), StreamError> {
-        while !data.is_empty() {
-            let room = poll_fn(|cx| self.poll_ready(cx, data.len())).await?;
-            self.send(data.split_to(room))?;
+    pub async fn write(&mut self, data: &[u8]) -> Result<(), StreamError> {
+        let mut rest = data;
+        while !rest.is_empty() {
+            let room = poll_fn(|cx| self.poll_ready(cx, rest.len())).await?;
+            // Reading from a slice does not fail.
+            let _ = self.send_from(room, |slices| io::Read::read_vectored(&mut rest, slices))?;
         }
         Ok(())
     }
 
-    /// How many bytes [`send`](Self::send) takes now: at least one, at most `want`, which is not zero.
+    /// How many bytes [`send_from`](Self::send_from) takes now: at least one, at most `want`, which is not zero.
     pub fn poll_ready(&mut self, cx: &mut Context<'_>, want: usize) -> Poll<Result<usize, StreamError>> {
         match &mut self.0 {
             Write::Hbone(half) => half.poll_ready(cx, want),
         }
     }
 
-    /// Sends `data`, of which there is no more than [`poll_ready`](Self::poll_ready) just gave.
+    /// Lets `read` put up to `most` bytes, which is no more than [`poll_ready`](Self::poll_ready) just gave, where they
+    /// are sent from, and sends them; gives what `read` gave. Nothing is copied on the way.
     ///
     /// # Errors
-    /// [`StreamError`] if the stream was cut off.
-    pub fn send(&mut self, data: Bytes) -> Result<(), StreamError> {
+    /// [`StreamError`] if the stream was cut off; the inner error is that of `read`.
+    pub fn send_from(
+        &mut self,
+        most: usize,
+        read: impl FnOnce(&mut [IoSliceMut<'_>]) -> io::Result<usize>,
+    ) -> Result<io::Result<usize>, StreamError> {
         match &mut self.0 {
-            Write::Hbone(half) => half.send(data),
+            Write::Hbone(half) => half.send_from(most, read),
         }
     }
 
@@ -185,8 +200,8 @@ impl WriteHalf {
 
     /// Resolves when the peer has cut the stream off, or the connection was lost, with the reason.
     pub fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
-        Poll::Ready(match &mut self.0 {
-            Write::Hbone(half) => ready!(half.poll_cut(cx)),
-        })
+        match &mut self.0 {
+            Write::Hbone(half) => half.poll_cut(cx),
+        }
     }
 }

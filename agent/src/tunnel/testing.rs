@@ -166,7 +166,7 @@ impl Server {
 pub(crate) async fn echo(incoming: Incoming) {
     let Ok(mut stream) = incoming.accept(None) else { return };
     while let Ok(Some(bytes)) = stream.read().await {
-        if stream.write(bytes).await.is_err() {
+        if stream.write(&bytes).await.is_err() {
             return;
         }
     }

@@ -67,7 +67,7 @@ pub(super) fn serve(name: &str, ports: &[u16]) -> Result<()> {
 pub(super) fn listen_all(ports: &[u16], serve: impl Fn(TcpStream) + Sync) -> Result<()> {
     let listeners = ports
         .iter()
-        .map(|&port| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).with_context(|| format!("listen on port {port}")))
+        .map(|&port| deep(port).with_context(|| format!("listen on port {port}")))
         .collect::<Result<Vec<_>>>()?;
     let serve = &serve;
     thread::scope(|scope| {
@@ -86,6 +86,18 @@ pub(super) fn listen_all(ports: &[u16], serve: impl Fn(TcpStream) + Sync) -> Res
         }
     });
     Ok(())
+}
+
+/// Listens with the longest queue that the system allows, as servers do that expect many clients; the standard library
+/// asks for 128, and a burst would be a test of that number.
+fn deep(port: u16) -> io::Result<TcpListener> {
+    use std::os::fd::AsRawFd;
+    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))?;
+    // SAFETY: listen(2) takes no pointers; on a socket that listens already it changes the length of the queue.
+    match unsafe { libc::listen(listener.as_raw_fd(), i32::MAX) } {
+        0 => Ok(listener),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn answer(name: &str, stream: TcpStream) -> io::Result<()> {

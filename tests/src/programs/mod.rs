@@ -4,10 +4,14 @@
 //! here too, so that a scenario reads the result instead of parsing text. A client exits 0 when it could tell what
 //! happened, also if that was a refusal: a refusal is a result.
 
+mod burst;
+mod cut;
 mod exchange;
+mod hold;
 mod http;
 mod probe;
 mod short;
+mod trickle;
 
 use std::io;
 use std::net::SocketAddr;
@@ -18,10 +22,14 @@ use anyhow::Result;
 use clap::Parser;
 use serde::{Deserialize, Serialize};
 
+pub use burst::{BurstResult, Quantiles};
+pub use cut::{CutResult, CutVerb};
 pub use exchange::{ExchangeResult, Verb};
+pub use hold::HeldRound;
 pub use http::{HttpResult, Seen};
 pub use probe::{Probe, ProbeResult};
 pub use short::ShortResult;
+pub use trickle::{TrickleEvent, Trickled};
 
 /// What runs inside a pod of the sandbox.
 #[derive(Parser, Debug)]
@@ -92,6 +100,19 @@ pub enum Program {
         #[arg(long, default_value_t = 1)]
         count: u32,
     },
+    /// Hold one connection to an exchange server open, with a line there and back again and again, and tell each; ends
+    /// with the connection.
+    Hold {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Pause between rounds, milliseconds.
+        #[arg(long, default_value_t = 20)]
+        interval_ms: u64,
+        /// Limit of a single read or write, milliseconds.
+        #[arg(long, default_value_t = 10_000)]
+        timeout_ms: u64,
+    },
     /// Make many short connections to an exchange server; count the errors.
     Short {
         /// Address and port.
@@ -105,6 +126,52 @@ pub enum Program {
         parallel: u32,
         /// Limit of a connection, milliseconds.
         #[arg(long, default_value_t = 10_000)]
+        timeout_ms: u64,
+    },
+    /// Make many connections to an exchange server at the same moment.
+    Burst {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Number of connections.
+        #[arg(long)]
+        count: usize,
+        /// Limit of a connection, milliseconds.
+        #[arg(long, default_value_t = 10_000)]
+        timeout_ms: u64,
+    },
+    /// Serve connections that are cut off.
+    CutServe {
+        /// Ports, IPv4 and IPv6.
+        #[arg(long = "port", required = true)]
+        ports: Vec<u16>,
+    },
+    /// Make one connection that is cut off, and print what the side saw that did not cut.
+    Cut {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Who cuts.
+        #[arg(long, value_enum)]
+        verb: CutVerb,
+        /// Limit of a single read or write, milliseconds.
+        #[arg(long, default_value_t = 5_000)]
+        timeout_ms: u64,
+    },
+    /// Send a line to an exchange server again and again on one connection, and open it again when it is lost; print a line
+    /// of JSON for everything that happens.
+    Trickle {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// The line.
+        #[arg(long)]
+        marker: String,
+        /// Pause between two lines, milliseconds.
+        #[arg(long, default_value_t = 20)]
+        interval_ms: u64,
+        /// Limit of a connect or a read, milliseconds.
+        #[arg(long, default_value_t = 3_000)]
         timeout_ms: u64,
     },
     /// Probe pods as a kubelet does: HTTP GET, again and again, each result a line in a file.
@@ -145,8 +212,17 @@ impl Program {
                 print(&exchange::call(to, verb, bytes, Duration::from_millis(timeout_ms)))
             }
             Self::Stall { to, count } => exchange::stall(to, count),
+            Self::Hold { to, interval_ms, timeout_ms } => {
+                hold::run(to, Duration::from_millis(interval_ms), Duration::from_millis(timeout_ms))
+            }
             Self::Short { to, count, parallel, timeout_ms } => {
                 print(&short::run(to, count, parallel, Duration::from_millis(timeout_ms)))
+            }
+            Self::Burst { to, count, timeout_ms } => print(&burst::run(to, count, Duration::from_millis(timeout_ms))?),
+            Self::CutServe { ports } => cut::serve(&ports),
+            Self::Cut { to, verb, timeout_ms } => print(&cut::call(to, verb, Duration::from_millis(timeout_ms))),
+            Self::Trickle { to, marker, interval_ms, timeout_ms } => {
+                trickle::run(to, &marker, Duration::from_millis(interval_ms), Duration::from_millis(timeout_ms))
             }
             Self::Kubelet { probes, period_ms, out } => probe::run(&probes, Duration::from_millis(period_ms), &out),
         }

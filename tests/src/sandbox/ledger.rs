@@ -63,7 +63,9 @@ fn started(pid: i32) -> Option<u64> {
     if state == "Z" || state == "X" { None } else { fields.nth(18)?.parse().ok() }
 }
 
+/// A list that another version of this library wrote is read as far as it is understood.
 #[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 struct Entries {
     owner: Option<Recorded>,
     processes: Vec<Recorded>,

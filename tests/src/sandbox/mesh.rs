@@ -28,7 +28,7 @@ const READY_LIMIT: Duration = Duration::from_secs(30);
 pub struct MeshPlan {
     /// The `culvert` executable.
     pub binary: PathBuf,
-    /// Lifetime of workload certificates, as `culvert ca --cert-ttl` reads it; `None` is the CA's own default.
+    /// Lifetime of workload certificates, as `culvert ca --max-cert-ttl` reads it; `None` is what agents ask for.
     pub cert_ttl: Option<String>,
     /// Further arguments of every agent.
     pub agent_arguments: Vec<String>,
@@ -96,7 +96,8 @@ impl Sandbox {
             .arg("--root-cert-out")
             .arg(self.root_certificate());
         if let Some(ttl) = &mesh.cert_ttl {
-            ca.args(["--cert-ttl", ttl]);
+            // Agents ask for a day, so what they get is the CA's maximum.
+            ca.args(["--cert-ttl", ttl, "--max-cert-ttl", ttl]);
         }
         self.start("ca", ca)?;
         command::wait_for("the CA accepts connections", READY_LIMIT, || {

@@ -44,7 +44,7 @@ pub use ledger::{Swept, sweep};
 pub use manifests::Folder;
 pub use mesh::{LogLine, MeshPlan, agent_process};
 pub use place::Place;
-pub use plan::{LinkPlan, Node, Plan, PodPlan, ServicePlan};
+pub use plan::{LinkPlan, Node, Plan, PodPlan, ServicePlan, own_name};
 pub use tokens::{AUDIENCE, Claims, ISSUER, Signer};
 
 use crate::capture::{self, Capture};
@@ -119,6 +119,8 @@ impl Sandbox {
         plan.check()?;
         let root = root(&plan)?;
         let program = built("culvert-pod")?;
+        // Also of other names: a test's sandbox is not built again under the name that its killed process gave it.
+        sweep().context("remove what dead owners left")?;
         let ledger = Ledger::take(&plan.instance)?;
         let (folder, signer) = match prepare(&ledger) {
             Ok(prepared) => prepared,
@@ -315,7 +317,9 @@ impl Sandbox {
     /// # Errors
     /// The client could not be run; a refused connection is a result.
     pub fn http(&self, from: &str, to: SocketAddr, marker: &str) -> Result<HttpResult> {
-        self.call(from, &["http-get", "--to", &to.to_string(), "--marker", marker])
+        let limit_ms = 3000 * crate::patience();
+        let (to, limit_ms) = (to.to_string(), limit_ms.to_string());
+        self.call(from, &["http-get", "--to", &to, "--marker", marker, "--timeout-ms", &limit_ms])
     }
 
     /// Starts a program of `culvert-pod` inside a pod under a name of its own; it runs until the sandbox ends or

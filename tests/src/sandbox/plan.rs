@@ -6,6 +6,11 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use anyhow::{Result, bail};
 
+/// A sandbox name for a test of this process: the same test may run in another checkout at the same time.
+pub fn own_name(test: &str) -> String {
+    format!("t-{test}-{}", std::process::id())
+}
+
 /// One of the two nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Node {

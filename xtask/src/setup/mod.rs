@@ -12,8 +12,10 @@ mod tools;
 
 use std::env;
 use std::ffi::OsString;
+use std::io::{BufRead, BufReader, IsTerminal, Read};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 use culvert_tests::{cache, command, interrupt};
@@ -67,8 +69,56 @@ impl Ready {
 
     /// Runs cargo, showing what it prints.
     pub(crate) fn cargo(&self, arguments: &[&str]) -> Result<()> {
-        show(&mut self.cargo_command(arguments)?)
+        let mut cargo = self.cargo_command(arguments)?;
+        let status = run_cargo(&mut cargo, |_| {})?;
+        interrupt::check()?;
+        if !status.success() {
+            bail!("`{}` ended with {status}; what it printed is above", command::describe(&cargo));
+        }
+        Ok(())
     }
+}
+
+/// Runs a cargo command, showing what it prints and passing the lines of its standard output to `read`.
+///
+/// The eBPF crate is built by a build script, so cargo repeats every line of that build as a warning, each time; those
+/// that only tell of progress are left out.
+pub(crate) fn run_cargo(cargo: &mut Command, mut read: impl FnMut(&str)) -> Result<ExitStatus> {
+    let text = command::describe(cargo);
+    if std::io::stderr().is_terminal() {
+        cargo.env("CARGO_TERM_COLOR", "always");
+    }
+    cargo.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = cargo.spawn().with_context(|| format!("start `{text}`"))?;
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            lines(stderr, |line| {
+                if !is_progress_of_ebpf(line) {
+                    eprintln!("{line}");
+                }
+            });
+        });
+        lines(stdout, |line| {
+            println!("{line}");
+            read(line);
+        });
+    });
+    child.wait().with_context(|| format!("wait for `{text}`"))
+}
+
+fn lines(from: Option<impl Read>, mut each: impl FnMut(&str)) {
+    let Some(from) = from else { return };
+    // A read error is the end of the output; the command's status tells how it ended.
+    for line in BufReader::new(from).split(b'\n').map_while(Result::ok) {
+        each(&String::from_utf8_lossy(&line));
+    }
+}
+
+fn is_progress_of_ebpf(line: &str) -> bool {
+    const PROGRESS: [&str; 7] =
+        [" Compiling ", " Finished ", " Downloading ", " Downloaded ", " Updating ", " Locking ", " info: "];
+    line.contains("warning") && line.contains("culvert@") && PROGRESS.iter().any(|p| line.contains(p))
 }
 
 /// The checkout.
@@ -105,13 +155,7 @@ pub(crate) fn show(shown: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Whether an executable of this name is found, also where only root's PATH looks.
+/// Whether an executable of this name is there.
 fn has(program: &str) -> bool {
-    find(program).is_some()
-}
-
-fn find(program: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let more = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
-    env::split_paths(&path).chain(more).map(|dir| dir.join(program)).find(|p| p.is_file())
+    command::find(program).is_ok()
 }

@@ -68,8 +68,11 @@ pub(super) fn install(packages: &[Package]) -> Result<()> {
     }
     let step = say::step(&format!("install packages:\n{}", list.join("\n")));
     let names: Vec<&str> = missing.iter().map(|p| p.name.as_str()).collect();
+    if !lists_are_there() {
+        refresh()?;
+    }
     if apt_install(&names).is_err() {
-        say::warn("that failed; the package lists may be old or absent, so they are fetched and it is tried again");
+        say::warn("that failed; the package lists may be old, so they are fetched and it is tried again");
         refresh()?;
         apt_install(&names).context("install packages; as root, `apt-get install` of the same names shows more")?;
     }

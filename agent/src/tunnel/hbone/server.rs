@@ -1,8 +1,8 @@
 //! The server end of one HBONE connection.
 
 use std::{
+    cell::Cell,
     future::{Future, poll_fn},
-    io,
     pin::pin,
     rc::Rc,
     sync::Arc,
@@ -10,9 +10,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use h2::{Reason, RecvStream, server::SendResponse};
-use http::{HeaderValue, Method, Response, StatusCode};
 use rustls::ServerConfig;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -20,62 +17,63 @@ use tokio::{
     task::JoinSet,
     time::{Instant, sleep_until, timeout, timeout_at},
 };
-use tokio_rustls::TlsAcceptor;
 use tracing::{debug, error};
 
-use super::{CONNECTION_WINDOW, Keepalive, MAX_FRAME, SEND_BUFFER, STREAM_WINDOW, halves, stream_error};
+use super::{
+    client::is_header_value,
+    connection::{Core, End, Shared},
+    driver::Driver,
+    frame, halves,
+    handle::Opening,
+    head::Head,
+    hpack,
+    tls::{Session, TlsError},
+};
 use crate::tunnel::{
     Authority, AuthorityError, Config, REASON_HEADER, Stream, StreamError,
     server::{Incoming, Peer, ServeError},
 };
 
-/// Streams that a client may have open (§14.3).
-const MAX_STREAMS: u32 = 200;
-/// Most header bytes of a request (§14.3).
-const HEADER_LIST: u32 = 64 << 10;
-/// Handlers alive on one connection. A client that resets what it opens leaves handlers behind that are still ending;
-/// at this many we take no further requests, and h2 ends the connection if the client goes on.
-const MAX_HANDLERS: usize = 2 * MAX_STREAMS as usize;
-/// For the last frames, RST_STREAM and GOAWAY, to leave after the drain deadline.
+/// For the last frames, RST_STREAM and GOAWAY, to leave after the drain deadline; and for a client to read our alert.
 const LAST_WORDS: Duration = Duration::from_millis(250);
-
-type Http2 = h2::server::Connection<tokio_rustls::server::TlsStream<TcpStream>, Bytes>;
 
 /// A CONNECT that waits for its answer.
 pub(in crate::tunnel) struct Request {
-    answer: SendResponse<Bytes>,
-    body: RecvStream,
+    opening: Opening,
+    head: Head,
 }
 
 impl Request {
+    pub(in crate::tunnel) fn header(&self, name: &str) -> Option<&str> {
+        self.head.field(name)
+    }
+
     pub(in crate::tunnel) async fn cut(&mut self) -> StreamError {
-        match poll_fn(|cx| self.answer.poll_reset(cx)).await {
-            Ok(reason) => StreamError::Reset(reason.into()),
-            Err(error) => stream_error(error),
-        }
+        poll_fn(|cx| self.opening.poll_cut(cx)).await
     }
 
     pub(in crate::tunnel) fn accept(mut self, baggage: Option<&str>) -> Result<Stream, StreamError> {
-        let send = self.answer.send_response(response(StatusCode::OK, "baggage", baggage), false);
-        let (read, write) = halves(self.body, send.map_err(stream_error)?, None);
+        let mut block = Vec::new();
+        hpack::encode_ok(&mut block);
+        encode_text(&mut block, "baggage", baggage);
+        self.opening.answer(&block, false)?;
+        let (read, write) = halves(self.opening, None);
         Ok(Stream::hbone(read, write, None))
     }
 
     pub(in crate::tunnel) fn refuse(mut self, status: u16, reason: Option<&str>) -> Result<(), StreamError> {
-        let status = StatusCode::from_u16(status).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
-        self.answer.send_response(response(status, REASON_HEADER, reason), true).map_err(stream_error)?;
-        Ok(())
+        let mut block = Vec::new();
+        hpack::encode(&mut block, b":status", status.to_string().as_bytes());
+        encode_text(&mut block, REASON_HEADER, reason);
+        self.opening.answer(&block, true)
     }
 }
 
 /// A header whose value cannot be sent is left out: the answer matters more than its telemetry.
-fn response(status: StatusCode, name: &'static str, value: Option<&str>) -> Response<()> {
-    let mut response = Response::new(());
-    *response.status_mut() = status;
-    if let Some(value) = value.and_then(|text| HeaderValue::from_str(text).ok()) {
-        response.headers_mut().insert(name, value);
+fn encode_text(block: &mut Vec<u8>, name: &str, value: Option<&str>) {
+    if let Some(value) = value.filter(|text| is_header_value(text)) {
+        hpack::encode(block, name.as_bytes(), value.as_bytes());
     }
-    response
 }
 
 pub(in crate::tunnel) async fn serve<H, F>(
@@ -90,37 +88,47 @@ where
     F: Future<Output = ()> + 'static,
 {
     let mut drain = pin!(drain);
-    let (peer, mut h2) = tokio::select! {
-        established = timeout(config.handshake_timeout, establish(tcp, tls)) => {
+    let begun = Instant::now();
+    let (peer, core, mut driver) = tokio::select! {
+        established = timeout(config.handshake_timeout, establish(tcp, &tls, &config)) => {
             established.map_err(|_| ServeError::HandshakeTimeout)??
         }
         _ = &mut drain => return Ok(()),
     };
-    let mut keepalive = Keepalive::new(h2.ping_pong(), config.ping_interval, config.ping_timeout);
+    // What is left of the time is for the HTTP/2 preface and SETTINGS.
+    let preface = Cell::new(Some(begun + config.handshake_timeout));
     let mut handlers = JoinSet::new();
     let mut deadline = None;
     loop {
-        let room = handlers.len() < MAX_HANDLERS;
         let next = poll_fn(|cx| {
-            let next = if room { h2.poll_accept(cx) } else { h2.poll_closed(cx).map(|closed| closed.err().map(Err)) };
-            match next {
-                Poll::Ready(next) => Poll::Ready(Ok(next)),
-                Poll::Pending => keepalive.poll_dead(cx).map(Err),
+            // Those who wait come before reading brings more of them.
+            if let Some(arrival) = core.borrow_mut().arrival() {
+                return Poll::Ready(Some(arrival));
+            }
+            let end = driver.poll(cx);
+            let mut core = core.borrow_mut();
+            if core.max_streams().is_some() {
+                preface.set(None);
+            }
+            match core.arrival() {
+                Some(arrival) => Poll::Ready(Some(arrival)),
+                None if core.drained() => {
+                    core.close(frame::error::NO_ERROR, End::Closed);
+                    cx.waker().wake_by_ref();
+                    Poll::Pending
+                }
+                None => end.map(|()| None),
             }
         });
         tokio::select! {
             next = next => match next {
-                Ok(Some(Ok((request, answer)))) => {
-                    if let Some(incoming) = judge(&peer, request, answer) {
+                Some((id, head)) => {
+                    let opening = Opening::arrived(&core, id);
+                    if let Some(incoming) = judge(&peer, Request { opening, head }) {
                         handlers.spawn_local(handler(incoming));
                     }
                 }
-                Ok(None) => break,
-                Ok(Some(Err(error))) => {
-                    finish(handlers).await;
-                    return serve_error(&error);
-                }
-                Err(()) => return Err(ServeError::Lost("no answer to PING".into())),
+                None => break,
             },
             Some(ended) = handlers.join_next(), if !handlers.is_empty() => {
                 if let Err(error) = ended {
@@ -129,62 +137,57 @@ where
             }
             until = &mut drain, if deadline.is_none() => {
                 deadline = Some(until);
-                h2.graceful_shutdown();
+                core.borrow_mut().drain();
             }
-            () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+            () = sleep_until(deadline.unwrap_or(begun)), if deadline.is_some() => {
                 // Dropping a stream resets it; the frames still have to leave.
                 handlers.shutdown().await;
-                h2.abrupt_shutdown(Reason::NO_ERROR);
-                let _ = timeout_at(Instant::now() + LAST_WORDS, poll_fn(|cx| h2.poll_closed(cx))).await;
+                core.borrow_mut().close(frame::error::NO_ERROR, End::Closed);
+                let _ = timeout_at(Instant::now() + LAST_WORDS, poll_fn(|cx| driver.poll(cx))).await;
                 return Ok(());
+            }
+            () = sleep_until(preface.get().unwrap_or(begun)), if preface.get().is_some() => {
+                if preface.get().is_some() {
+                    return Err(ServeError::HandshakeTimeout);
+                }
             }
         }
     }
-    drop(h2);
-    finish(handlers).await;
-    Ok(())
-}
-
-/// With the connection gone every stream has failed, so that the handlers end by themselves.
-async fn finish(mut handlers: JoinSet<()>) {
+    // With the connection gone every stream has failed, so that the handlers end by themselves.
+    drop(driver);
     while let Some(ended) = handlers.join_next().await {
         if let Err(error) = ended {
             error!(%error, "the task of a tunnelled connection failed");
         }
     }
+    let end = core.borrow().end().cloned();
+    match end {
+        None | Some(End::Closed) => Ok(()),
+        Some(End::Tls(why)) => Err(ServeError::Tls(why)),
+        Some(End::Protocol(why)) => Err(ServeError::Protocol(why)),
+        Some(End::Lost(why)) => Err(ServeError::Lost(why)),
+    }
 }
 
-async fn establish(tcp: TcpStream, tls: Arc<ServerConfig>) -> Result<(Rc<Peer>, Http2), ServeError> {
-    let lost = |error: io::Error| ServeError::Lost(error.to_string().into());
+async fn establish(
+    tcp: TcpStream,
+    tls: &ServerConfig,
+    config: &Config,
+) -> Result<(Rc<Peer>, Shared, Driver), ServeError> {
+    let lost = |error: std::io::Error| ServeError::Lost(format!("during the TLS handshake: {error}").into());
     let (local, remote) = (tcp.local_addr().map_err(lost)?, tcp.peer_addr().map_err(lost)?);
-    let tls = match TlsAcceptor::from(tls).accept(tcp).into_fallible().await {
-        Ok(tls) => tls,
-        Err((error, tcp)) => {
-            let Some(reason) = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) else {
-                return Err(ServeError::Lost(format!("during the TLS handshake: {error}").into()));
-            };
+    let mut session = match Session::accept(&tcp, tls).await {
+        Ok(session) => session,
+        Err(TlsError::Io(error)) => return Err(lost(error)),
+        Err(TlsError::Tls(why)) => {
             linger(tcp).await;
-            return Err(ServeError::Tls(reason.to_string().into()));
+            return Err(ServeError::Tls(why));
         }
     };
-    let session = tls.get_ref().1;
-    if session.alpn_protocol() != Some(b"h2") {
-        return Err(ServeError::Tls("the client did not offer h2 by ALPN".into()));
-    }
-    let certificates =
-        session.peer_certificates().unwrap_or_default().iter().cloned().map(|c| c.into_owned()).collect();
-    let peer = Rc::new(Peer { certificates, local, remote });
-    let h2 = h2::server::Builder::new()
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_frame_size(MAX_FRAME)
-        .max_header_list_size(HEADER_LIST)
-        .max_concurrent_streams(MAX_STREAMS)
-        .max_send_buffer_size(SEND_BUFFER)
-        .handshake(tls)
-        .await
-        .or_else(|error| serve_error(&error).and(Err(ServeError::Lost("closed before the preface".into()))))?;
-    Ok((peer, h2))
+    let peer = Rc::new(Peer { certificates: std::mem::take(&mut session.certificates), local, remote });
+    let core = Core::new(session, false).map_err(|end| ServeError::Protocol(end.to_string().into()))?;
+    let driver = Driver::new(tcp, core.clone(), config);
+    Ok((peer, core, driver))
 }
 
 /// Closes after the client has read our alert: closing with its next bytes unread would reset the connection, and the
@@ -198,29 +201,16 @@ async fn linger(mut tcp: TcpStream) {
     let _ = timeout(LAST_WORDS, unread).await;
 }
 
-fn serve_error(error: &h2::Error) -> Result<(), ServeError> {
-    match error.get_io() {
-        Some(io) if io.kind() == io::ErrorKind::InvalidData => Err(ServeError::Tls(io.to_string().into())),
-        Some(io) => Err(ServeError::Lost(io.to_string().into())),
-        None if error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR) => Ok(()),
-        None => Err(ServeError::Protocol(error.to_string().into())),
-    }
-}
-
 /// The purely syntactic part of §14.2; answers 400 itself.
-fn judge(peer: &Rc<Peer>, request: http::Request<RecvStream>, answer: SendResponse<Bytes>) -> Option<Incoming> {
-    let (head, body) = request.into_parts();
-    let authority = head.uri.authority().map(|a| a.as_str()).unwrap_or_default();
-    let request = Request { answer, body };
-    let wrong = match authority.parse::<Authority>() {
-        _ if head.method != Method::CONNECT => "only CONNECT is served here".to_owned(),
-        Ok(authority) => return Some(Incoming::new(peer.clone(), authority, head.headers, request)),
-        Err(
-            error @ (AuthorityError::Missing
-            | AuthorityError::NoPort
-            | AuthorityError::BadPort
-            | AuthorityError::BadHost),
-        ) => error.to_string(),
+fn judge(peer: &Rc<Peer>, request: Request) -> Option<Incoming> {
+    let head = &request.head;
+    let authority = head.authority.as_deref().map(std::str::from_utf8).unwrap_or(Ok(""));
+    let parsed = authority.map_err(|_| AuthorityError::BadHost).and_then(str::parse::<Authority>);
+    let wrong = match (head.malformed, head.method.as_deref(), parsed) {
+        (_, method, _) if method != Some(b"CONNECT") => "only CONNECT is served here".to_owned(),
+        (Some(malformed), ..) => malformed.to_owned(),
+        (None, _, Err(error)) => error.to_string(),
+        (None, _, Ok(authority)) => return Some(Incoming::new(peer.clone(), authority, request)),
     };
     debug!(peer = %peer.remote, reason = wrong, "CONNECT refused with 400");
     if let Err(error) = request.refuse(400, Some(&wrong)) {

@@ -1,0 +1,18 @@
+//! The user's scenario, as `cargo xtask run` shows it: [PA.1]–[PA.3], [PA.6]–[PA.9], §5.3, [T.1], [I.7].
+
+use anyhow::{Result, ensure};
+use culvert_tests::sandbox::{MeshPlan, Sandbox, built, own_name};
+use culvert_tests::tour;
+
+#[test]
+fn every_row_of_the_tour_is_as_expected() -> Result<()> {
+    let mut sandbox = Sandbox::build(tour::plan(&own_name("tour")))?;
+    let mut mesh = MeshPlan::new(built("culvert")?);
+    mesh.cert_ttl = Some(tour::CERT_TTL.to_owned());
+    sandbox.start_mesh(&mesh)?;
+    let rows = tour::play(&mut sandbox, |_| {})?;
+    let wrong: Vec<_> = rows.iter().filter(|row| !row.ok()).collect();
+    ensure!(wrong.is_empty(), "{wrong:#?}");
+    ensure!(rows.len() >= 29, "only {} rows", rows.len());
+    Ok(())
+}
