@@ -18,7 +18,7 @@ use culvert_common::{
 use crate::{
     context::{AF_INET6, inputs, netns_cookie, note, now_ns, pod, storage, word, words},
     maps::{FLOWS, POD_ADDRS},
-    report::{count, event, send},
+    report::{About, Ended, count, send},
 };
 
 /// One callback.
@@ -178,7 +178,9 @@ fn passed(ctx: &SockOpsContext, sk: *mut bpf_sock, flow: &FlowKey) {
     let _ = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
     if !noted || matches!(verdict.answer, Answer::Refuse) {
         // The policy changed between SYN and ACK, or the socket cannot be accounted for: the agent must end it.
-        send(&event(cookie, Direction::Inbound, EventKind::Overtaken, &verdict, flow), true);
+        let direction = Direction::Inbound;
+        let about = About { netns_cookie: cookie, direction, kind: EventKind::Overtaken, verdict: &verdict, flow };
+        send(&about, &Ended::default(), true);
     }
 }
 
@@ -222,13 +224,21 @@ fn ended(ctx: &SockOpsContext, value: &SocketValue) {
         generation: value.generation,
     };
     let flow = FlowKey { src, dst, sport, dport, _pad: 0 };
-    let mut ended = event(value.netns_cookie, Direction::Inbound, EventKind::Closed, &verdict, &flow);
-    ended.opened_ns = value.at_ns;
     // SAFETY: the verifier checks each access to the context.
     let (received, acked) = unsafe {
         ((&raw const (*ctx.ops).bytes_received).read_volatile(), (&raw const (*ctx.ops).bytes_acked).read_volatile())
     };
-    ended.received_bytes = received.saturating_sub(value.fin_received.into());
-    ended.sent_bytes = acked.saturating_sub(value.fin_acked.into());
-    send(&ended, false);
+    let about = About {
+        netns_cookie: value.netns_cookie,
+        direction: Direction::Inbound,
+        kind: EventKind::Closed,
+        verdict: &verdict,
+        flow: &flow,
+    };
+    let ended = Ended {
+        opened_ns: value.at_ns,
+        received_bytes: received.saturating_sub(value.fin_received.into()),
+        sent_bytes: acked.saturating_sub(value.fin_acked.into()),
+    };
+    send(&about, &ended, false);
 }

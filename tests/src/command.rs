@@ -71,7 +71,7 @@ pub fn describe(command: &Command) -> String {
     words.join(" ")
 }
 
-/// Asks `ready` every 20 ms until it has an answer.
+/// Asks `ready` every 20 ms until it has an answer, for as long as `limit` times [`crate::patience`].
 ///
 /// # Errors
 /// `ready` failed, `limit` passed (the message names `what`), or the user interrupted.
@@ -88,6 +88,7 @@ pub(crate) fn wait_for_uninterrupted<T>(
     limit: Duration,
     mut ready: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
+    let limit = limit * crate::patience();
     let start = Instant::now();
     loop {
         if let Some(value) = ready()? {

@@ -7,6 +7,7 @@
 //! | [`capture`] | record the link between the nodes and search it for a payload |
 //! | [`tour`] | the user's scenario: each policy, what must happen, what did happen |
 //! | [`vm`] | boot another kernel under QEMU and run a script in it |
+//! | [`libtest`] | what the output of Rust's test harness adds up to |
 //! | [`interrupt`] | Ctrl-C as an ordinary error, so that everything built is also taken down |
 //! | [`command`] | run a program of the system; say what it said when it fails |
 //!
@@ -16,6 +17,7 @@
 pub mod capture;
 pub mod command;
 pub mod interrupt;
+pub mod libtest;
 pub mod programs;
 pub mod sandbox;
 pub mod tour;
@@ -44,6 +46,14 @@ pub const RESULTS_VARIABLE: &str = "CULVERT_TEST_RESULTS";
 /// Whether tests shall use their full counts: `cargo xtask test --full`.
 pub fn full() -> bool {
     env::var_os("CULVERT_TEST_FULL").is_some()
+}
+
+/// Names the number by which every limit of waiting is multiplied.
+pub const PATIENCE_VARIABLE: &str = "CULVERT_TEST_PATIENCE";
+
+/// How many times longer than usual a test may wait: 1, unless the machine is known to be slow, as a translated guest is.
+pub fn patience() -> u32 {
+    env::var(PATIENCE_VARIABLE).ok().and_then(|n| n.parse().ok()).unwrap_or(1)
 }
 
 /// Keeps a figure that a test measured, for the summary of `cargo xtask test` and, with `--full`, for docs/.

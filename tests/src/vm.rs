@@ -1,7 +1,8 @@
 //! Another kernel, booted under QEMU, running one script: the supported floor is tested on the kernels themselves.
 //!
 //! A guest has no disk. Its root is a file archive made here: busybox, the modules it asks for, the given programs with
-//! their shared libraries. Its console is the result: what the script printed, and its exit status.
+//! their shared libraries. Its console is the result: what the script printed, and its exit status. Guests run one at a
+//! time, by KVM where it works and else by translation; that a machine offers KVM does not mean that it works.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -9,14 +10,13 @@ use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{command, interrupt};
+use crate::{PATIENCE_VARIABLE, command, interrupt};
 
 /// A kernel series of Debian that is tested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,10 +128,18 @@ pub struct Unpacked {
 pub struct Guest {
     script: String,
     modules: Vec<String>,
-    /// Path in the guest, path here.
-    files: BTreeMap<String, PathBuf>,
+    /// By the path in the guest.
+    files: BTreeMap<String, Carried>,
     memory_mib: u32,
     limit: Duration,
+}
+
+/// A file that a guest gets.
+#[derive(Debug, Clone)]
+struct Carried {
+    here: PathBuf,
+    /// Without its debugging information: the guest's root is its memory.
+    stripped: bool,
 }
 
 /// What came of it.
@@ -141,8 +149,76 @@ pub struct Report {
     pub status: i32,
     /// What the script and its programs printed.
     pub output: String,
+    /// What ran the guest's code.
+    pub accelerator: Accelerator,
+    /// From QEMU's start to the script's.
+    pub booted: Duration,
     /// From QEMU's start to its end.
     pub took: Duration,
+}
+
+/// What runs a guest's code.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The processor, by KVM.
+    Kvm,
+    /// QEMU, by translation: some ten times slower, and still right.
+    Translation,
+}
+
+impl Accelerator {
+    /// QEMU's name, and the one that [`ACCELERATOR_VARIABLE`] takes.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Translation => "tcg",
+        }
+    }
+
+    fn processor(self) -> &'static str {
+        match self {
+            // A machine that is itself a guest may announce this one and refuse to have it set, on which QEMU aborts.
+            Self::Kvm => "max,arch-capabilities=off",
+            Self::Translation => "max",
+        }
+    }
+
+    /// How often its time fits into a guest's limit.
+    fn patience(self) -> u32 {
+        match self {
+            Self::Kvm => 1,
+            Self::Translation => 6,
+        }
+    }
+
+    /// Those to try, in order.
+    fn candidates(kvm_fails: bool) -> Result<Vec<Self>> {
+        match std::env::var(ACCELERATOR_VARIABLE).as_deref() {
+            Ok("kvm") => Ok(vec![Self::Kvm]),
+            Ok("tcg") => Ok(vec![Self::Translation]),
+            Ok(other) => bail!("{ACCELERATOR_VARIABLE} is {other:?}: it may be kvm or tcg, or absent for what works"),
+            Err(_) if kvm_fails || !Path::new("/dev/kvm").exists() => Ok(vec![Self::Translation]),
+            Err(_) => Ok(vec![Self::Kvm, Self::Translation]),
+        }
+    }
+}
+
+/// Set to `kvm` or `tcg`, allows only that [`Accelerator`].
+pub const ACCELERATOR_VARIABLE: &str = "CULVERT_VM_ACCELERATOR";
+
+/// How long a guest under KVM may take until its kernel says anything. A fraction of a second is usual; inside another
+/// virtual machine KVM may be there and need minutes.
+const KVM_FIRST_WORD: Duration = Duration::from_secs(10);
+
+/// Held while a guest runs, since each takes two processors; true once KVM was seen not to work.
+static KVM_FAILS: Mutex<bool> = Mutex::new(false);
+
+/// How QEMU ended.
+enum Ended {
+    /// It ran the guest, which has something to say.
+    Ran(Report),
+    /// The guest never came to life, and why.
+    Stillborn(String),
 }
 
 impl Guest {
@@ -154,7 +230,7 @@ impl Guest {
             modules: Vec::new(),
             files: BTreeMap::new(),
             memory_mib: 1024,
-            limit: Duration::from_secs(300),
+            limit: Duration::from_secs(180),
         }
     }
 
@@ -165,21 +241,28 @@ impl Guest {
         self
     }
 
-    /// With a file of this machine at a path of the guest.
+    /// With another limit than three minutes, from start to end; under translation it is longer.
     #[must_use]
-    pub fn file(mut self, here: impl Into<PathBuf>, there: &str) -> Self {
-        self.files.insert(there.to_owned(), here.into());
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
         self
     }
 
-    /// With a program of this machine in `/bin`, and the shared libraries it needs where it looks for them. The script calls
-    /// it by its path where busybox has a program of the same name.
+    /// With a program of the system, found on PATH.
+    ///
+    /// # Errors
+    /// It is not there, or `ldd` failed.
+    pub fn tool(self, name: &str) -> Result<Self> {
+        let here = command::find(name)?;
+        self.program(name, &here)
+    }
+
+    /// With a program of this machine in `/bin` under `name`, and the shared libraries it needs where it looks for them.
     ///
     /// # Errors
     /// `ldd` failed.
-    pub fn program(mut self, here: &Path) -> Result<Self> {
-        let name = here.file_name().context("a program without a name")?.to_string_lossy().into_owned();
-        self.files.insert(format!("/bin/{name}"), here.to_owned());
+    pub fn program(mut self, name: &str, here: &Path) -> Result<Self> {
+        self.files.insert(format!("/bin/{name}"), Carried { here: here.to_owned(), stripped: true });
         let listed = match command::run("ldd", &[here]) {
             Ok(listed) => listed,
             Err(error) if format!("{error:#}").contains("not a dynamic executable") => return Ok(self),
@@ -191,7 +274,7 @@ impl Guest {
             }
             let path = line.split("=>").last().unwrap_or(line).trim().split(' ').next().unwrap_or("");
             if path.starts_with('/') {
-                self.files.insert(path.to_owned(), path.into());
+                self.files.insert(path.to_owned(), Carried { here: path.into(), stripped: false });
             }
         }
         Ok(self)
@@ -200,99 +283,132 @@ impl Guest {
     /// Boots `kernel`, runs the script, and returns when the guest has switched itself off.
     ///
     /// # Errors
-    /// QEMU could not be run, the guest did not end in time, or it ended without a status; the error shows its console.
+    /// QEMU could not be run, the guest did not end in time, or it ended without a status; the error shows the end of its
+    /// console.
     pub fn boot(&self, kernel: &Unpacked) -> Result<Report> {
-        // One at a time, and one processor each: guests that wait for each other's processors on a busy machine take
-        // minutes to boot.
-        static TURN: Mutex<()> = Mutex::new(());
-        let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kvm_fails = KVM_FAILS.lock().unwrap_or_else(PoisonError::into_inner);
         let work = std::env::temp_dir().join(format!("culvert-vm-{}-{}", std::process::id(), kernel.release));
         fs::create_dir_all(&work).with_context(|| format!("create {}", work.display()))?;
-        let report = self.boot_in(kernel, &work);
+        let report = self.boot_in(kernel, &work, &mut kvm_fails);
         fs::remove_dir_all(&work).with_context(|| format!("remove {}", work.display()))?;
         report
     }
 
-    fn boot_in(&self, kernel: &Unpacked, work: &Path) -> Result<Report> {
-        let root = work.join("root.cpio");
-        self.archive(kernel, work, &root).context("make the guest's root")?;
-        if Path::new("/dev/kvm").exists() && !KVM_FAILED.load(Ordering::Relaxed) {
-            // Inside another virtual machine KVM may be there and not work: QEMU aborts, or the guest never starts.
-            match self.run_qemu(kernel, work, &root, &["-accel", "kvm", "-cpu", "host"], KVM_FIRST_WORD)? {
-                Some(report) => return Ok(report),
-                None => KVM_FAILED.store(true, Ordering::Relaxed),
+    fn boot_in(&self, kernel: &Unpacked, work: &Path, kvm_fails: &mut bool) -> Result<Report> {
+        self.archive(kernel, work, &work.join(ROOT)).context("make the guest's root")?;
+        let mut reasons = Vec::new();
+        for accelerator in Accelerator::candidates(*kvm_fails)? {
+            match self.run(kernel, work, accelerator)? {
+                Ended::Ran(report) => return Ok(report),
+                Ended::Stillborn(why) => {
+                    let reason = format!("the guest does not come up under {}: {why}", accelerator.name());
+                    eprintln!("{}: {reason}", kernel.release);
+                    reasons.push(reason);
+                    *kvm_fails |= accelerator == Accelerator::Kvm;
+                }
             }
         }
-        // Translation is some twenty times slower, and right.
-        let report = self.run_qemu(kernel, work, &root, &["-accel", "tcg", "-cpu", "max"], self.limit)?;
-        report.with_context(|| format!("the kernel printed nothing; QEMU: {}", read_lossy(&work.join("qemu")).trim()))
+        bail!("{}", reasons.join("\n"))
     }
 
-    /// Runs QEMU to its end; `None` if the guest's kernel said nothing within `first_word`, or QEMU ended before it did.
-    fn run_qemu(
-        &self,
-        kernel: &Unpacked,
-        work: &Path,
-        root: &Path,
-        machine: &[&str],
-        first_word: Duration,
-    ) -> Result<Option<Report>> {
+    fn run(&self, kernel: &Unpacked, work: &Path, accelerator: Accelerator) -> Result<Ended> {
         let console = work.join("console");
-        File::create(&console).context("create the guest's console")?;
         let begun = Instant::now();
+        let mut qemu = self.qemu(kernel, work, accelerator, &console)?;
+        let watched = self.watch(&mut qemu, begun, accelerator, &console);
+        let text = read_lossy(&console).replace('\r', "");
+        let (status, booted) = match watched {
+            Ok(watched) => watched,
+            Err(why) => {
+                qemu.kill().context("end QEMU")?;
+                qemu.wait().context("wait for QEMU")?;
+                interrupt::check()?;
+                if text.is_empty() {
+                    return Ok(Ended::Stillborn(why.to_string()));
+                }
+                bail!("the guest was {why}; the end of its console:\n{}", tail(&text));
+            }
+        };
+        if text.is_empty() {
+            let said = read_lossy(&work.join("qemu"));
+            return Ok(Ended::Stillborn(format!("QEMU ended with {status}: {}", said.trim())));
+        }
+        let (_, output) = text
+            .split_once(BEGIN)
+            .with_context(|| format!("the guest ended before the script began:\n{}", tail(&text)))?;
+        let (output, rest) =
+            output.rsplit_once(END).with_context(|| format!("the guest ended without a status:\n{}", tail(&text)))?;
+        let status = rest.trim().lines().next().unwrap_or("").parse().context("the guest's status")?;
+        let took = begun.elapsed();
+        let booted = booted.unwrap_or(took);
+        Ok(Ended::Ran(Report { status, output: output.trim().to_owned(), accelerator, booted, took }))
+    }
+
+    fn qemu(&self, kernel: &Unpacked, work: &Path, accelerator: Accelerator, console: &Path) -> Result<Child> {
         let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "1"])
-            .args(machine)
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-smp", "2"])
+            .args(["-accel", accelerator.name(), "-cpu", accelerator.processor()])
             .args(["-m", &self.memory_mib.to_string()])
-            .args(["-append", "console=ttyS0 panic=-1 rdinit=/init"])
+            // Nobody attacks this guest, and under translation each remedy costs as much as the disease.
+            .arg("-append")
+            // What the kernel does not know becomes the first process's environment.
+            .arg(format!(
+                "console=ttyS0 panic=-1 mitigations=off rdinit=/init {PATIENCE_VARIABLE}={}",
+                accelerator.patience()
+            ))
             .arg("-serial")
             .arg(format!("file:{}", console.display()))
             .arg("-kernel")
             .arg(kernel.dir.join("vmlinuz"))
             .arg("-initrd")
-            .arg(root)
+            .arg(work.join(ROOT))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(work.join("qemu")).context("create QEMU's log")?)
             .process_group(0);
-        // SAFETY: prctl(2) is async-signal-safe; the thread whose end is meant is this one, which waits below.
+        // SAFETY: prctl(2) is async-signal-safe; the thread whose end is meant is this one, which waits for QEMU.
         unsafe {
             qemu.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
                 0 => Ok(()),
                 _ => Err(io::Error::last_os_error()),
             });
         }
-        let mut child = qemu.spawn().context("start qemu-system-x86_64")?;
-        let why = loop {
-            if let Some(status) = child.try_wait().context("wait for QEMU")? {
-                break if status.success() { None } else { Some(format!("QEMU ended with {status}")) };
+        fs::write(console, "").context("empty the console")?;
+        qemu.spawn().context("start qemu-system-x86_64")
+    }
+
+    /// Waits for QEMU's end; its status, and when the script began.
+    ///
+    /// # Errors
+    /// Why it must be ended, QEMU still running.
+    fn watch(
+        &self,
+        qemu: &mut Child,
+        begun: Instant,
+        accelerator: Accelerator,
+        console: &Path,
+    ) -> Result<(ExitStatus, Option<Duration>)> {
+        let limit = self.limit * accelerator.patience();
+        let mut booted = None;
+        loop {
+            if let Some(status) = qemu.try_wait().context("wait for QEMU")? {
+                return Ok((status, booted));
             }
-            let silent = fs::metadata(&console).map_or(0, |m| m.len()) == 0;
-            let why = if silent && begun.elapsed() > first_word {
-                "the guest says nothing".to_owned()
-            } else if begun.elapsed() > self.limit {
-                format!("the guest still runs after {} s", self.limit.as_secs())
-            } else if interrupt::requested() {
-                "interrupted".to_owned()
-            } else {
-                std::thread::sleep(Duration::from_millis(50));
-                continue;
-            };
-            child.kill().context("end QEMU")?;
-            child.wait().context("wait for QEMU")?;
-            break Some(why);
-        };
-        interrupt::check()?;
-        let text = read_lossy(&console).replace('\r', "");
-        if text.is_empty() {
-            return Ok(None);
+            if booted.is_none() {
+                let text = read_lossy(console);
+                booted = text.contains(BEGIN).then(|| begun.elapsed());
+                if text.is_empty() && accelerator == Accelerator::Kvm && begun.elapsed() > KVM_FIRST_WORD {
+                    bail!("silent for {} s", KVM_FIRST_WORD.as_secs());
+                }
+            }
+            if begun.elapsed() > limit {
+                bail!("still running after {} s", limit.as_secs());
+            }
+            if interrupt::requested() {
+                bail!("interrupted");
+            }
+            std::thread::sleep(Duration::from_millis(50));
         }
-        let ended = text.split_once(BEGIN).and_then(|(_, rest)| rest.rsplit_once(END));
-        let Some((output, rest)) = ended.filter(|_| why.is_none()) else {
-            bail!("{}; its console:\n{text}", why.unwrap_or_else(|| "the guest ended without a status".to_owned()));
-        };
-        let status = rest.trim().lines().next().unwrap_or("").parse().context("the guest's status")?;
-        Ok(Some(Report { status, output: output.trim().to_owned(), took: begun.elapsed() }))
     }
 
     fn archive(&self, kernel: &Unpacked, work: &Path, to: &Path) -> Result<()> {
@@ -308,10 +424,11 @@ impl Guest {
         for module in &modules {
             archive.file(&format!("modules/{}.ko", module.name), 0o644, &module.bytes(work)?)?;
         }
-        for (there, here) in &self.files {
+        for (there, file) in &self.files {
+            let here = &file.here;
             let mode =
                 fs::metadata(here).with_context(|| format!("look at {}", here.display()))?.permissions().mode() & 0o777;
-            let bytes = fs::read(here).with_context(|| format!("read {}", here.display()))?;
+            let bytes = file.bytes(work).with_context(|| format!("read {}", here.display()))?;
             archive.file(there.trim_start_matches('/'), mode, &bytes)?;
         }
         archive.end()?;
@@ -339,10 +456,8 @@ impl Guest {
     }
 }
 
-/// How long a guest under KVM may take until its kernel says anything; where KVM works it is a fraction of a second.
-const KVM_FIRST_WORD: Duration = Duration::from_secs(10);
-/// Whether KVM was tried by this process and does not work.
-static KVM_FAILED: AtomicBool = AtomicBool::new(false);
+/// Name of the guest's root among its working files.
+const ROOT: &str = "root.cpio";
 /// The console's line before what the script prints.
 const BEGIN: &str = "culvert-vm: begin";
 /// Start of the console's line with the script's status.
@@ -352,6 +467,18 @@ const END: &str = "culvert-vm: status ";
 struct Module {
     name: String,
     path: PathBuf,
+}
+
+impl Carried {
+    fn bytes(&self, work: &Path) -> Result<Vec<u8>> {
+        if !self.stripped {
+            return Ok(fs::read(&self.here)?);
+        }
+        let lean = work.join("stripped");
+        let arguments = ["--strip-debug".as_ref(), "-o".as_ref(), lean.as_os_str(), self.here.as_os_str()];
+        command::run("strip", &arguments)?;
+        Ok(fs::read(&lean)?)
+    }
 }
 
 impl Module {
@@ -424,6 +551,13 @@ fn tempdir() -> Result<PathBuf> {
         std::env::temp_dir().join(format!("culvert-modules-{}-{:?}", std::process::id(), std::thread::current().id()));
     fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     Ok(dir)
+}
+
+/// The last lines, which say why.
+fn tail(text: &str) -> String {
+    const LINES: usize = 80;
+    let lines: Vec<&str> = text.trim_end().lines().collect();
+    lines[lines.len().saturating_sub(LINES)..].join("\n")
 }
 
 fn read_lossy(path: &Path) -> String {

@@ -17,6 +17,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use culvert_tests::libtest::Count;
 use culvert_tests::{RESULTS_VARIABLE, interrupt, sandbox};
 
 use crate::setup::{self, Ready, root};
@@ -262,47 +263,5 @@ impl Stages<'_> {
         );
         fs::create_dir_all(path.parent().context("docs")?)?;
         fs::write(path, text).with_context(|| format!("write {}", path.display()))
-    }
-}
-
-/// What the lines of Rust's test harness add up to.
-#[derive(Default)]
-struct Count {
-    passed: u32,
-    failed: u32,
-    failures: Vec<String>,
-}
-
-impl Count {
-    fn read(&mut self, line: &str) {
-        if let Some(rest) = line.strip_prefix("test result: ") {
-            let number = |word: &str| {
-                let before = rest.split(word).next().unwrap_or("");
-                before.split_whitespace().last().and_then(|n| n.parse().ok()).unwrap_or(0)
-            };
-            self.passed += number(" passed");
-            self.failed += number(" failed");
-        } else if let Some(name) = line.strip_prefix("test ").and_then(|l| l.strip_suffix(" ... FAILED")) {
-            self.failures.push(name.to_owned());
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn results_of_the_harness_add_up() {
-        let mut count = Count::default();
-        for line in [
-            "test one ... ok",
-            "test a::two ... FAILED",
-            "test result: FAILED. 12 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.04s",
-            "test result: ok. 30 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.04s",
-        ] {
-            count.read(line);
-        }
-        assert_eq!((count.passed, count.failed, count.failures), (42, 1, vec!["a::two".to_owned()]));
     }
 }

@@ -317,7 +317,9 @@ impl Sandbox {
     /// # Errors
     /// The client could not be run; a refused connection is a result.
     pub fn http(&self, from: &str, to: SocketAddr, marker: &str) -> Result<HttpResult> {
-        self.call(from, &["http-get", "--to", &to.to_string(), "--marker", marker])
+        let limit_ms = 3000 * crate::patience();
+        let (to, limit_ms) = (to.to_string(), limit_ms.to_string());
+        self.call(from, &["http-get", "--to", &to, "--marker", marker, "--timeout-ms", &limit_ms])
     }
 
     /// Starts a program of `culvert-pod` inside a pod under a name of its own; it runs until the sandbox ends or
