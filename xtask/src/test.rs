@@ -244,7 +244,8 @@ impl Stages<'_> {
         if passed + failed == 0 {
             bail!("no test ran: nothing has the name that was asked for");
         }
-        println!("test: {passed} passed, {failed} failed, {:.0} s", took.as_secs_f64());
+        println!("  {:.0} minutes\n", took.as_secs_f64() / 60.0);
+        println!("test: {passed} passed, {failed} failed");
         if failed > 0 {
             bail!("{failed} failed");
         }
