@@ -455,7 +455,7 @@ fn a_caller_who_goes_away_does_not_take_the_dial_along() {
         let slow = || {
             let (addr, client) = (server.addr, tls.client.clone());
             async move {
-                sleep(Duration::from_millis(50)).await;
+                sleep(Duration::from_millis(500)).await;
                 dial(addr, client).await
             }
         };
@@ -536,8 +536,8 @@ fn goaway_lets_streams_finish_and_moves_new_ones() {
         let pool = Pool::new(Config::default());
         let mut old = open(&pool, server.addr, &tls.client).await.expect("open");
         let mut stuck = open(&pool, server.addr, &tls.client).await.expect("open");
-        server.drain(Instant::now() + Duration::from_millis(300));
-        sleep(Duration::from_millis(50)).await;
+        server.drain(Instant::now() + Duration::from_secs(3));
+        sleep(Duration::from_millis(500)).await;
         server.undrain();
         let _new = open(&pool, server.addr, &tls.client).await.expect("open");
         assert_eq!(server.accepted.get(), 2);
@@ -547,7 +547,7 @@ fn goaway_lets_streams_finish_and_moves_new_ones() {
         assert_eq!(old.read().await, Ok(None));
         assert!(server.ends.borrow().is_empty());
         assert!(stuck.read().await.is_err(), "cut off at the deadline");
-        sleep(Duration::from_millis(100)).await;
+        until(|| !server.ends.borrow().is_empty()).await;
         assert!(matches!(server.ends.borrow()[..], [Ok(())]), "{:?}", server.ends.borrow());
     });
 }
@@ -565,7 +565,7 @@ fn a_drained_server_ends_as_soon_as_its_streams_have() {
         stream.shutdown().expect("shutdown");
         assert_eq!(stream.read().await, Ok(None));
         drop(stream);
-        sleep(Duration::from_millis(50)).await;
+        until(|| !server.ends.borrow().is_empty()).await;
         assert!(matches!(server.ends.borrow()[..], [Ok(())]), "{:?}", server.ends.borrow());
     });
 }
@@ -608,14 +608,24 @@ fn a_refused_stream_is_retried_once_elsewhere() {
     }
 }
 
+/// Time-outs short enough to wait for, and long enough for a machine that is busy with other things.
 fn fast() -> Config {
     Config {
-        connect_timeout: Duration::from_millis(100),
-        handshake_timeout: Duration::from_millis(100),
-        ping_interval: Duration::from_millis(50),
-        ping_timeout: Duration::from_millis(100),
-        idle_timeout: Duration::from_millis(400),
+        connect_timeout: Duration::from_millis(500),
+        handshake_timeout: Duration::from_secs(1),
+        ping_interval: Duration::from_millis(100),
+        ping_timeout: Duration::from_millis(1500),
+        idle_timeout: Duration::from_secs(2),
         ..Config::default()
+    }
+}
+
+/// Waits until `condition` holds.
+async fn until(mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < Duration::from_secs(20), "it never comes true");
+        sleep(Duration::from_millis(5)).await;
     }
 }
 
@@ -654,9 +664,9 @@ fn the_server_notices_a_silent_client() {
         let server = Server::start(&tls, fast(), echo).await;
         let mut client = raw_client(server.addr, &tls).await;
         client.write_all(&[PREFACE, &frame(4, 0, 0, &[])].concat()).await.expect("write");
-        sleep(Duration::from_millis(100)).await;
-        assert!(server.ends.borrow().is_empty());
-        sleep(Duration::from_millis(150)).await;
+        let start = Instant::now();
+        until(|| !server.ends.borrow().is_empty()).await;
+        assert!(start.elapsed() >= Duration::from_millis(1500), "{:?}", start.elapsed());
         assert!(matches!(server.ends.borrow()[..], [Err(ServeError::Lost(_))]), "{:?}", server.ends.borrow());
     });
 }
@@ -669,7 +679,7 @@ fn answered_pings_keep_an_open_stream_alive() {
         let pool = Pool::new(fast());
         let mut stream = open(&pool, server.addr, &tls.client).await.expect("open");
         // Several times the ping's and the idle time-outs.
-        sleep(Duration::from_millis(900)).await;
+        sleep(Duration::from_millis(2500)).await;
         stream.write(b"alive").await.expect("write");
         assert_eq!(stream.read().await.expect("read").as_deref(), Some(&b"alive"[..]));
     });
@@ -683,12 +693,12 @@ fn an_idle_connection_is_dropped() {
         let server = Server::start(&tls, Config::default(), echo).await;
         let pool = Pool::new(fast());
         drop(open(&pool, server.addr, &tls.client).await.expect("open"));
-        sleep(Duration::from_millis(200)).await;
+        sleep(Duration::from_millis(1200)).await;
         drop(open(&pool, server.addr, &tls.client).await.expect("open"));
-        sleep(Duration::from_millis(300)).await;
+        sleep(Duration::from_millis(1200)).await;
         assert_eq!((pool.connections(), server.accepted.get()), (1, 1), "use starts the time anew");
-        sleep(Duration::from_millis(300)).await;
-        assert_eq!(pool.connections(), 0);
+        until(|| pool.connections() == 0).await;
+        until(|| !server.ends.borrow().is_empty()).await;
         assert!(matches!(server.ends.borrow()[..], [Ok(())]), "{:?}", server.ends.borrow());
         open(&pool, server.addr, &tls.client).await.expect("a new one is dialled");
         assert_eq!(server.accepted.get(), 2);
@@ -732,7 +742,7 @@ fn tls_failures_say_why() {
         let mut no_alpn = rustls::ClientConfig::clone(&ours.client);
         no_alpn.alpn_protocols.clear();
         open(&pool, server.addr, &Arc::new(no_alpn)).await.expect_err("no ALPN");
-        sleep(Duration::from_millis(50)).await;
+        until(|| server.ends.borrow().len() == 3).await;
         let ends = server.ends.borrow();
         assert!(ends.len() == 3 && ends.iter().all(|e| matches!(e, Err(ServeError::Tls(_)))), "{ends:?}");
     });
@@ -873,7 +883,7 @@ fn a_server_that_does_not_read_holds_only_its_own_stream() {
             let mut stream = opened.expect("open");
             writers.spawn_local(async move {
                 let mut sent = 0;
-                while timeout(Duration::from_millis(300), stream.write(&[0; 64 << 10])).await.is_ok() {
+                while timeout(Duration::from_secs(1), stream.write(&[0; 64 << 10])).await.is_ok() {
                     sent += 64 << 10;
                 }
                 (sent, stream)
@@ -1004,7 +1014,7 @@ fn a_slow_preface_is_not_waited_for() {
         let _no_tls = TcpStream::connect(server.addr).await.expect("connect");
         let mut slow = raw_client(server.addr, &tls).await;
         slow.write_all(&PREFACE[..10]).await.expect("write");
-        sleep(Duration::from_millis(200)).await;
+        until(|| server.ends.borrow().len() == 2).await;
         let ends = server.ends.borrow();
         assert!(ends.len() == 2 && ends.iter().all(|e| matches!(e, Err(ServeError::HandshakeTimeout))), "{ends:?}");
     });
@@ -1027,8 +1037,8 @@ fn a_drained_pool_finishes_its_streams_until_the_deadline() {
             assert!(stuck.read().await.is_err());
         };
         let start = Instant::now();
-        tokio::join!(pool.drain(start + Duration::from_millis(200)), use_them);
-        assert!(start.elapsed() >= Duration::from_millis(200));
+        tokio::join!(pool.drain(start + Duration::from_secs(2)), use_them);
+        assert!(start.elapsed() >= Duration::from_secs(2));
     });
 }
 
@@ -1152,7 +1162,7 @@ fn a_window_grows_with_use_and_is_then_what_a_stalled_reader_holds() {
             stream.write(&block).await.expect("write");
         }
         let mut more = 0;
-        while timeout(Duration::from_millis(300), stream.write(&block)).await.is_ok() {
+        while timeout(Duration::from_secs(1), stream.write(&block)).await.is_ok() {
             more += block.len();
         }
         assert!((2 << 20..=4 << 20).contains(&more), "{more}");
@@ -1439,9 +1449,9 @@ fn bulk_does_not_starve_a_dialogue() {
             bulk.spawn_local(async move { while write.write(&[7; 64 << 10]).await.is_ok() {} });
         }
         let mut stream = open(&pool, server.addr, &tls.client).await.expect("open");
-        for _ in 0..100 {
+        for _ in 0..20 {
             stream.write(b"word").await.expect("write");
-            let answer = timeout(Duration::from_secs(2), stream.read()).await.expect("starved");
+            let answer = timeout(Duration::from_secs(20), stream.read()).await.expect("starved");
             assert_eq!(answer.expect("read").as_deref(), Some(&b"word"[..]));
         }
         assert_eq!(server.accepted.get(), 1);
