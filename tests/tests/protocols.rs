@@ -1,6 +1,6 @@
 //! What unmodified programs do with their connections, through the mesh: every byte, every kind of end, every load.
 //!
-//! Counts that take minutes have a reduced default; `CULVERT_FULL=1` asks for the whole.
+//! Counts that take minutes have a reduced default; `cargo xtask test --full` asks for the whole.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use culvert_tests::capture::Capture;
-use culvert_tests::command;
+use culvert_tests::{command, full};
 use culvert_tests::programs::{BurstResult, CutResult, ExchangeResult, Failure, HttpResult, ShortResult};
 use culvert_tests::sandbox::{Family, LogLine, MeshPlan, Node, Place, Plan, PodPlan, Sandbox, ServicePlan, built};
 
@@ -43,10 +43,6 @@ fn mesh(instance: &str) -> Result<Sandbox> {
     let mut sandbox = Sandbox::build(plan(instance))?;
     sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
     Ok(sandbox)
-}
-
-fn full() -> bool {
-    std::env::var("CULVERT_FULL").is_ok_and(|value| value == "1")
 }
 
 /// Every way to a port of both servers: across the link and on the node, by pod IP and by cluster IP, in both families.

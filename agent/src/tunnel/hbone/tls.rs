@@ -368,13 +368,13 @@ async fn handshake<Data>(
             Ok(ConnectionState::WriteTraffic(_)) => Next::Done,
             Ok(_) => return Err(TlsError::Io(io::ErrorKind::UnexpectedEof.into())),
             Err(error) => {
-                incoming.drain(..discard);
+                // What was refused must not be judged again: rustls would answer it with a second alert.
+                incoming.clear();
                 outgoing.clear();
                 loop {
-                    let UnbufferedStatus { discard, state, .. } = process(connection, &mut incoming);
+                    let UnbufferedStatus { state, .. } = process(connection, &mut incoming);
                     let Ok(ConnectionState::EncodeTlsData(mut data)) = state else { break };
                     encode(&mut outgoing, |out| data.encode(out))?;
-                    incoming.drain(..discard);
                 }
                 // The alert is a courtesy; the error is what matters.
                 let _ = send(tcp, &outgoing).await;
