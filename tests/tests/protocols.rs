@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use culvert_tests::capture::Capture;
-use culvert_tests::{command, full};
 use culvert_tests::programs::{BurstResult, CutResult, ExchangeResult, Failure, HttpResult, ShortResult};
 use culvert_tests::sandbox::{Family, LogLine, MeshPlan, Node, Place, Plan, PodPlan, Sandbox, ServicePlan, built};
+use culvert_tests::{command, full};
 
 const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 const HTTP: u16 = 9080;
