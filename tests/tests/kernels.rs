@@ -120,13 +120,13 @@ fn test_program(package: &str, target: &str) -> Result<PathBuf> {
     cargo.args(["test", "--no-run", "--message-format", "json", "--package", package, "--test", target]);
     let messages =
         command::finish(&mut cargo, None).with_context(|| format!("build the test {target} of {package}"))?;
-    let programs =
+    let mut programs =
         messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()).filter_map(|m| {
             let kinds = m.get("target")?.get("kind")?.as_array()?;
             let right = kinds.iter().any(|k| k == "test") && m["target"]["name"] == target;
             right.then(|| m.get("executable")?.as_str().map(PathBuf::from)).flatten()
         });
-    programs.last().with_context(|| format!("cargo built no test {target} of {package}"))
+    programs.next_back().with_context(|| format!("cargo built no test {target} of {package}"))
 }
 
 fn number_of_tests(program: &Path) -> Result<u32> {

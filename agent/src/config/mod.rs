@@ -261,9 +261,40 @@ pub fn clap_command(name: &'static str, about: &'static str, settings: &'static 
     clap::Command::new(name).about(about).arg(arg(&CONFIG)).args(settings.iter().map(arg))
 }
 
+/// The tables as a page of documentation.
+pub fn markdown() -> String {
+    let mut page = String::from(
+        "# Configuration\n\nEvery setting is a flag, a variable in the environment, and a key of the YAML file that `--config` names; \
+         the first of these\nthat is given counts. Values that are wrong are reported together, each with its place. This page is made \
+         from the tables in\n`agent/src/config`.\n",
+    );
+    for (command, settings) in [("agent", agent::SETTINGS), ("ca", ca::SETTINGS)] {
+        page += &format!(
+            "\n## culvert {command}\n\n| flag and key | environment | default | meaning |\n|---|---|---|---|\n"
+        );
+        for setting in std::iter::once(&CONFIG).chain(settings) {
+            let default = setting.default.map_or_else(|| "–".to_owned(), |default| format!("`{default}`"));
+            let Setting { name, value, help, .. } = setting;
+            page += &format!("| `{name}` {value} | `{}` | {default} | {help} |\n", setting.env());
+        }
+    }
+    page
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// `CULVERT_WRITE_DOCS=1 cargo test -p culvert the_page_of_settings` writes it anew.
+    #[test]
+    fn the_page_of_settings_is_up_to_date() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
+        if env::var_os("CULVERT_WRITE_DOCS").is_some() {
+            fs::write(&path, markdown()).expect("written");
+        }
+        let page = fs::read_to_string(&path).expect("docs/configuration.md is there");
+        assert!(page == markdown(), "docs/configuration.md differs from the tables in agent/src/config");
+    }
 
     const SETTINGS: &[Setting] = &[
         Setting { name: "drain-deadline", value: "TIME", default: Some("5s"), help: "" },

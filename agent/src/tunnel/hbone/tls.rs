@@ -368,13 +368,14 @@ async fn handshake<Data>(
             Ok(ConnectionState::WriteTraffic(_)) => Next::Done,
             Ok(_) => return Err(TlsError::Io(io::ErrorKind::UnexpectedEof.into())),
             Err(error) => {
-                // What was refused must not be judged again: rustls would answer it with a second alert.
-                incoming.clear();
+                incoming.drain(..discard);
                 outgoing.clear();
-                loop {
-                    let UnbufferedStatus { state, .. } = process(connection, &mut incoming);
+                // Only as long as there is something to send: after that, rustls would judge what it has refused again.
+                while connection.wants_write() {
+                    let UnbufferedStatus { discard, state, .. } = process(connection, &mut incoming);
                     let Ok(ConnectionState::EncodeTlsData(mut data)) = state else { break };
                     encode(&mut outgoing, |out| data.encode(out))?;
+                    incoming.drain(..discard);
                 }
                 // The alert is a courtesy; the error is what matters.
                 let _ = send(tcp, &outgoing).await;
