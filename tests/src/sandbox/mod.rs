@@ -79,6 +79,11 @@ impl Pod {
     }
 }
 
+/// How long links may take until neighbours are known.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
+/// An answer without a retransmitted SYN, which takes a second.
+const AT_ONCE: Duration = Duration::from_millis(300);
+
 /// IPv4 or IPv6.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
@@ -176,8 +181,30 @@ impl Sandbox {
                 self.wait_listening(&pod, program)?;
             }
         }
+        self.settle_links()?;
         for node in Node::ALL {
             self.start_kubelet(node)?;
+        }
+        Ok(())
+    }
+
+    /// Neighbour discovery on fresh links loses first SYNs to a second of duplicate address detection. A scenario that
+    /// measures milliseconds begins after that.
+    fn settle_links(&self) -> Result<()> {
+        for (client, server) in self.pods().flat_map(|a| self.pods().map(move |b| (a, b))) {
+            if client.plan.node == server.plan.node {
+                continue;
+            }
+            // Nobody listens there: the answer is a reset, at once.
+            let to = server.at(Family::V6, 1);
+            command::wait_for(&format!("{to} answers {} at once", client.plan.key()), SETTLE_LIMIT, || {
+                interrupt::check()?;
+                let answered = client.place.inside(|| {
+                    Ok(std::net::TcpStream::connect_timeout(&to, AT_ONCE)
+                        .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused))
+                })?;
+                Ok(answered.then_some(()))
+            })?;
         }
         Ok(())
     }

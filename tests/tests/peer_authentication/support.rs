@@ -42,25 +42,8 @@ pub(crate) fn server(node: Node, namespace: &str, name: &str) -> PodPlan {
 
 pub(crate) fn mesh(plan: Plan) -> Result<Sandbox> {
     let mut sandbox = Sandbox::build(plan)?;
-    warm_up(&sandbox)?;
     sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
     Ok(sandbox)
-}
-
-/// Neighbour discovery on fresh links loses first SYNs to a second of duplicate address detection, mesh or not; a
-/// scenario that measures milliseconds begins after that.
-fn warm_up(sandbox: &Sandbox) -> Result<()> {
-    for pod in sandbox.pods() {
-        for client in sandbox.pods().filter(|client| client.plan.node != pod.plan.node) {
-            let to = pod.at(Family::V6, 1);
-            command::wait_for(&format!("{to} answers at once"), Duration::from_secs(10), || {
-                let got = sandbox.http(&client.plan.key(), to, "")?;
-                ensure!(got.failure == Some(Failure::Refused), "{to}: {}", got.brief());
-                Ok((got.millis < AT_ONCE_MS).then_some(()))
-            })?;
-        }
-    }
-    Ok(())
 }
 
 /// A PeerAuthentication; `spec` in flow style.
