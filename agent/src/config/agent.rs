@@ -183,23 +183,30 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     } else {
         Some(std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1).min(8)))
     };
+    // Each is understood before any is missed, so that everything wrong is said at once.
+    let (cgroup_root, kubelet_cgroup) = (values.optional("cgroup-root"), values.optional("kubelet-cgroup"));
+    let (pin_dir, revision) = (values.optional("pin-dir"), values.optional("revision"));
+    let exclude_namespaces = values.list("exclude-namespaces").into_iter().collect();
+    let (system_namespace, cluster_id) = (values.optional("system-namespace"), values.optional("cluster-id"));
+    let readiness_address = values.listen_address("readiness-address");
+    let drain_deadline = values.duration("drain-deadline");
     let config = (|| {
         Some(Config {
             node_name: node_name?,
             manifests: manifests?,
-            cgroup_root: values.optional("cgroup-root"),
-            kubelet_cgroup: values.optional("kubelet-cgroup"),
-            pin_dir: values.optional("pin-dir")?,
+            cgroup_root,
+            kubelet_cgroup,
+            pin_dir: pin_dir?,
             workers: workers?,
-            revision: values.optional("revision")?,
-            exclude_namespaces: values.list("exclude-namespaces").into_iter().collect(),
-            system_namespace: values.optional("system-namespace")?,
+            revision: revision?,
+            exclude_namespaces,
+            system_namespace: system_namespace?,
             certificates: certificates?,
-            cluster_id: values.optional("cluster-id")?,
-            readiness_address: values.listen_address("readiness-address")?,
+            cluster_id: cluster_id?,
+            readiness_address: readiness_address?,
             log_format: log_format?,
             log_level: log_level?,
-            drain_deadline: values.duration("drain-deadline")?,
+            drain_deadline: drain_deadline?,
         })
     })();
     values.finish(config)
@@ -218,12 +225,36 @@ fn certificates(values: &mut Values) -> Option<Certificates> {
         (false, true) => values.optional("cert-dir").map(Certificates::Files),
         (true, false) => {
             let (root, token) = (values.required("ca-root"), values.required("ca-token"));
+            let address = values.parse("ca-address", |text| dns::host_port(text).map(|_| text.to_owned()));
             Some(Certificates::Ca {
-                address: values.parse("ca-address", |text| dns::host_port(text).map(|_| text.to_owned()))?,
+                address: address?,
                 root: root?,
                 server_name: values.optional("ca-server-name")?,
                 token: token?,
             })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_wrong_value_of_the_agent_is_told_at_once() {
+        let typed = [
+            ("workers", "many"),
+            ("drain-deadline", "5"),
+            ("readiness-address", "here"),
+            ("log-format", "xml"),
+            ("log-level", "=="),
+            ("ca-address", "nowhere"),
+        ];
+        let flag = |name: &str| typed.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
+        let values = Values::collect(SETTINGS, flag).expect("collected");
+        let text = understand(values).expect_err("all of them").to_string();
+        for name in typed.iter().map(|(name, _)| *name).chain(["node-name", "manifests", "ca-root", "ca-token"]) {
+            assert!(text.contains(&format!("--{name}")), "{name} in:\n{text}");
         }
     }
 }

@@ -130,22 +130,26 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
         }
     });
     let trusted_node_accounts = accounts.collect();
+    // Each is understood before any is missed, so that everything wrong is said at once.
+    let (token_audience, token_issuer) = (values.optional("token-audience"), values.optional("token-issuer"));
+    let (server_names, root_cert_out) = (values.list("server-names"), values.optional("root-cert-out"));
+    let system_namespace = values.optional("system-namespace");
     let config = (|| {
         Some(Config {
             ca: ca::Config {
                 listen: listen?,
                 ca_dir: ca_dir?,
                 token_key: Some(token_key?),
-                token_audience: values.optional("token-audience")?,
-                token_issuer: values.optional("token-issuer")?,
+                token_audience: token_audience?,
+                token_issuer: token_issuer?,
                 trusted_node_accounts,
-                server_names: values.list("server-names"),
-                root_cert_out: values.optional("root-cert-out"),
+                server_names,
+                root_cert_out,
                 cert_ttl: cert_ttl?,
                 max_cert_ttl: max_cert_ttl?,
             },
             manifests: manifests?,
-            system_namespace: values.optional("system-namespace")?,
+            system_namespace: system_namespace?,
             log_format: log_format?,
             log_level: log_level?,
         })

@@ -119,9 +119,12 @@ impl Datapath {
         for map in MAPS {
             loader.map_pin_path(map, dir.join(map));
         }
-        let mut ebpf = loader
-            .load(OBJECT)
-            .with_context(|| format!("load the kernel programs with maps under {}", dir.display()))?;
+        let mut ebpf = loader.load(OBJECT).with_context(|| {
+            format!(
+                "load the kernel programs with maps under {} (needs root, or CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN)",
+                dir.display()
+            )
+        })?;
         let logger = EbpfLogger::init(&mut ebpf).ok();
         let cgroup =
             File::open(&config.cgroup_root).with_context(|| format!("open cgroup {}", config.cgroup_root.display()))?;

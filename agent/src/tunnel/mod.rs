@@ -14,7 +14,6 @@ mod pool;
 pub mod server;
 mod stream;
 #[cfg(test)]
-#[allow(unused)]
 mod testing;
 #[cfg(test)]
 mod tests;
