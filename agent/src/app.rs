@@ -261,7 +261,7 @@ impl Control {
             if std::mem::take(&mut work) {
                 let view = views.borrow_and_update().clone();
                 let node = nodes.borrow_and_update().clone();
-                self.compile(&view);
+                self.compile(&view, &node);
                 self.settle(&node)?;
                 if first_pass.take().is_some() {
                     let snapshot = self.snapshots.borrow().clone();
@@ -294,7 +294,7 @@ impl Control {
     }
 
     /// From what the source says to a snapshot; the workers see it at once.
-    fn compile(&mut self, view: &View) {
+    fn compile(&mut self, view: &View, node: &pods::Node) {
         let before = self.snapshots.borrow().clone();
         let next = policy::compile(&view.cluster, &self.options, Some(&before));
         for warning in next.warnings.iter().filter(|warning| !before.warnings.contains(warning)) {
@@ -304,6 +304,11 @@ impl Control {
             info!(generation = next.generation, "policy compiled");
             let mesh = &next.mesh;
             self.identities.set_trust_domains(mesh.trust_domain.clone(), mesh.trust_domain_aliases.clone());
+            // Whoever reads the new snapshot finds the identities that it speaks of, and who still has the old one finds
+            // those; `settle` forgets what is not needed any more.
+            let mut identities = Enrollments::identities(&before, node);
+            identities.extend(Enrollments::identities(&next, node));
+            self.identities.want(&identities);
             self.snapshots.send_replace(Arc::new(next));
         }
     }

@@ -17,6 +17,7 @@ use std::{
 
 use anyhow::Context as _;
 use culvert_common::ListenerKind;
+use futures_util::FutureExt as _;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
@@ -189,7 +190,7 @@ async fn accept(
             Some(ended) = connections.join_next() => told(ended),
             accepted = listener.accept() => match accepted {
                 Ok((socket, _)) => {
-                    connections.spawn_local(one(context.clone(), pod.clone(), kind, own_port, socket));
+                    connections.spawn_local(one(context.clone(), pod.clone(), kind, own_port, socket, stop.clone()));
                 }
                 Err(error) => {
                     warn!(uid = %pod.uid, %error, "accept failed");
@@ -198,16 +199,31 @@ async fn accept(
             },
         }
     }
+    // Their handshakes are done, so their clients believe that they are connected.
+    while let Some(Ok((socket, _))) = listener.accept().now_or_never() {
+        connections.spawn_local(one(context.clone(), pod.clone(), kind, own_port, socket, stop.clone()));
+    }
     drop(listener);
     while let Some(ended) = connections.join_next().await {
         told(ended);
     }
 }
 
-async fn one(context: Rc<Context>, pod: Arc<Pod>, kind: ListenerKind, own_port: u16, socket: TcpStream) {
+async fn one(
+    context: Rc<Context>,
+    pod: Arc<Pod>,
+    kind: ListenerKind,
+    own_port: u16,
+    socket: TcpStream,
+    mut stop: watch::Receiver<bool>,
+) {
+    let left = async move {
+        // Only ever dropped, never sent to.
+        let _ = stop.changed().await;
+    };
     match kind {
         ListenerKind::Outbound => outbound::serve(context, pod, socket).await,
-        ListenerKind::Tunnel => inbound::tunnel(context, pod, socket).await,
+        ListenerKind::Tunnel => inbound::tunnel(context, pod, socket, left).await,
         ListenerKind::Plaintext => inbound::plaintext(context, pod, own_port, socket).await,
     }
 }

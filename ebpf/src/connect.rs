@@ -109,7 +109,7 @@ fn of_pod(ctx: &SockAddrContext, pod: &PodValue, cookie: u64, v6: bool, dst: Add
             Err(reason) => verdict = Verdict { answer: Answer::Refuse, reason, ..verdict },
         }
     }
-    let flow = FlowKey { src: if v6 { pod.addr6 } else { pod.addr4 }, dst, sport: 0, dport: port, _pad: 0 };
+    let flow = FlowKey { src: if dst.is_v4() { pod.addr4 } else { pod.addr6 }, dst, sport: 0, dport: port, _pad: 0 };
     refused(cookie, Direction::Outbound, &verdict, &flow);
     // SAFETY: sets the errno of this very call.
     unsafe { bpf_set_retval(-ECONNREFUSED) };

@@ -42,6 +42,7 @@ fn mesh(instance: &str) -> Result<Sandbox> {
         .pod(out(Node::B, "impostor"))
         .pod(
             PodPlan::new(Node::B, "default", "far")
+                .label("istio.io/dataplane-mode", "ambient")
                 .http(&[HTTP])
                 .program(&["exchange-serve", &format!("--port={EXCHANGE}")]),
         );
@@ -417,6 +418,46 @@ fn garbage_and_abuse_leave_others_unharmed() -> Result<()> {
     sandbox.expect_running("agent-b")?;
     let got: HttpResult = sandbox.http("test/client", far.at(Family::V4, HTTP), "after")?;
     ensure!(got.status == Some(200), "{got:?}");
+    Ok(())
+}
+
+/// [E.5]: a pod that leaves the mesh tells its tunnels to take no more; what is open in them goes on, also when the last pod
+/// of its identity has gone and its certificate with it.
+#[test]
+fn a_pod_that_leaves_ends_its_tunnels_after_their_last_stream() -> Result<()> {
+    let sandbox = mesh("t-leaving")?;
+    let far = sandbox.pod("default/far")?.clone();
+    let (to, target) = (far.at(Family::V4, HBONE), far.at(Family::V4, HTTP).to_string());
+    let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
+    let seen = inside(&sandbox.pod("test/outsider")?.place.clone(), || async {
+        let send = http2(to, Some(leaf)).await?;
+        let (answer, mut body) = send.clone().ready().await?.send_request(connect(&target)?, false)?;
+        let answer = answer.await?;
+        ensure!(answer.status() == 200, "CONNECT was answered with {}", answer.status());
+        let manifest = fs::read_to_string(sandbox.manifests().path().join("pod-default-far.yaml"))?;
+        let (inside, outside) = ("istio.io/dataplane-mode: \"ambient\"", "istio.io/dataplane-mode: \"none\"");
+        ensure!(manifest.contains(inside), "{manifest}");
+        sandbox.manifests().apply("pod-default-far.yaml", &manifest.replace(inside, outside))?;
+        // Until GOAWAY: each is still served, and at once, or it was not begun.
+        while let Ok(mut ready) = send.clone().ready().await {
+            let Ok((answer, mut body)) = ready.send_request(connect(&target)?, false) else { break };
+            let start = Instant::now();
+            match answer.await {
+                Ok(answer) => ensure!(answer.status() == 200, "while the pod leaves: {}", answer.status()),
+                Err(error) => ensure!(error.is_go_away(), "while the pod leaves: {error}"),
+            }
+            body.send_reset(h2::Reason::CANCEL);
+            ensure!(start.elapsed() < Duration::from_secs(2), "a CONNECT waited {:?}", start.elapsed());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        body.send_data(Bytes::from_static(b"GET / HTTP/1.1\r\nHost: far\r\nConnection: close\r\n\r\n"), true)?;
+        let (mut text, mut stream) = (Vec::new(), answer.into_body());
+        while let Some(data) = stream.data().await {
+            text.extend_from_slice(&data?);
+        }
+        Ok(String::from_utf8(text)?)
+    })?;
+    ensure!(seen.starts_with("HTTP/1.1 200"), "the open stream: {seen:?}");
     Ok(())
 }
 

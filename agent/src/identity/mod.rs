@@ -186,7 +186,8 @@ impl Identities {
         self.trust.set_domains(domains(own, aliases));
     }
 
-    /// TLS for a connection from `own` to a server that is one of `expected` ([I.9]); waits up to [`WAIT`].
+    /// TLS for a connection from `own` to a server that is one of `expected` ([I.9]); waits up to [`WAIT`] for the
+    /// certificate of an identity that is wanted.
     ///
     /// Use any IP address as server name: it is neither sent nor checked. Do not keep the configuration beyond the
     /// connection: the next call may give a newer certificate.
@@ -239,8 +240,10 @@ impl Identities {
     }
 
     async fn certificate(&self, identity: &SpiffeId) -> Result<Arc<Certificate>, Unavailable> {
-        if let Ok(certificate) = self.usable(identity) {
-            return Ok(certificate);
+        match self.usable(identity) {
+            // The last pod of the identity has just left; nothing is under way that could be waited for.
+            outcome @ (Ok(_) | Err(Unavailable::NotWanted(_))) => return outcome,
+            Err(Unavailable::Waiting { .. } | Unavailable::Expired { .. }) => {}
         }
         let mut changes = self.table.changes.subscribe();
         let mut waiting = self.table.wait_for(identity);

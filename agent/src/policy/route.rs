@@ -80,7 +80,18 @@ impl Snapshot {
     /// Session affinity `ClientIP` keeps no state: rendezvous hashing gives a client the same endpoint for as long as
     /// that endpoint is eligible, longer than any `timeoutSeconds`, on every node alike; another endpoint coming or
     /// going moves only the clients that it serves.
+    ///
+    /// A client that has just left the mesh speaks as any pod outside it (§8): it has no identity to show.
     pub fn route(&self, client: &Workload, dst: SocketAddr, choice: Choice) -> Route {
+        match self.route_of_mesh(client, dst, choice) {
+            Route::Tunnel { workload, target, service } if !client.enrollment.enrolled => {
+                Route::Plaintext { target, workload: Some(workload), service }
+            }
+            route => route,
+        }
+    }
+
+    fn route_of_mesh(&self, client: &Workload, dst: SocketAddr, choice: Choice) -> Route {
         let dst = SocketAddr::new(dst.ip().to_canonical(), dst.port());
         match self.by_vip.get(&dst.ip()) {
             Some(Occupant::One(service)) => return to_service(service, client, dst, choice),
@@ -221,6 +232,21 @@ mod tests {
         assert_eq!(go(&cluster, "10.96.0.1:80"), "tunnel 10.0.0.1:9080");
         let outside = with([outside(web("a", "10.0.0.1"))], web_service());
         assert_eq!(go(&outside, "10.96.0.1:80"), "plain 10.0.0.1:9080");
+    }
+
+    /// §8: a client outside the mesh, which a connection of just before it left may still be for.
+    #[test]
+    fn a_client_that_has_left_goes_in_plaintext_where_the_tunnel_would() {
+        let mut cluster = with([web("a", "10.0.0.1")], web_service());
+        cluster.put(outside(pod("default", "client", "10.0.9.9")));
+        let snapshot = compile(&cluster, &Options::default(), None);
+        let client = snapshot.workload(&PodUid("default/client".into())).expect("there");
+        let go = |dst: &str| {
+            words(snapshot.route(client, dst.parse().expect("address"), Choice { random: 0, client: client.ips[0] }))
+        };
+        assert_eq!(go("10.96.0.1:80"), "plain 10.0.0.1:9080");
+        assert_eq!(go("10.0.0.1:9080"), "plain 10.0.0.1:9080");
+        assert_eq!(go("10.0.0.1:15008"), "loop");
     }
 
     #[test]

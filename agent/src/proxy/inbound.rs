@@ -1,10 +1,10 @@
 //! A connection to a pod of this node: by a tunnel, judged and delivered with the client's address; or plaintext whose
 //! verdict needs the agent.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use culvert_common::{Answer, PORT_HBONE, Peer, Reason};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::Instant};
 use tracing::{debug, warn};
 
 use super::{
@@ -16,15 +16,19 @@ use super::{
     reset_on_close, workload_at,
 };
 use crate::{
-    identity,
+    identity::{self, Unavailable},
     model::SpiffeId,
     policy::{Snapshot, Workload},
     telemetry::access::Direction,
     tunnel::{headers, server},
 };
 
-/// Serves one connection to the tunnel port, with all its streams, to its end.
-pub async fn tunnel(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream) {
+/// Longer than any connection: a pod that has left waits for its tunnels as long as they last ([E.5]).
+const NO_DEADLINE: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+
+/// Serves one connection to the tunnel port, with all its streams, to its end. Once `left` resolves, the pod has left the
+/// mesh: clients are told to open no more streams here, and those that are open end by themselves.
+pub async fn tunnel(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream, left: impl Future<Output = ()>) {
     let (Ok(local), Ok(remote)) = (socket.local_addr().map(canonical), socket.peer_addr().map(canonical)) else {
         return;
     };
@@ -50,7 +54,15 @@ pub async fn tunnel(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream
     let mut mismatch_told = false;
     let drain = {
         let mut drain = context.drain.clone();
-        async move { drain.started().await }
+        async move {
+            tokio::select! {
+                // At the end of the agent both are true.
+                biased;
+                deadline = drain.started() => deadline,
+                // Each stream has its own eye on the drain.
+                () = left => Instant::now() + NO_DEADLINE,
+            }
+        }
     };
     let served = server::serve(socket, tls, context.tunnel, drain, |incoming| {
         if !mismatch_told {
@@ -140,8 +152,11 @@ async fn judge(
         return refuse(incoming, status, outcome);
     }
     // As on the other side: no new connection in an old tunnel once our certificate has expired ([I.7]).
-    if let Err(error) = context.identities.ready(&own.identity).await {
-        return refuse(incoming, 503, Outcome::failed(Flag::IdentityError, error));
+    match context.identities.ready(&own.identity).await {
+        Ok(()) => {}
+        // The pod is leaving, and its client had not heard of it yet: this stream is served, and there will be no others.
+        Err(Unavailable::NotWanted(_)) if !own.enrollment.enrolled => {}
+        Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::IdentityError, error)),
     }
     // [H.2], [H.5]: the address is the TCP source; the header gives the port at most.
     let forwarded = incoming.header("forwarded").and_then(headers::forwarded_client);

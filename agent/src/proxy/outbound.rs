@@ -14,6 +14,7 @@ use super::{
     reset_on_close,
 };
 use crate::{
+    identity::Unavailable,
     model::ObjectRef,
     policy::{Choice, Route, Snapshot, Workload},
     telemetry::access::Direction,
@@ -185,14 +186,19 @@ async fn open(
         }
     };
     // A tunnel that stands outlives its certificate; new connections do not ([I.7]).
-    if let Err(error) = context.identities.ready(&own.identity).await {
-        return Opened::Failed(OpenError::Connect(Arc::new(error.into())));
+    match context.identities.ready(&own.identity).await {
+        Ok(()) => {}
+        // The last pod of the identity is just leaving the mesh.
+        Err(Unavailable::NotWanted(_)) if context.snapshot().generation != snapshot.generation => {
+            return Opened::Outdated;
+        }
+        Err(error) => return Opened::Failed(OpenError::Connect(Arc::new(error.into()))),
     }
     let mut pause = TUNNEL_PAUSE;
     loop {
         match context.pool.open(&key, &request, dial).await {
-            // Nobody there: the pod is just being enrolled, or its agent is just being replaced.
-            Err(OpenError::Connect(error)) if refused(&error) && Instant::now() + pause < until => {
+            // The pod is just being enrolled or leaving, or its agent is just being replaced.
+            Err(error) if nobody_there(&error) && Instant::now() + pause < until => {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(TUNNEL_PAUSE_MAX);
                 if context.snapshot().generation != snapshot.generation {
@@ -205,8 +211,23 @@ async fn open(
     }
 }
 
-fn refused(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+/// Nobody answered, so that nothing can have been done with the request.
+fn nobody_there(error: &OpenError) -> bool {
+    match error {
+        OpenError::Connect(error) => error.downcast_ref::<io::Error>().is_some_and(|error| {
+            matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset)
+        }),
+        OpenError::Aborted(_) => true,
+        OpenError::ConnectTimeout
+        | OpenError::HandshakeTimeout
+        | OpenError::Tls(_)
+        | OpenError::Protocol(_)
+        | OpenError::Lost(_)
+        | OpenError::Reset(_)
+        | OpenError::Refused { .. }
+        | OpenError::BadRequest(_)
+        | OpenError::Closed => false,
+    }
 }
 
 /// Telemetry for the other side (specification §14.2); unknown values are left out.

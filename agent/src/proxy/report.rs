@@ -121,7 +121,7 @@ impl Outcome {
             OpenError::Connect(_) | OpenError::Closed => Flag::Connect,
             OpenError::HandshakeTimeout | OpenError::Tls(_) => Flag::TlsFailure,
             OpenError::Protocol(_) | OpenError::BadRequest(_) => Flag::H2HandshakeFailure,
-            OpenError::Lost(_) => Flag::TunnelLost,
+            OpenError::Aborted(_) | OpenError::Lost(_) => Flag::TunnelLost,
             OpenError::Reset(_) => Flag::Reset,
             OpenError::Refused { .. } => Flag::Refused,
         };

@@ -100,6 +100,8 @@ pub enum OpenError {
     Tls(Arc<str>),
     /// The peer does not speak HTTP/2 as it should (flag `H2_HANDSHAKE_FAILURE`).
     Protocol(Arc<str>),
+    /// The connection ended before its TLS handshake did: the peer knows nothing of the request yet.
+    Aborted(Arc<str>),
     /// The connection ended before an answer came.
     Lost(Arc<str>),
     /// The peer cut the request off with this RST_STREAM code.
@@ -127,6 +129,7 @@ impl fmt::Display for OpenError {
             Self::HandshakeTimeout => f.write_str("TLS or HTTP/2 handshake timed out"),
             Self::Tls(reason) => write!(f, "TLS: {reason}"),
             Self::Protocol(reason) => write!(f, "HTTP/2: {reason}"),
+            Self::Aborted(reason) => write!(f, "tunnel connection lost during the TLS handshake: {reason}"),
             Self::Lost(reason) => write!(f, "tunnel connection lost: {reason}"),
             Self::Reset(code) => write!(f, "CONNECT reset by the peer with code {code:#x}"),
             Self::Refused { status, reason: Some(reason) } => write!(f, "CONNECT refused with {status}: {reason}"),

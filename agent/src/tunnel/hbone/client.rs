@@ -79,7 +79,7 @@ impl Connection {
             .map_err(|_| OpenError::HandshakeTimeout)?
             .map_err(|error| match error {
                 TlsError::Tls(why) => OpenError::Tls(why),
-                TlsError::Io(error) => OpenError::Lost(format!("during the TLS handshake: {error}").into()),
+                TlsError::Io(error) => OpenError::Aborted(error.to_string().into()),
             })?;
         let core = Core::new(session, true).map_err(|end| open_error(&end))?;
         let connection = Rc::new(Self {
