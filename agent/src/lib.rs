@@ -54,7 +54,7 @@
 //!
 //! # Ports
 //!
-//! In a pod: 15008 tunnels (by `sk_lookup`; the sockets themselves listen above 65096), 61000 to 65095 the redirected
+//! In a pod: 15008 tunnels (by `sk_lookup`; the sockets themselves listen from 65000 on), 512 to 1023 the redirected
 //! connections of the pod to itself. On the node: 15021 readiness, 15012 the CA.
 
 pub mod app;

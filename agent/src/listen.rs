@@ -6,20 +6,21 @@ use std::{
     io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, BorrowedFd},
+    time::Duration,
 };
 
 use anyhow::Context as _;
-use culvert_common::{ListenerKind, REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST};
-use socket2::{Domain, Protocol, Socket, Type};
+use culvert_common::ListenerKind;
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use crate::netns::NetnsHandle;
 
 /// Connections that may wait to be accepted: bursts of thousands; the pod's `net.core.somaxconn` bounds it further.
 const BACKLOG: i32 = 16384;
 
-/// The first port that is tried for a listener: above Linux's ephemeral ports and above the redirected ones, where
-/// applications rarely listen. Connections reach a listener by `sk_lookup` and not by its port.
-const FIRST_PORT: u16 = REDIRECT_PORT_FIRST + REDIRECT_PORT_COUNT;
+/// The first port that is tried for a listener: above Linux's ephemeral ports, where applications rarely listen.
+/// Connections reach a listener by `sk_lookup` and not by its port.
+const FIRST_PORT: u16 = 65000;
 
 /// One worker's listening sockets in one pod.
 #[derive(Debug)]
@@ -45,6 +46,9 @@ impl Listeners {
 
 /// Opens one set of listeners in a pod's network namespace for each of `workers`.
 ///
+/// Linux hands options of a listener down to the sockets that it accepts: all of them have `TCP_NODELAY`, and those of
+/// applications reset when they are closed.
+///
 /// # Errors
 /// No descriptor or no port was left; nothing stays open.
 pub fn open(netns: &NetnsHandle, workers: u32) -> anyhow::Result<Vec<Listeners>> {
@@ -53,11 +57,12 @@ pub fn open(netns: &NetnsHandle, workers: u32) -> anyhow::Result<Vec<Listeners>>
             let mut next = FIRST_PORT;
             (0..workers)
                 .map(|_| {
-                    Ok(Listeners {
-                        outbound: listener(&mut next)?,
-                        tunnel: listener(&mut next)?,
-                        plaintext: listener(&mut next)?,
-                    })
+                    let (outbound, plaintext) = (listener(&mut next)?, listener(&mut next)?);
+                    // What is accepted from these is reset unless it ended in order; see `proxy::copy`.
+                    for listener in [&outbound, &plaintext] {
+                        SockRef::from(listener).set_linger(Some(Duration::ZERO))?;
+                    }
+                    Ok(Listeners { outbound, tunnel: listener(&mut next)?, plaintext })
                 })
                 .collect::<io::Result<Vec<_>>>()
         })
@@ -92,6 +97,8 @@ fn bind(port: u16) -> io::Result<std::net::TcpListener> {
         Err(error) => return Err(error),
     };
     socket.set_nonblocking(true)?;
+    // Small answers must not wait for acknowledgements of earlier ones.
+    socket.set_tcp_nodelay(true)?;
     socket.bind(&addr.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -116,5 +123,22 @@ mod tests {
             std::net::TcpStream::connect(format!("{host}:{}", ports[0])).expect("both families");
         }
         assert_eq!(open(&here, 1).expect("a second agent finds other ports").len(), 1);
+        for (listener, linger) in [
+            (&sets[0].outbound, Some(Duration::ZERO)),
+            (&sets[0].tunnel, None),
+            (&sets[0].plaintext, Some(Duration::ZERO)),
+        ] {
+            let addr = ("127.0.0.1", listener.local_addr().expect("bound").port());
+            let _client = std::net::TcpStream::connect(addr).expect("connected");
+            let accepted = loop {
+                match listener.accept() {
+                    Ok((accepted, _)) => break accepted,
+                    Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+                }
+            };
+            let accepted = SockRef::from(&accepted);
+            assert_eq!(accepted.linger().expect("option"), linger);
+            assert!(accepted.tcp_nodelay().expect("option"));
+        }
     }
 }

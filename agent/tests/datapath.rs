@@ -213,6 +213,42 @@ fn outbound_is_captured_with_its_original_destination_in_both_families() {
     assert_eq!(counted(&datapath, node.cookie, Direction::Outbound, Answer::Agent, Reason::Captured), 3);
 }
 
+/// A connection that is rewritten to its own address and port is one with itself: it opens, and the application reads
+/// what it has written. Neither source ports from anywhere in the range that a pod may choose for itself, nor reserved
+/// ones that an application binds to, may meet the redirected ports.
+#[test]
+fn a_captured_connection_never_reaches_itself() {
+    let node = Node::new();
+    let (_datapath, listener) = node.enrolled(Mode::Permissive);
+    listener.set_nonblocking(true).expect("a flag");
+    let arrives = |client: Socket| {
+        client.connect(&SockAddr::from("10.200.0.9:8080".parse::<SocketAddr>().expect("a literal")))?;
+        let until = Instant::now() + Duration::from_secs(3);
+        while let Err(error) = listener.accept() {
+            assert_eq!(error.kind(), ErrorKind::WouldBlock);
+            assert!(Instant::now() < until, "from {:?}: nobody accepts", client.local_addr());
+        }
+        // Its port is free again at once.
+        client.set_linger(Some(Duration::ZERO))
+    };
+    let client = || Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).expect("a socket");
+    within(&node.pod, || {
+        for range in ["61000 65095", "1024 5119"] {
+            fs::write("/proc/sys/net/ipv4/ip_local_port_range", range).expect("a range of the pod's own");
+            for _ in 0..20_000 {
+                arrives(client()).expect("captured");
+            }
+        }
+        for port in (512..1024).cycle().take(10 * 512) {
+            let client = client();
+            client.set_reuse_address(true).expect("an option");
+            let source: SocketAddr = format!("{POD4}:{port}").parse().expect("an address");
+            client.bind(&source.into()).expect("a reserved port");
+            arrives(client).expect("captured");
+        }
+    });
+}
+
 /// [K.4]: enrolled but not ready, no listener, silent; each with its own reason, and recovery without touching the pod.
 #[test]
 fn every_gap_of_the_agent_refuses_with_its_reason() {

@@ -25,11 +25,22 @@ pub const PORT_HBONE: u16 = 15008;
 ///
 /// One (source, destination, port) triple has about 28 000 source ports; the destination is rewritten to the pod's own
 /// address and one of [`REDIRECT_PORT_COUNT`] ports, all of which the pod's `sk_lookup` program recognises by the
-/// recorded tuple, so a pod never runs out of them. The range lies above Linux's default ephemeral ports (32768 to
-/// 60999).
-pub const REDIRECT_PORT_FIRST: u16 = 61000;
+/// recorded tuple, so a pod never runs out of them. What else listens on one of them is not disturbed.
+///
+/// With the same port at both ends a connection would be one with itself. So the range lies where no source port is
+/// chosen by the kernel, whatever the pod sets `net.ipv4.ip_local_port_range` to: below
+/// `net.ipv4.ip_unprivileged_port_start` (1024). A port that an application has bound to is stepped over.
+pub const REDIRECT_PORT_FIRST: u16 = 512;
 /// Number of ports from [`REDIRECT_PORT_FIRST`] on: a power of two.
-pub const REDIRECT_PORT_COUNT: u16 = 4096;
+pub const REDIRECT_PORT_COUNT: u16 = 512;
+
+/// The port, of the redirected ones, for a connection whose source port is `bound` (0: not chosen yet); `random` spreads.
+#[inline(always)]
+pub const fn redirect_port(random: u32, bound: u16) -> u16 {
+    let random = random as u16;
+    let port = REDIRECT_PORT_FIRST + (random & (REDIRECT_PORT_COUNT - 1));
+    if port == bound { REDIRECT_PORT_FIRST + (random.wrapping_add(1) & (REDIRECT_PORT_COUNT - 1)) } else { port }
+}
 
 /// First 16 bits of the source address of the agent's leg to an application (127.6.0.0/16).
 ///
@@ -43,3 +54,20 @@ pub const SILENT_AFTER_NS: u64 = 10_000_000_000;
 
 /// Version of the pinned layout: part of the pin directory's name, raised when a map's key or value changes.
 pub const LAYOUT_VERSION: u32 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_redirected_port_is_reserved_and_never_the_connections_own() {
+        let range = REDIRECT_PORT_FIRST..REDIRECT_PORT_FIRST + REDIRECT_PORT_COUNT;
+        assert!(range.end <= 1024 && REDIRECT_PORT_COUNT.is_power_of_two());
+        for bound in range.clone().chain([0, 1, 1024, u16::MAX]) {
+            for random in 0..=u32::from(u16::MAX) {
+                let port = redirect_port(random, bound);
+                assert!(port != bound && range.contains(&port), "{random} {bound}");
+            }
+        }
+    }
+}

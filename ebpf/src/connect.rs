@@ -6,8 +6,7 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use culvert_common::{
-    Addr, Answer, Direction, FlowKey, Peer, PodValue, REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SocketKind,
-    SocketValue, Verdict, decide,
+    Addr, Answer, Direction, FlowKey, Peer, PodValue, Reason, SocketKind, SocketValue, Verdict, decide, redirect_port,
 };
 
 use crate::{
@@ -142,8 +141,9 @@ fn redirect(ctx: &SockAddrContext, pod: &PodValue, cookie: u64, v6: bool, dst: A
     if !note(sk, &mut value) {
         return Err(Reason::KernelCapacity);
     }
-    // SAFETY: the helper takes no argument.
-    let spread = unsafe { bpf_get_prandom_u32() } as u16 & (REDIRECT_PORT_COUNT - 1);
+    // SAFETY: the helper takes no argument; the verifier checks the access to the socket.
+    let (random, bound) = unsafe { (bpf_get_prandom_u32(), word(&raw const (*sk).src_port) as u16) };
+    let redirected = redirect_port(random, bound);
     let raw = ctx.sock_addr;
     // SAFETY: the verifier checks each write to the context; volatile keeps them word by word.
     unsafe {
@@ -157,7 +157,7 @@ fn redirect(ctx: &SockAddrContext, pod: &PodValue, cookie: u64, v6: bool, dst: A
         } else {
             (&raw mut (*raw).user_ip4).write_volatile(to.to_be32x4()[3]);
         }
-        (&raw mut (*raw).user_port).write_volatile((REDIRECT_PORT_FIRST + spread).to_be().into());
+        (&raw mut (*raw).user_port).write_volatile(redirected.to_be().into());
     }
     Ok(())
 }
