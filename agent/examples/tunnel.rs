@@ -17,7 +17,7 @@ use std::{
 };
 
 use culvert::{
-    proxy::copy::{self, Counters},
+    proxy::copy::{self, Counters, ResetOnClose},
     tunnel::{Config, Connect, Pool, PoolKey, server},
 };
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
@@ -191,7 +191,7 @@ async fn server_proxy(
             let tcp = TcpStream::connect(app).await.expect("application");
             tcp.set_nodelay(true).expect("nodelay");
             if let Ok(stream) = incoming.accept(None) {
-                copy::bidirectional(tcp, stream, &Counters::default()).await;
+                copy::bidirectional(ResetOnClose::new(tcp), stream, &Counters::default()).await;
             }
         };
         let tls = tls.clone();
@@ -232,7 +232,7 @@ async fn client_proxy(
                 }
             };
             let stream = pool.open(&key, &connect, dial).await.expect("tunnel");
-            copy::bidirectional(tcp, stream, &Counters::default()).await;
+            copy::bidirectional(ResetOnClose::new(tcp), stream, &Counters::default()).await;
         });
         while connections.try_join_next().is_some() {}
     }

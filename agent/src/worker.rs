@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     io,
+    net::SocketAddr,
     rc::Rc,
     sync::{
         Arc,
@@ -189,8 +190,8 @@ async fn accept(
             _ = stop.changed() => break,
             Some(ended) = connections.join_next() => told(ended),
             accepted = listener.accept() => match accepted {
-                Ok((socket, _)) => {
-                    connections.spawn_local(one(context.clone(), pod.clone(), kind, own_port, socket, stop.clone()));
+                Ok((socket, peer)) => {
+                    connections.spawn_local(one(context.clone(), pod.clone(), kind, own_port, socket, peer, stop.clone()));
                 }
                 Err(error) => {
                     warn!(uid = %pod.uid, %error, "accept failed");
@@ -200,8 +201,8 @@ async fn accept(
         }
     }
     // Their handshakes are done, so their clients believe that they are connected.
-    while let Some(Ok((socket, _))) = listener.accept().now_or_never() {
-        connections.spawn_local(one(context.clone(), pod.clone(), kind, own_port, socket, stop.clone()));
+    while let Some(Ok((socket, peer))) = listener.accept().now_or_never() {
+        connections.spawn_local(one(context.clone(), pod.clone(), kind, own_port, socket, peer, stop.clone()));
     }
     drop(listener);
     while let Some(ended) = connections.join_next().await {
@@ -215,6 +216,7 @@ async fn one(
     kind: ListenerKind,
     own_port: u16,
     socket: TcpStream,
+    peer: SocketAddr,
     mut stop: watch::Receiver<bool>,
 ) {
     let left = async move {
@@ -222,9 +224,9 @@ async fn one(
         let _ = stop.changed().await;
     };
     match kind {
-        ListenerKind::Outbound => outbound::serve(context, pod, socket).await,
-        ListenerKind::Tunnel => inbound::tunnel(context, pod, socket, left).await,
-        ListenerKind::Plaintext => inbound::plaintext(context, pod, own_port, socket).await,
+        ListenerKind::Outbound => outbound::serve(context, pod, socket, peer).await,
+        ListenerKind::Tunnel => inbound::tunnel(context, pod, socket, peer, left).await,
+        ListenerKind::Plaintext => inbound::plaintext(context, pod, own_port, socket, peer).await,
     }
 }
 

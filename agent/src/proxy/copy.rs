@@ -102,12 +102,23 @@ fn far(cause: impl Into<Cause>) -> CopyOutcome {
 
 /// A socket whose close is a reset until both directions have ended, whoever closes it: the kernel does when the agent is
 /// killed, and then too what was cut off must not look finished.
-struct ResetOnClose(TcpStream);
+pub struct ResetOnClose(TcpStream);
 
 impl ResetOnClose {
-    fn new(socket: TcpStream) -> Self {
+    /// Makes it so.
+    pub fn new(socket: TcpStream) -> Self {
         super::reset_on_close(&socket);
         Self(socket)
+    }
+
+    /// Accepted from a listener of `crate::listen` whose sockets are so from the start.
+    pub fn inherited(socket: TcpStream) -> Self {
+        Self(socket)
+    }
+
+    /// The socket.
+    pub fn get(&self) -> &TcpStream {
+        &self.0
     }
 
     /// Both directions have ended: what is still on its way is delivered.
@@ -118,8 +129,7 @@ impl ResetOnClose {
 }
 
 /// Copies between `socket` and the tunnel until both directions have ended or one side was cut off.
-pub async fn bidirectional(socket: TcpStream, stream: tunnel::Stream, counters: &Counters) -> CopyOutcome {
-    let socket = ResetOnClose::new(socket);
+pub async fn bidirectional(socket: ResetOnClose, stream: tunnel::Stream, counters: &Counters) -> CopyOutcome {
     let (mut read, mut write) = stream.split();
     let copied = {
         let both = async {
@@ -146,8 +156,7 @@ pub async fn bidirectional(socket: TcpStream, stream: tunnel::Stream, counters: 
 }
 
 /// Copies between two sockets until both directions have ended or one side was cut off.
-pub async fn bidirectional_plain(near_socket: TcpStream, far_socket: TcpStream, counters: &Counters) -> CopyOutcome {
-    let (a, b) = (ResetOnClose::new(near_socket), ResetOnClose::new(far_socket));
+pub async fn bidirectional_plain(a: ResetOnClose, b: ResetOnClose, counters: &Counters) -> CopyOutcome {
     let copied = {
         let both = async {
             tokio::try_join!(

@@ -9,14 +9,14 @@ use tracing::{debug, warn};
 
 use super::{
     Context, ServedPod, canonical,
-    copy::{self, CopyOutcome},
+    copy::{self, CopyOutcome, ResetOnClose},
     keepalive,
     outbound::baggage,
     report::{Flag, Outcome, Story},
     reset_on_close, workload_at,
 };
 use crate::{
-    identity::{self, Unavailable},
+    identity::{self, Refusal, Unavailable},
     model::SpiffeId,
     policy::{Snapshot, Workload},
     telemetry::access::Direction,
@@ -28,10 +28,16 @@ const NO_DEADLINE: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
 /// Serves one connection to the tunnel port, with all its streams, to its end. Once `left` resolves, the pod has left the
 /// mesh: clients are told to open no more streams here, and those that are open end by themselves.
-pub async fn tunnel(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream, left: impl Future<Output = ()>) {
-    let (Ok(local), Ok(remote)) = (socket.local_addr().map(canonical), socket.peer_addr().map(canonical)) else {
-        return;
-    };
+pub async fn tunnel(
+    context: Rc<Context>,
+    pod: Arc<ServedPod>,
+    socket: TcpStream,
+    remote: SocketAddr,
+    left: impl Future<Output = ()>,
+) {
+    // The client is gone already.
+    let Ok(local) = socket.local_addr().map(canonical) else { return };
+    let remote = canonical(remote);
     if local.port() != PORT_HBONE || !pod.ips.contains(&local.ip()) {
         debug!(uid = %pod.uid, %local, "a process dialled the tunnel listener itself: refused");
         return reset_on_close(&socket);
@@ -49,9 +55,9 @@ pub async fn tunnel(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream
             return story().end(&context, &Outcome::failed(Flag::IdentityError, error));
         }
     };
-    let _ = socket.set_nodelay(true);
     keepalive(&socket);
-    let mut mismatch_told = false;
+    // Of the tunnel, not of each of its streams: reading a certificate costs more than all the rest of a request.
+    let mut proved: Option<Rc<Result<SpiffeId, Refusal>>> = None;
     let drain = {
         let mut drain = context.drain.clone();
         async move {
@@ -65,11 +71,12 @@ pub async fn tunnel(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream
         }
     };
     let served = server::serve(socket, tls, context.tunnel, drain, |incoming| {
-        if !mismatch_told {
-            mismatch_told = true;
-            tell_mismatch(&context, &incoming);
-        }
-        stream(context.clone(), pod.clone(), incoming)
+        let proved = proved.get_or_insert_with(|| {
+            let proved = identity::peer_identity(&incoming.peer().certificates);
+            tell_mismatch(&context, incoming.peer().remote, &proved);
+            Rc::new(proved)
+        });
+        stream(context.clone(), pod.clone(), incoming, proved.clone())
     })
     .await;
     if let Err(error) = served {
@@ -84,21 +91,26 @@ pub async fn tunnel(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream
 }
 
 /// [I.11]: a tunnel from the address of a pod that has another service account.
-fn tell_mismatch(context: &Context, incoming: &server::Incoming) {
-    let (snapshot, peer) = (context.snapshot(), incoming.peer());
-    let Ok(proved) = identity::peer_identity(&peer.certificates) else { return };
-    if let Some(known) = workload_at(&snapshot, peer.remote.ip()).filter(|known| known.identity != proved) {
-        warn!(reason = "identity-address-mismatch", src = %peer.remote, %proved, known = %known.identity,
+fn tell_mismatch(context: &Context, remote: SocketAddr, proved: &Result<SpiffeId, Refusal>) {
+    let (Ok(proved), snapshot) = (proved, context.snapshot()) else { return };
+    let remote = canonical(remote);
+    if let Some(known) = workload_at(&snapshot, remote.ip()).filter(|known| known.identity != *proved) {
+        warn!(reason = "identity-address-mismatch", src = %remote, %proved, known = %known.identity,
             "a tunnel comes from the address of a pod with another identity");
     }
 }
 
 /// One CONNECT.
-async fn stream(context: Rc<Context>, pod: Arc<ServedPod>, incoming: server::Incoming) {
+async fn stream(
+    context: Rc<Context>,
+    pod: Arc<ServedPod>,
+    incoming: server::Incoming,
+    proved: Rc<Result<SpiffeId, Refusal>>,
+) {
     let peer = incoming.peer().clone();
     let (local, remote) = (canonical(peer.local), canonical(peer.remote));
     let mut story = Story::new(Direction::Inbound, remote, local);
-    let outcome = judge(&context, &pod, incoming, local, remote, &peer.certificates, &mut story).await;
+    let outcome = judge(&context, &pod, incoming, local, remote, &proved, &mut story).await;
     story.end(&context, &outcome);
 }
 
@@ -108,7 +120,7 @@ async fn judge(
     mut incoming: server::Incoming,
     local: SocketAddr,
     remote: SocketAddr,
-    certificates: &[rustls::pki_types::CertificateDer<'static>],
+    proved: &Result<SpiffeId, Refusal>,
     story: &mut Story,
 ) -> Outcome {
     let refuse = |incoming: server::Incoming, status: u16, outcome: Outcome| {
@@ -121,8 +133,8 @@ async fn judge(
         let _ = incoming.refuse(status, Some(word));
         outcome
     };
-    let proved = match identity::peer_identity(certificates) {
-        Ok(proved) => proved,
+    let proved = match proved {
+        Ok(proved) => proved.clone(),
         Err(error) => return refuse(incoming, 401, Outcome::failed(Flag::IdentityError, error)),
     };
     let snapshot = context.snapshot();
@@ -224,15 +236,21 @@ fn no_longer(snapshot: &Snapshot, pod: &ServedPod, peer: Peer, port: u16) -> Opt
 }
 
 /// Serves plaintext whose verdict the kernel left to the agent.
-pub async fn plaintext(context: Rc<Context>, pod: Arc<ServedPod>, own_port: u16, socket: TcpStream) {
-    let (Ok(local), Ok(remote)) = (socket.local_addr().map(canonical), socket.peer_addr().map(canonical)) else {
-        return;
-    };
+pub async fn plaintext(
+    context: Rc<Context>,
+    pod: Arc<ServedPod>,
+    own_port: u16,
+    socket: TcpStream,
+    remote: SocketAddr,
+) {
+    let socket = ResetOnClose::inherited(socket);
+    // The client is gone already.
+    let Ok(local) = socket.get().local_addr().map(canonical) else { return };
+    let remote = canonical(remote);
     if local.port() == own_port || !pod.ips.contains(&local.ip()) {
         debug!(uid = %pod.uid, %local, "a process dialled the plaintext listener itself: refused");
-        return reset_on_close(&socket);
+        return;
     }
-    let _ = socket.set_nodelay(true);
     let mut story = Story::new(Direction::Inbound, remote, local);
     let snapshot = context.snapshot();
     story.src_workload = workload_at(&snapshot, remote.ip()).cloned();
@@ -241,10 +259,7 @@ pub async fn plaintext(context: Rc<Context>, pod: Arc<ServedPod>, own_port: u16,
             story.dst_workload = Some(own.clone());
             deliver(&context, &pod, &snapshot, own, socket, local, remote, &mut story).await
         }
-        None => {
-            reset_on_close(&socket);
-            Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source")
-        }
+        None => Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source"),
     };
     story.end(&context, &outcome);
 }
@@ -255,22 +270,18 @@ async fn deliver(
     pod: &ServedPod,
     snapshot: &Arc<Snapshot>,
     own: &Workload,
-    socket: TcpStream,
+    socket: ResetOnClose,
     local: SocketAddr,
     remote: SocketAddr,
     story: &mut Story,
 ) -> Outcome {
     let verdict = snapshot.decide(own, Peer::Plain, local.port());
     if verdict.answer == Answer::Refuse {
-        reset_on_close(&socket);
         return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
     }
     let leg = match context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await {
         Ok(leg) => leg,
-        Err(error) => {
-            reset_on_close(&socket);
-            return Outcome::failed(Flag::Connect, error);
-        }
+        Err(error) => return Outcome::failed(Flag::Connect, error),
     };
     let word = verdict.reason.as_str();
     let copied = copy::bidirectional_plain(leg, socket, &story.counters);

@@ -16,12 +16,9 @@ use std::{
 use anyhow::Context as _;
 use culvert_common::LEG_SOURCE_PREFIX;
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
-use tokio::{
-    net::{TcpSocket, TcpStream},
-    sync::watch,
-    time::timeout,
-};
+use tokio::{net::TcpStream, sync::watch, time::timeout};
 
+use self::copy::ResetOnClose;
 use crate::{
     datapath::{Leg, NetnsCookie, Sockets},
     drain,
@@ -109,7 +106,7 @@ impl Context {
         client: SocketAddr,
         target: SocketAddr,
         patience: Duration,
-    ) -> anyhow::Result<TcpStream> {
+    ) -> anyhow::Result<ResetOnClose> {
         let deadline = Instant::now() + patience;
         let stream = match target {
             SocketAddr::V4(_) => self.leg_from(pod, client, leg_source(), target, patience).await,
@@ -125,7 +122,7 @@ impl Context {
             }
         };
         let stream = stream.with_context(|| format!("connect to the application at {target}"))?;
-        let source = stream.local_addr().context("address of the leg")?;
+        let source = stream.get().local_addr().context("address of the leg")?;
         loop {
             let state = self.sockets.borrow_mut().leg(source, target);
             match state {
@@ -151,13 +148,11 @@ impl Context {
         source: IpAddr,
         target: SocketAddr,
         patience: Duration,
-    ) -> anyhow::Result<TcpStream> {
+    ) -> anyhow::Result<ResetOnClose> {
         let socket = socket_in(pod, target).context("make a socket in the pod")?;
         self.sockets.borrow_mut().mark_leg(&socket, client)?;
         bind(&socket, source).with_context(|| format!("bind to {source} in the pod"))?;
-        let stream = connect(socket, target, patience).await?;
-        reset_on_close(&stream);
-        Ok(stream)
+        Ok(ResetOnClose::new(connect(socket, target, patience).await?))
     }
 }
 
@@ -178,16 +173,30 @@ fn canonical(addr: SocketAddr) -> SocketAddr {
 }
 
 fn socket_in(pod: &ServedPod, target: SocketAddr) -> io::Result<Socket> {
-    let socket = pod.netns.run(|| Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP)))??;
-    socket.set_nonblocking(true)?;
+    // One system call, where `Socket::new` makes one for each flag.
+    let kind = Type::STREAM.nonblocking().cloexec();
+    let socket = pod.netns.run(|| Socket::new_raw(Domain::for_address(target), kind, Some(Protocol::TCP)))??;
     socket.set_tcp_nodelay(true)?;
     Ok(socket)
 }
 
 async fn connect(socket: Socket, target: SocketAddr, patience: Duration) -> io::Result<TcpStream> {
-    let socket = TcpSocket::from_std_stream(socket.into());
-    match timeout(patience, socket.connect(target)).await {
-        Ok(result) => result,
+    match socket.connect(&target.into()) {
+        // Inside one node the handshake is over before the call returns, although it says that it is in progress.
+        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) && socket.peer_addr().is_err() => {}
+        Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+        _ => return TcpStream::from_std(socket.into()),
+    }
+    let stream = TcpStream::from_std(socket.into())?;
+    let connected = async {
+        stream.writable().await?;
+        match stream.take_error()? {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    };
+    match timeout(patience, connected).await {
+        Ok(result) => result.map(|()| stream),
         Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {patience:?}"))),
     }
 }

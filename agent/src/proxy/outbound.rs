@@ -8,10 +8,9 @@ use tracing::debug;
 
 use super::{
     Context, ServedPod, canonical,
-    copy::{self, Counters},
+    copy::{self, Counters, ResetOnClose},
     keepalive, report,
     report::{Flag, Outcome, Story},
-    reset_on_close,
 };
 use crate::{
     identity::Unavailable,
@@ -27,21 +26,15 @@ const TUNNEL_PATIENCE: Duration = Duration::from_secs(5);
 const TUNNEL_PAUSE: Duration = Duration::from_millis(25);
 const TUNNEL_PAUSE_MAX: Duration = Duration::from_millis(800);
 
-/// Carries one accepted connection to its end, and tells it.
-pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream) {
-    let Some(dst) = context.sockets.borrow().original_destination(&socket) else {
-        debug!(uid = %pod.uid, "a process dialled the outbound listener itself: refused");
-        return reset_on_close(&socket);
-    };
-    let client = match socket.peer_addr() {
-        Ok(client) => canonical(client),
-        // The client is gone already.
-        Err(_) => return,
-    };
+/// Carries one connection, accepted from `client`, to its end, and tells it.
+pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream, client: SocketAddr) {
     // Until an answer has come to its end, no end of ours may look like one.
-    reset_on_close(&socket);
-    // Small answers must not wait for acknowledgements of earlier ones.
-    let _ = socket.set_nodelay(true);
+    let socket = ResetOnClose::inherited(socket);
+    let Some(dst) = context.sockets.borrow().original_destination(socket.get()) else {
+        debug!(uid = %pod.uid, "a process dialled the outbound listener itself: refused");
+        return;
+    };
+    let client = canonical(client);
     let mut story = Story::new(Direction::Outbound, client, dst);
     let outcome = route(&context, &pod, socket, client, dst, &mut story).await;
     story.end(&context, &outcome);
@@ -50,7 +43,7 @@ pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream)
 async fn route(
     context: &Rc<Context>,
     pod: &Arc<ServedPod>,
-    socket: TcpStream,
+    socket: ResetOnClose,
     client: SocketAddr,
     dst: SocketAddr,
     story: &mut Story,
@@ -70,7 +63,7 @@ async fn route(
             Route::Plaintext { target, workload, service } => {
                 story.heads_for(target, workload, service);
                 return match context.dial(pod, client.ip(), target, snapshot.mesh.connect_timeout).await {
-                    Ok(server) => plain(context, socket, server, &story.counters).await,
+                    Ok(server) => plain(context, socket, ResetOnClose::new(server), &story.counters).await,
                     Err(error) => Outcome::failed(Flag::Connect, format_args!("connect to {target}: {error}")),
                 };
             }
@@ -122,7 +115,7 @@ async fn to_itself(
     pod: &ServedPod,
     snapshot: &Snapshot,
     own: &Workload,
-    socket: TcpStream,
+    socket: ResetOnClose,
     client: SocketAddr,
     target: SocketAddr,
     counters: &Arc<Counters>,
@@ -137,7 +130,7 @@ async fn to_itself(
     }
 }
 
-async fn plain(context: &Context, client: TcpStream, server: TcpStream, counters: &Counters) -> Outcome {
+async fn plain(context: &Context, client: ResetOnClose, server: ResetOnClose, counters: &Counters) -> Outcome {
     tokio::select! {
         ended = copy::bidirectional_plain(client, server, counters) => {
             Outcome::of_copy(ended, "plaintext", "the client", "the server")

@@ -223,6 +223,10 @@ impl Drop for Writer {
     }
 }
 
+/// Pause after a batch, in which the next one gathers: a thread that waits for each line costs whoever sends it a system
+/// call, and both a change of threads.
+const GATHER: Duration = Duration::from_millis(10);
+
 /// The body of the thread.
 fn write_lines(orders: &mpsc::Receiver<Order>, mut out: impl Write, dropped: &AtomicU64) {
     const BATCH_BYTES: usize = 64 << 10;
@@ -251,6 +255,7 @@ fn write_lines(orders: &mpsc::Receiver<Order>, mut out: impl Write, dropped: &At
             }
             next = orders.try_recv().ok();
         }
+        let full = batch.len() >= BATCH_BYTES;
         if let Err(error) = out.write_all(batch.as_bytes()).and_then(|()| out.flush()) {
             dropped.fetch_add(lines, Ordering::Relaxed);
             tracing::warn!(%error, lines, "write to the access log");
@@ -260,6 +265,9 @@ fn write_lines(orders: &mpsc::Receiver<Order>, mut out: impl Write, dropped: &At
         if now > reported {
             tracing::warn!(dropped = now - reported, "access log lines dropped: their reader is too slow");
             reported = now;
+        }
+        if !stop && !full {
+            thread::sleep(GATHER);
         }
     }
 }

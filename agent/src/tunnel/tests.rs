@@ -24,7 +24,7 @@ use super::{
     server::{Incoming, ServeError},
     testing::*,
 };
-use crate::proxy::copy::{self, Counters};
+use crate::proxy::copy::{self, Counters, ResetOnClose};
 
 type H2Server = h2::server::Connection<tokio_rustls::server::TlsStream<TcpStream>, Bytes>;
 
@@ -188,7 +188,7 @@ impl Path {
         let handler = move |incoming: Incoming| async move {
             let tcp = TcpStream::connect(app).await.expect("app");
             let stream = accepted(incoming).await;
-            copy::bidirectional(tcp, stream, &Counters::default()).await;
+            copy::bidirectional(ResetOnClose::new(tcp), stream, &Counters::default()).await;
         };
         let server = Server::start(&tls, Config::default(), handler).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("bind");
@@ -204,7 +204,7 @@ impl Path {
                 connections.spawn_local(async move {
                     let stream = open(&opener, addr, &client).await.expect("open");
                     let counters = Counters::default();
-                    let outcome = copy::bidirectional(tcp, stream, &counters).await;
+                    let outcome = copy::bidirectional(ResetOnClose::new(tcp), stream, &counters).await;
                     done.borrow_mut().push((outcome, counters.forward.into_inner(), counters.backward.into_inner()));
                 });
             }
@@ -366,7 +366,11 @@ fn a_dropped_copy_resets_both_sides() {
         let (c, d) = tokio::join!(TcpStream::connect(addr), listener.accept());
         let (mut a, mut d) = (a.expect("connect"), d.expect("accept").0);
         let counters = Counters::default();
-        let copied = copy::bidirectional_plain(b.expect("accept").0, c.expect("connect"), &counters);
+        let copied = copy::bidirectional_plain(
+            ResetOnClose::new(b.expect("accept").0),
+            ResetOnClose::new(c.expect("connect")),
+            &counters,
+        );
         assert!(timeout(Duration::from_millis(20), copied).await.is_err());
         for socket in [&mut a, &mut d] {
             let error = socket.read(&mut [0]).await.expect_err("reset, not EOF");
@@ -385,7 +389,11 @@ fn a_plain_copy_passes_bytes_and_half_close() {
         let (c, d) = tokio::join!(TcpStream::connect(addr), listener.accept());
         let (mut a, mut d) = (a.expect("connect"), d.expect("accept").0);
         let counters = Counters::default();
-        let copied = copy::bidirectional_plain(b.expect("accept").0, c.expect("connect"), &counters);
+        let copied = copy::bidirectional_plain(
+            ResetOnClose::new(b.expect("accept").0),
+            ResetOnClose::new(c.expect("connect")),
+            &counters,
+        );
         let ends = async {
             send_pattern(&mut a, TOTAL).await;
             check_pattern(&mut a, TOTAL / 2).await;
@@ -1225,7 +1233,7 @@ fn an_answer_is_delivered_although_the_peer_wants_no_more() {
             app.read_to_end(&mut got).await.expect("EOF, not a reset");
             assert_eq!(got, b"whole");
         };
-        let (outcome, ()) = tokio::join!(copy::bidirectional(near, stream, &counters), reader);
+        let (outcome, ()) = tokio::join!(copy::bidirectional(ResetOnClose::new(near), stream, &counters), reader);
         assert!(matches!(outcome, copy::CopyOutcome::Finished), "{outcome:?}");
     });
 }
@@ -1382,7 +1390,7 @@ fn a_reset_is_noticed_while_the_tunnel_is_stalled() {
             }
             linger_zero(app);
         };
-        let (outcome, ()) = tokio::join!(copy::bidirectional(near, stream, &counters), dies);
+        let (outcome, ()) = tokio::join!(copy::bidirectional(ResetOnClose::new(near), stream, &counters), dies);
         let near_reset =
             matches!(outcome, copy::CopyOutcome::Cut { side: copy::Side::Near, cause: copy::Cause::Reset });
         assert!(near_reset, "{outcome:?}");
@@ -1407,7 +1415,7 @@ fn a_cut_is_noticed_while_the_socket_is_stalled() {
         app.shutdown().await.expect("shutdown");
         let stream = open(&pool, server.addr, &tls.client).await.expect("open");
         let counters = Counters::default();
-        let outcome = copy::bidirectional(near, stream, &counters).await;
+        let outcome = copy::bidirectional(ResetOnClose::new(near), stream, &counters).await;
         let far_reset = matches!(outcome, copy::CopyOutcome::Cut { side: copy::Side::Far, cause: copy::Cause::Reset });
         assert!(far_reset, "{outcome:?}");
         let mut sink = vec![0; 1 << 20];
