@@ -7,6 +7,7 @@ use aya_ebpf::{
         BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_FIN_WAIT2,
         BPF_TCP_LAST_ACK, bpf_sock,
     },
+    helpers::bpf_setsockopt,
     programs::SockOpsContext,
 };
 use aya_log_ebpf::warn;
@@ -16,7 +17,7 @@ use culvert_common::{
 };
 
 use crate::{
-    context::{AF_INET6, inputs, netns_cookie, note, now_ns, pod, storage, word, words},
+    context::{AF_INET6, IPPROTO_TCP, inputs, netns_cookie, note, now_ns, pod, storage, word, words},
     maps::{FLOWS, POD_ADDRS},
     report::{About, Ended, count, send},
 };
@@ -61,6 +62,20 @@ fn socket(ctx: &SockOpsContext) -> Option<*mut bpf_sock> {
     (!sk.is_null()).then_some(sk)
 }
 
+/// Sets the congestion control of a socket between an application and the agent: one that every kernel has, and that does
+/// not pace. Nothing can be congested inside a pod, and a node's default may be made for long ways: BBR would send each
+/// burst by a timer.
+#[inline(always)]
+fn inside_the_pod(ctx: &SockOpsContext) {
+    const TCP_CONGESTION: i32 = 13;
+    let mut reno = *b"reno\0";
+    // Slower if it fails, and otherwise right.
+    // SAFETY: the option is `reno.len()` readable bytes.
+    let _ = unsafe {
+        bpf_setsockopt(ctx.ops.cast(), IPPROTO_TCP as i32, TCP_CONGESTION, reno.as_mut_ptr().cast(), reno.len() as i32)
+    };
+}
+
 /// Before the SYN leaves: the source port is known, so what the socket carries can be found by the other end.
 #[inline(always)]
 fn connecting(ctx: &SockOpsContext) {
@@ -75,6 +90,9 @@ fn connecting(ctx: &SockOpsContext) {
     } else {
         return;
     };
+    if !matches!(kind, FlowKind::Probe) {
+        inside_the_pod(ctx);
+    }
     let ((src, sport), (dst, dport)) = ends(ctx);
     let flow = FlowValue {
         addr: value.addr,
@@ -120,6 +138,9 @@ fn accepted(ctx: &SockOpsContext) {
                 ..SocketValue::default()
             };
             let noted = note(sk, &mut value);
+            if known.kind != FlowKind::Probe as u8 {
+                inside_the_pod(ctx);
+            }
             if known.kind == FlowKind::Leg as u8 {
                 if noted {
                     // SAFETY: as above. The agent looks for this mark and removes the entry.
