@@ -3,13 +3,19 @@
 //! One thread controls: it owns the kernel side, compiles what the source says, enrols pods, and gives the sign of
 //! life, but only while every worker gives its own. The workers carry connections (`worker`); a thread of its own
 //! watches the cgroup tree (`pods`), another writes the access log (`telemetry`).
+//!
+//! # The life of an agent
+//!
+//! It waits for its turn, loads, and enrols every pod into maps that nobody asks yet. Once that is whole, or nobody serves
+//! whom it could disturb, it takes over; from then on it is ready. It ends by SIGTERM, or because a successor has taken
+//! over; both ways open connections go on until the drain deadline, and policy goes on to hold for them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     os::fd::AsFd as _,
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, anyhow};
@@ -26,20 +32,21 @@ use crate::{
     ca,
     config::{
         self,
-        agent::{Certificates, Config},
+        agent::{self, Again, Certificates, Config},
     },
     connections::Passed,
-    datapath::{self, Datapath},
-    drain,
+    datapath::{self, Datapath, Predecessor, Turn},
+    drain::{self, Cause},
     enroll::Enrollments,
     identity::{self, Identities},
+    listen::NodePort,
     model::{ObjectRef, PodUid, TrustDomain},
     netns::NetnsHandle,
     pods::{self, Kubelet},
     policy::{self, Snapshot},
     proxy::Context,
     source::{self, View},
-    telemetry::{self, access, readiness},
+    telemetry::{self, LogLevel, access, panics, readiness},
     tunnel,
     worker::Worker,
 };
@@ -50,18 +57,26 @@ const TICK: Duration = Duration::from_millis(250);
 const WORKER_SILENCE: Duration = Duration::from_secs(5);
 /// Lifetime that certificates are asked for.
 const CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 3600);
-/// How long the writer of the access log may take for its last lines.
-const LOG_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the writer of the access log may take for its last lines, and the workers' threads for their end.
+const LAST_PATIENCE: Duration = Duration::from_millis(100);
+/// A new agent that has certificates, but not for all identities, waits so long for the others before it takes over: a CA
+/// that answers for some and refuses others may do so for ever.
+const CERTIFICATE_PATIENCE: Duration = Duration::from_secs(30);
+/// How often an agent says what it waits for.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
+/// How often the configuration's file is looked at.
+const LOOK_AT_FILE: Duration = Duration::from_secs(1);
 
 /// Runs `culvert agent` until SIGTERM or SIGINT, and drains.
 ///
 /// # Errors
 /// What kept it from starting, or ended it: one line.
-pub fn agent(config: Config) -> anyhow::Result<()> {
-    telemetry::init(config.log_format, &config.log_level)?;
-    info!(version = env!("CARGO_PKG_VERSION"), ?config, "culvert agent starts");
+pub fn agent(config: Config, again: Again) -> anyhow::Result<()> {
+    let level = telemetry::init(config.log_format, &config.log_level)?;
+    panics::install();
+    info!(version = env!("CARGO_PKG_VERSION"), settings = ?config.texts, "culvert agent starts");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("build the runtime")?;
-    runtime.block_on(run_agent(config))
+    runtime.block_on(run_agent(Settings { config, again, level }))
 }
 
 /// Runs `culvert ca` until SIGTERM or SIGINT.
@@ -70,6 +85,7 @@ pub fn agent(config: Config) -> anyhow::Result<()> {
 /// What kept it from starting, or ended it: one line.
 pub fn ca(config: config::ca::Config) -> anyhow::Result<()> {
     telemetry::init(config.log_format, &config.log_level)?;
+    panics::install();
     info!(version = env!("CARGO_PKG_VERSION"), listen = %config.ca.listen, "culvert ca starts");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("build the runtime")?;
     runtime.block_on(async {
@@ -106,11 +122,31 @@ fn stopped() -> anyhow::Result<impl Future<Output = ()>> {
     })
 }
 
-async fn run_agent(config: Config) -> anyhow::Result<()> {
-    let stop = stopped()?;
+/// Waits until no other agent prepares itself to serve.
+async fn turn(config: &Config) -> anyhow::Result<Turn> {
+    let mut said: Option<Instant> = None;
+    loop {
+        if let Some(turn) = Turn::try_take(&config.pin_dir)? {
+            return Ok(turn);
+        }
+        if said.is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
+            said = Some(Instant::now());
+            info!(pin_dir = %config.pin_dir.display(), "another agent prepares itself to serve: waiting until it does");
+        }
+        tokio::time::sleep(TICK).await;
+    }
+}
+
+async fn run_agent(settings: Settings) -> anyhow::Result<()> {
+    let config = settings.config.clone();
+    let mut stop = std::pin::pin!(stopped()?);
     let ready = readiness::Ready::default();
     let first_pass = ready.hold("first pass over the pods of the node");
-    let answering = readiness::bind(config.readiness_address).await?;
+    let port = NodePort::bind(config.readiness_address, "readiness")?;
+    let turn = tokio::select! {
+        turn = turn(&config) => turn?,
+        () = &mut stop => return Ok(()),
+    };
 
     let (views, reading) = source::file::watch(source::file::Config {
         path: config.manifests.clone(),
@@ -122,11 +158,10 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         None => pods::find_cgroup2_mount()?,
     };
     let host = Arc::new(NetnsHandle::current().context("open the node's network namespace")?);
-    let datapath = Datapath::load(datapath::Config {
-        pin_dir: config.pin_dir.clone(),
-        cgroup_root: cgroup_root.clone(),
-        workers: config.workers,
-    })?;
+    let datapath = Datapath::load(
+        datapath::Config { pin_dir: config.pin_dir.clone(), cgroup_root: cgroup_root.clone(), workers: config.workers },
+        turn,
+    )?;
     let (nodes, watcher) = pods::watch(pods::Config {
         cgroup_root,
         proc_root: PathBuf::from("/proc"),
@@ -139,8 +174,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let cluster: Arc<str> = config.cluster_id.as_str().into();
 
     let mut first = policy::compile(&views.borrow().cluster, &options, None);
-    // Numbers of an earlier agent must not be taken for ours.
-    first.generation = datapath.last_generation().wrapping_add(1).max(1);
+    first.generation = datapath.first_generation();
     let (snapshots, snapshot) = watch::channel(Arc::new(first));
     let (mut draining, drain) = drain::channel();
     let workers = (0..config.workers)
@@ -165,7 +199,12 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         .collect::<anyhow::Result<Vec<_>>>()?;
     drop(drain);
     let passed = Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), cluster);
+    let (answering, answers) = watch::channel(false);
     let mut control = Control {
+        settings,
+        hangup: signal(SignalKind::hangup()).context("listen for SIGHUP")?,
+        views,
+        nodes,
         options,
         datapath,
         workers,
@@ -177,46 +216,169 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         snapshots,
         unjudged: BTreeMap::new(),
         retry: false,
+        failed: 0,
         stuck: false,
+        stage: Stage::Preparing { since: Instant::now(), said: None },
+        first_pass: Some(first_pass),
+        answering,
+        looked_at_file: Instant::now(),
     };
 
     let (ended, until_end) = watch::channel(());
+    let (relieved, until_relieved) = watch::channel(());
     let until = |mut end: watch::Receiver<()>| async move {
         // Closed at the end; never sent to.
         let _ = end.changed().await;
     };
-    let serving = readiness::serve(answering, ready, until(until_end.clone()));
+    let serving = serve_node_port(port, answers, ready.clone(), until(until_relieved));
     let renewing = renewal.run(until(until_end));
-    let result = tokio::select! {
-        () = stop => Ok(()),
-        result = control.run(views, nodes, first_pass) => result,
-        result = reading => result.and_then(|()| Err(anyhow!("the source of manifests has ended"))),
-        result = serving => result.context("readiness").and_then(|()| Err(anyhow!("readiness has ended"))),
-        () = renewing => Err(anyhow!("the renewal of certificates has ended")),
+    let mut others = std::pin::pin!(async {
+        tokio::select! {
+            result = reading => result.and_then(|()| Err(anyhow!("the source of manifests has ended"))),
+            result = serving => result.context("readiness").and_then(|()| Err(anyhow!("readiness has ended"))),
+            () = renewing => Err(anyhow!("the renewal of certificates has ended")),
+        }
+    });
+    let mut end = tokio::select! {
+        () = &mut stop => Ok(Cause::End),
+        result = control.run() => result.map(|()| Cause::HandedOver),
+        result = &mut others => result,
     };
-    drop(ended);
-    info!(deadline = ?config.drain_deadline, "draining");
-    // Without a successor nobody serves the pods: refuse now, not in ten seconds.
-    if let Err(error) = control.datapath.silence() {
-        error!(error = format!("{error:#}"), "the kernel could not be told that the agent ends");
+    let mut deadline = control.settings.config.drain_deadline;
+    if let Ok(Cause::End) = end
+        && control.datapath.has_successor()
+    {
+        let (begun, patience) = (Instant::now(), deadline / 2);
+        info!(?patience, "another agent prepares itself to serve: going on until it has taken over");
+        end = tokio::select! {
+            () = tokio::time::sleep(patience) => Ok(Cause::End),
+            result = control.run() => result.map(|()| Cause::HandedOver),
+            result = &mut others => result,
+        };
+        deadline = deadline.saturating_sub(begun.elapsed());
     }
-    if let Err(unfinished) = draining.drain(config.drain_deadline + Duration::from_secs(1)).await {
+    let cause = *end.as_ref().unwrap_or(&Cause::End);
+    let _draining = ready.hold("draining");
+    match cause {
+        Cause::HandedOver => {
+            info!(?deadline, "another agent has taken over: draining");
+            drop(relieved);
+        }
+        Cause::End => {
+            info!(?deadline, "draining");
+            // Without a successor nobody serves the pods: refuse now, not in ten seconds.
+            if let Err(error) = control.datapath.silence() {
+                error!(error = format!("{error:#}"), "the kernel could not be told that the agent ends");
+            }
+        }
+    }
+    let drained = tokio::select! {
+        drained = draining.drain(cause, deadline) => drained,
+        never = async {
+            tokio::select! {
+                never = control.follow() => never,
+                Err(error) = &mut others, if end.is_ok() => {
+                    warn!(error = format!("{error:#}"), "while draining");
+                    std::future::pending().await
+                }
+            }
+        } => match never {},
+    };
+    if let Err(unfinished) = drained {
         warn!(workers = unfinished.0, "not everything ended by the deadline");
     }
-    control.workers.drain(..).for_each(Worker::join);
+    drop(ended);
+    control.workers.drain(..).for_each(|worker| worker.join(LAST_PATIENCE));
     control.tell();
     watcher.stop()?;
     drop(control);
     drop(log);
-    let dropped = writer.finish(LOG_PATIENCE).context("finish the access log")?;
+    let dropped = writer.finish(LAST_PATIENCE).context("finish the access log")?;
     if dropped > 0 {
         warn!(dropped, "lines of the access log were lost: its reader was too slow");
     }
-    result
+    info!("the agent ends");
+    end.map(drop)
+}
+
+/// Answers on the readiness port from when this agent is the one to answer, until another one is.
+async fn serve_node_port(
+    port: NodePort,
+    mut answers: watch::Receiver<bool>,
+    ready: readiness::Ready,
+    relieved: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    if answers.wait_for(|answers| *answers).await.is_ok() {
+        readiness::serve(port.listen()?, ready, relieved).await?;
+    }
+    std::future::pending().await
+}
+
+/// The configuration, and what it takes to change it while the agent runs.
+struct Settings {
+    config: Config,
+    again: Again,
+    level: LogLevel,
+}
+
+impl Settings {
+    /// Reads the configuration again. What can change, changes; a configuration that is wrong changes nothing.
+    fn reload(&mut self) {
+        let next = match self.again.read() {
+            Ok(next) => next,
+            Err(error) => {
+                // Several wrong values are several lines elsewhere.
+                let error = format!("{error:#}").replace('\n', "; ");
+                return error!(error, "the new configuration is wrong and changes nothing");
+            }
+        };
+        let (live, fixed): (Vec<_>, Vec<_>) =
+            self.config.differences(&next).into_iter().partition(|name| agent::LIVE.contains(name));
+        if live.contains(&"log-level")
+            && let Err(error) = self.level.set(&next.log_level)
+        {
+            return error!(error = format!("{error:#}"), "the new configuration changes nothing");
+        }
+        if !fixed.is_empty() {
+            warn!(settings = fixed.join(", "), "settings that are other ones now need a new start of the agent");
+        }
+        if !live.is_empty() {
+            let values: Vec<String> = live
+                .iter()
+                .map(|name| format!("{name}={}", next.texts.get(name).map_or("(default)", String::as_str)))
+                .collect();
+            info!(settings = values.join(", "), "settings changed");
+        }
+        for name in live {
+            match next.texts.get(name) {
+                Some(text) => drop(self.config.texts.insert(name, text.clone())),
+                None => drop(self.config.texts.remove(name)),
+            }
+        }
+        self.config.log_level = next.log_level;
+        self.config.drain_deadline = next.drain_deadline;
+    }
+}
+
+/// How far an agent has come.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    /// It fills its maps.
+    Preparing {
+        since: Instant,
+        /// When it last said what it waits for.
+        said: Option<Instant>,
+    },
+    /// It serves the node's pods.
+    Serving,
 }
 
 /// The thread that controls, and what only it touches.
 struct Control {
+    settings: Settings,
+    hangup: tokio::signal::unix::Signal,
+    views: watch::Receiver<Arc<View>>,
+    nodes: watch::Receiver<Arc<pods::Node>>,
     options: policy::Options,
     datapath: Datapath,
     workers: Vec<Worker>,
@@ -230,8 +392,16 @@ struct Control {
     unjudged: BTreeMap<PodUid, Unjudged>,
     /// Something failed and is to be tried again.
     retry: bool,
+    /// Pods that could not be brought in by the last pass.
+    failed: usize,
     /// A worker does not move, and it was said.
     stuck: bool,
+    stage: Stage,
+    /// Until this agent serves.
+    first_pass: Option<readiness::Hold>,
+    /// Says that the node's ports are this agent's to answer on.
+    answering: watch::Sender<bool>,
+    looked_at_file: Instant,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -243,39 +413,31 @@ struct Unjudged {
 }
 
 impl Control {
-    async fn run(
-        &mut self,
-        mut views: watch::Receiver<Arc<View>>,
-        mut nodes: watch::Receiver<Arc<pods::Node>>,
-        first_pass: readiness::Hold,
-    ) -> anyhow::Result<()> {
+    /// Prepares, takes over, and serves until another agent has taken over. May be called again where it was dropped.
+    async fn run(&mut self) -> anyhow::Result<()> {
         let wakes = self.passed.wakes().as_fd().try_clone_to_owned().context("duplicate the events' descriptor")?;
         // SAFETY: an OwnedFd is open, and the same descriptor, until the AsyncFd that owns it is dropped.
         let wakes = unsafe { AsyncFd::register_with_interest(wakes, Interest::READABLE) }
             .context("poll the kernel's events")?;
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut first_pass = Some(first_pass);
         let mut work = true;
         loop {
+            if self.is_relieved() {
+                return Ok(());
+            }
             if std::mem::take(&mut work) {
-                let view = views.borrow_and_update().clone();
-                let node = nodes.borrow_and_update().clone();
+                let view = self.views.borrow_and_update().clone();
+                let node = self.nodes.borrow_and_update().clone();
                 self.compile(&view, &node);
                 self.settle(&node)?;
-                if first_pass.take().is_some() {
-                    let snapshot = self.snapshots.borrow().clone();
-                    self.enrollments.adopt(&mut self.datapath, &snapshot, &node);
-                    self.datapath.beat()?;
-                    info!(generation = snapshot.generation, pods = node.pods.len(), "ready");
-                }
             }
             tokio::select! {
-                changed = views.changed() => {
+                changed = self.views.changed() => {
                     changed.context("the source of manifests has ended")?;
                     work = true;
                 }
-                changed = nodes.changed() => {
+                changed = self.nodes.changed() => {
                     changed.context("watching the pods of this node has ended")?;
                     work = true;
                 }
@@ -283,14 +445,103 @@ impl Control {
                     woken.context("poll the kernel's events")?.clear_ready();
                     self.tell();
                 }
+                _ = self.hangup.recv() => {
+                    info!("SIGHUP: reading configuration and certificates again");
+                    self.settings.reload();
+                    self.identities.reload();
+                }
                 _ = tick.tick() => {
+                    anyhow::ensure!(!self.workers.iter().any(Worker::has_ended), "a worker's thread has ended");
+                    self.look_at_file();
                     self.beat()?;
+                    if self.may_take_over()? {
+                        self.take_over()?;
+                    }
                     self.datapath.maintain();
                     self.tell();
                     work = std::mem::take(&mut self.retry);
                 }
             }
         }
+    }
+
+    /// While connections drain, policy goes on to hold for them ([D.1]); nothing of the kernel's is changed any more.
+    async fn follow(&mut self) -> std::convert::Infallible {
+        let mut tick = interval(TICK);
+        loop {
+            tokio::select! {
+                Ok(()) = self.views.changed() => {
+                    let (view, node) = (self.views.borrow_and_update().clone(), self.nodes.borrow().clone());
+                    self.compile(&view, &node);
+                }
+                _ = tick.tick() => self.tell(),
+            }
+        }
+    }
+
+    fn is_relieved(&mut self) -> bool {
+        match self.stage {
+            Stage::Preparing { .. } => false,
+            Stage::Serving => !self.datapath.serves(),
+        }
+    }
+
+    fn look_at_file(&mut self) {
+        if self.looked_at_file.elapsed() >= LOOK_AT_FILE {
+            self.looked_at_file = Instant::now();
+            if self.settings.again.file_changed() {
+                info!("the configuration's file has changed: reading it again");
+                self.settings.reload();
+            }
+        }
+    }
+
+    /// Whether it is time to take over: nobody serves, or this agent can do it as well as the one that does.
+    fn may_take_over(&mut self) -> anyhow::Result<bool> {
+        let Stage::Preparing { since, said } = &mut self.stage else { return Ok(false) };
+        if self.datapath.predecessor()? != Predecessor::Serving {
+            self.answering.send_replace(true);
+            return Ok(true);
+        }
+        let status = self.identities.status();
+        let missing: Vec<String> = status
+            .iter()
+            .filter(|one| one.state != identity::State::Serving)
+            .map(|one| match &one.last_error {
+                Some(error) => format!("{}: {error}", one.identity),
+                None => one.identity.to_string(),
+            })
+            .collect();
+        // Without a single one the CA is not there, and the agent that serves has what it had.
+        let patience_ends = missing.len() < status.len() && since.elapsed() >= CERTIFICATE_PATIENCE;
+        if self.failed == 0 && (missing.is_empty() || patience_ends) {
+            return Ok(true);
+        }
+        if said.map_or(since.elapsed() >= SAY_AGAIN / 2, |at| at.elapsed() >= SAY_AGAIN) {
+            *said = Some(Instant::now());
+            warn!(
+                certificates = missing.join(", "),
+                pods = self.failed,
+                "not taking over yet: certificates are missing, or pods could not be enrolled"
+            );
+        }
+        Ok(false)
+    }
+
+    fn take_over(&mut self) -> anyhow::Result<()> {
+        let failed = self.datapath.take_over().context("take over")?;
+        self.stage = Stage::Serving;
+        for (cookie, error) in failed {
+            self.retry = true;
+            self.enrollments.not_attached(cookie, &error, &self.workers);
+        }
+        let (snapshot, node) = (self.snapshots.borrow().clone(), self.nodes.borrow().clone());
+        self.enrollments.adopt(&mut self.datapath, &snapshot, &node);
+        self.judge_again(&snapshot);
+        self.answering.send_replace(true);
+        self.first_pass = None;
+        info!(generation = snapshot.generation, pods = node.pods.len(), "ready");
+        Ok(())
     }
 
     /// From what the source says to a snapshot; the workers see it at once.
@@ -319,12 +570,15 @@ impl Control {
         self.tell_kubelet(&node.kubelet)?;
         self.identities.want(&Enrollments::identities(&snapshot, node));
         let changes = self.enrollments.reconcile(&mut self.datapath, &self.workers, &snapshot, node);
+        self.failed = changes.failed;
         self.retry |= changes.failed > 0;
         for uid in changes.changed {
             self.unjudged.entry(uid).or_default();
         }
         self.unjudged.extend(changes.entered.into_iter().map(|uid| (uid, Unjudged { entered: true, told: false })));
-        self.judge_again(&snapshot);
+        if let Stage::Serving = self.stage {
+            self.judge_again(&snapshot);
+        }
         Ok(())
     }
 

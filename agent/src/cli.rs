@@ -8,8 +8,8 @@ use crate::config::{self, Values, agent, ca};
 /// A command that was understood.
 #[derive(Debug)]
 pub enum Cli {
-    /// `culvert agent`
-    Agent(Box<agent::Config>),
+    /// `culvert agent`, and how its configuration is read again.
+    Agent(Box<agent::Config>, agent::Again),
     /// `culvert ca`
     Ca(Box<ca::Config>),
 }
@@ -41,9 +41,15 @@ pub fn command() -> Command {
 pub fn parse() -> anyhow::Result<Cli> {
     let matches = command().get_matches();
     let (name, matches) = matches.subcommand().context("a command")?;
-    let flag = |name: &str| matches.get_one::<String>(name).cloned();
+    let of = matches.clone();
+    let flag = move |name: &str| of.get_one::<String>(name).cloned();
     match name {
-        "agent" => Ok(Cli::Agent(Box::new(agent::understand(Values::collect(agent::SETTINGS, flag)?)?))),
+        "agent" => {
+            let read = move || Ok(agent::understand(Values::collect(agent::SETTINGS, &flag)?)?);
+            let config: agent::Config = read()?;
+            let again = agent::Again::new(&config, read);
+            Ok(Cli::Agent(Box::new(config), again))
+        }
         _ => Ok(Cli::Ca(Box::new(ca::understand(Values::collect(ca::SETTINGS, flag)?)?))),
     }
 }

@@ -13,10 +13,31 @@ pub fn channel() -> (Signal, Watch) {
     (Signal { sender }, Watch { receiver })
 }
 
+/// Why it is time to finish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The agent ends, and nobody takes its place: nothing new comes.
+    End,
+    /// Another agent has taken over: what was on its way here still arrives.
+    HandedOver,
+}
+
+/// What every [`Watch`] is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// The moment at which patience ends.
+    pub deadline: Instant,
+    /// Why.
+    pub cause: Cause,
+}
+
+/// For the last frames and lines after the deadline, at which connections are cut.
+const LAST_WORDS: Duration = Duration::from_millis(700);
+
 /// The end that starts the draining.
 #[derive(Debug)]
 pub struct Signal {
-    sender: watch::Sender<Option<Instant>>,
+    sender: watch::Sender<Option<Order>>,
 }
 
 /// The deadline passed with this many [`Watch`]es still held.
@@ -24,15 +45,16 @@ pub struct Signal {
 pub struct Unfinished(pub usize);
 
 impl Signal {
-    /// Tells every [`Watch`] to finish, and waits until all are dropped, for at most `grace`.
+    /// Tells every [`Watch`] to finish within `grace`, and waits until all are dropped; a little longer than that, so that
+    /// what is cut at the deadline can be told.
     ///
     /// # Errors
-    /// [`Unfinished`] at the deadline. The caller may call again with more time, or end regardless.
-    pub async fn drain(&mut self, grace: Duration) -> Result<(), Unfinished> {
+    /// [`Unfinished`] after that. The caller may call again with more time, or end regardless.
+    pub async fn drain(&mut self, cause: Cause, grace: Duration) -> Result<(), Unfinished> {
         let deadline = Instant::now() + grace;
         // Not `send`, which refuses if nobody watches any more.
-        self.sender.send_replace(Some(deadline));
-        tokio::time::timeout_at(deadline, self.sender.closed())
+        self.sender.send_replace(Some(Order { deadline, cause }));
+        tokio::time::timeout_at(deadline + LAST_WORDS, self.sender.closed())
             .await
             .map_err(|_| Unfinished(self.sender.receiver_count()))
     }
@@ -41,7 +63,7 @@ impl Signal {
 /// The end that is told to finish; see the module.
 #[derive(Clone, Debug)]
 pub struct Watch {
-    receiver: watch::Receiver<Option<Instant>>,
+    receiver: watch::Receiver<Option<Order>>,
 }
 
 impl Watch {
@@ -50,9 +72,15 @@ impl Watch {
     ///
     /// If the [`Signal`] was dropped, nobody will wait: that is time to finish with no patience at all.
     pub async fn started(&mut self) -> Instant {
+        self.order().await.deadline
+    }
+
+    /// As [`Watch::started`], with the cause.
+    pub async fn order(&mut self) -> Order {
+        let at_once = || Order { deadline: Instant::now(), cause: Cause::End };
         match self.receiver.wait_for(Option::is_some).await {
-            Ok(deadline) => deadline.unwrap_or_else(Instant::now),
-            Err(_) => Instant::now(),
+            Ok(order) => order.unwrap_or_else(at_once),
+            Err(_) => at_once(),
         }
     }
 
@@ -89,7 +117,7 @@ mod tests {
             assert!(!watch.is_draining());
             drop(watch);
             let start = Instant::now();
-            assert_eq!(signal.drain(Duration::from_secs(60)).await, Ok(()));
+            assert_eq!(signal.drain(Cause::End, Duration::from_secs(60)).await, Ok(()));
             assert!(start.elapsed() >= STEP * 3, "{:?}", start.elapsed());
             tasks.join_all().await;
         });
@@ -102,13 +130,14 @@ mod tests {
             let (mut signal, mut watch) = channel();
             let other = watch.clone();
             let start = Instant::now();
-            assert_eq!(signal.drain(STEP).await, Err(Unfinished(2)));
+            assert_eq!(signal.drain(Cause::End, STEP).await, Err(Unfinished(2)));
             assert!(start.elapsed() >= STEP, "{:?}", start.elapsed());
             assert!(watch.is_draining());
-            let deadline = watch.started().await;
-            assert!(deadline >= start + STEP && deadline <= Instant::now());
+            let order = watch.order().await;
+            assert_eq!((order.cause, order.deadline), (Cause::End, watch.started().await));
+            assert!(order.deadline >= start + STEP && order.deadline <= Instant::now());
             drop((watch, other));
-            assert_eq!(signal.drain(Duration::ZERO).await, Ok(()));
+            assert_eq!(signal.drain(Cause::End, Duration::ZERO).await, Ok(()));
         });
     }
 
@@ -127,7 +156,7 @@ mod tests {
         runtime().block_on(async {
             let (mut signal, watch) = channel();
             drop(watch);
-            assert_eq!(signal.drain(Duration::from_secs(5)).await, Ok(()));
+            assert_eq!(signal.drain(Cause::End, Duration::from_secs(5)).await, Ok(()));
         });
     }
 }

@@ -123,6 +123,18 @@ impl Enrollments {
         }
     }
 
+    /// A pod that was brought in could not be given the inbound program: it is refused, and to be brought in again.
+    pub fn not_attached(&mut self, cookie: NetnsCookie, error: &anyhow::Error, workers: &[Worker]) {
+        let Some(pod) = self.by_cookie.remove(&cookie) else { return };
+        let (uid, error) = (&pod.uid, format!("{error:#}"));
+        error!(%uid, error, "pod could not be enrolled; it stays refused");
+        self.failures.insert(uid.clone(), error);
+        self.enrolled.remove(uid);
+        for worker in workers {
+            worker.tell(Command::Leave(cookie));
+        }
+    }
+
     /// The pod of a network namespace.
     pub fn by_cookie(&self, cookie: NetnsCookie) -> Option<&Arc<ServedPod>> {
         self.by_cookie.get(&cookie)

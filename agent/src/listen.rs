@@ -1,4 +1,4 @@
-//! Binds inside a pod, accepts, and looks up where a redirected connection meant to go.
+//! Binds inside a pod, and the node's own ports in a way that one agent can take over from another.
 //!
 //! What becomes of an accepted connection is `proxy`'s business.
 
@@ -104,6 +104,42 @@ fn bind(port: u16) -> io::Result<std::net::TcpListener> {
     Ok(socket.into())
 }
 
+/// An address of the node that an agent takes over from its predecessor: bound from the start, so that one that is taken by
+/// something else is told at once, and listening once it serves. Two of them may listen at the same time; the kernel
+/// spreads connections over them.
+#[derive(Debug)]
+pub struct NodePort {
+    socket: Socket,
+    addr: SocketAddr,
+}
+
+impl NodePort {
+    /// Binds the address. `what` says what it is for.
+    ///
+    /// # Errors
+    /// One line that names the address.
+    pub fn bind(addr: SocketAddr, what: &str) -> anyhow::Result<Self> {
+        let bound = (|| {
+            let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
+            socket.set_nonblocking(true)?;
+            socket.set_reuse_address(true)?;
+            socket.set_reuse_port(true)?;
+            socket.bind(&addr.into())?;
+            io::Result::Ok(socket)
+        })();
+        Ok(Self { socket: bound.with_context(|| format!("listen on {addr} for {what}"))?, addr })
+    }
+
+    /// Accepts from now on.
+    ///
+    /// # Errors
+    /// One line that names the address.
+    pub fn listen(self) -> anyhow::Result<tokio::net::TcpListener> {
+        let listening = self.socket.listen(1024).and_then(|()| tokio::net::TcpListener::from_std(self.socket.into()));
+        listening.with_context(|| format!("listen on {}", self.addr))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -140,5 +176,28 @@ mod tests {
             assert_eq!(accepted.linger().expect("option"), linger);
             assert!(accepted.tcp_nodelay().expect("option"));
         }
+    }
+
+    /// What another program has is told before anything else happens; what another agent has is shared.
+    #[tokio::test]
+    async fn a_port_of_the_node_is_handed_over() {
+        let foreign = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let taken = foreign.local_addr().expect("bound");
+        let error = format!("{:#}", NodePort::bind(taken, "readiness").expect_err("taken"));
+        assert!(error.contains(&taken.to_string()) && error.contains("readiness"), "{error}");
+        drop(foreign);
+
+        let old = NodePort::bind(taken, "readiness").expect("free").listen().expect("listens");
+        let new = NodePort::bind(taken, "readiness").expect("shared");
+        // Bound is not listening: all connections still come to the old one.
+        for _ in 0..16 {
+            let client = std::net::TcpStream::connect(taken).expect("accepted");
+            let (_, from) = old.accept().await.expect("by the old one");
+            assert_eq!(from, client.local_addr().expect("bound"));
+        }
+        let new = new.listen().expect("listens");
+        drop(old);
+        let _client = std::net::TcpStream::connect(taken).expect("accepted");
+        new.accept().await.expect("by the new one");
     }
 }

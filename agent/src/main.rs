@@ -6,7 +6,7 @@ use culvert::{app, cli};
 
 fn main() -> ExitCode {
     let result = cli::parse().and_then(|cli| match cli {
-        cli::Cli::Agent(config) => app::agent(*config),
+        cli::Cli::Agent(config, again) => app::agent(*config, again),
         cli::Cli::Ca(config) => app::ca(*config),
     });
     match result {

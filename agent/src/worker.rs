@@ -18,7 +18,6 @@ use std::{
 
 use anyhow::Context as _;
 use culvert_common::ListenerKind;
-use futures_util::FutureExt as _;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
@@ -29,7 +28,7 @@ use tracing::{error, warn};
 
 use crate::{
     datapath::{NetnsCookie, monotonic_ns},
-    drain,
+    drain::{self, Cause, Order},
     listen::Listeners,
     proxy::{Context, ServedPod, inbound, outbound},
 };
@@ -38,6 +37,12 @@ use crate::{
 const TICK: Duration = Duration::from_millis(500);
 /// After a failed accept (no descriptor is left): time for connections to end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// After another agent has taken over, a listener without connections is closed when nothing has come for this long: a
+/// handshake that was under way is done by then, also if one of its packets was lost (a SYN-ACK is sent again after a
+/// second).
+const QUIET: Duration = Duration::from_millis(1500);
+/// More than a connection's own deadline, so that each can tell its end.
+const CUT_SHORT: Duration = Duration::from_millis(250);
 
 /// What a worker is told.
 #[derive(Debug)]
@@ -102,15 +107,27 @@ impl Worker {
         }
     }
 
+    /// Whether its thread has ended, which it does not while it is needed.
+    pub fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     /// Time since the worker last showed that it is not stuck.
     pub fn silent_for(&self) -> Duration {
         Duration::from_nanos(monotonic_ns().saturating_sub(self.seen_ns.load(Ordering::Relaxed)))
     }
 
-    /// Waits for the thread, which ends once its drain has.
-    pub fn join(self) {
+    /// Waits for the thread, which ends once its drain has. One that is stuck in spite of that is left to the end of the
+    /// process, which is next.
+    pub fn join(self, patience: Duration) {
         drop(self.commands);
-        if self.thread.join().is_err() {
+        let until = std::time::Instant::now() + patience;
+        while !self.thread.is_finished() && std::time::Instant::now() < until {
+            thread::sleep(Duration::from_millis(1));
+        }
+        if !self.thread.is_finished() {
+            error!("a worker does not end");
+        } else if self.thread.join().is_err() {
             error!("a worker panicked");
         }
     }
@@ -126,9 +143,9 @@ async fn run(
     let mut loops = JoinSet::new();
     let mut tick = interval(TICK);
     tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let deadline = loop {
+    let order = loop {
         tokio::select! {
-            deadline = drain.started() => break deadline,
+            order = drain.order() => break order,
             _ = tick.tick() => seen_ns.store(monotonic_ns(), Ordering::Relaxed),
             Some(ended) = loops.join_next() => told(ended),
             order = orders.recv() => match order {
@@ -141,21 +158,19 @@ async fn run(
                 }
                 // Dropping the sender says it.
                 Some(Command::Leave(cookie)) => drop(pods.remove(&cookie)),
-                None => break Instant::now(),
+                None => break Order { deadline: Instant::now(), cause: Cause::End },
             },
         }
     };
-    drop(pods);
     let ended = async {
         while let Some(ended) = loops.join_next().await {
             told(ended);
         }
     };
-    // A little more than the connections' own deadline, so that each can tell its end.
-    if timeout_at(deadline + Duration::from_millis(250), ended).await.is_err() {
+    if timeout_at(order.deadline + CUT_SHORT, ended).await.is_err() {
         loops.shutdown().await;
     }
-    context.pool.drain(deadline).await;
+    context.pool.drain(order.deadline).await;
 }
 
 fn serve(
@@ -170,43 +185,78 @@ fn serve(
         [(ListenerKind::Outbound, outbound), (ListenerKind::Tunnel, tunnel), (ListenerKind::Plaintext, plaintext)]
     {
         let listener = TcpListener::from_std(listener)?;
-        loops.spawn_local(accept(context.clone(), pod.clone(), kind, listener, stop.subscribe()));
+        let own_port = listener.local_addr().map_or(0, |addr| addr.port());
+        let (context, pod, left, drain) = (context.clone(), pod.clone(), stop.subscribe(), context.drain.clone());
+        let one = move |socket, peer| one(context.clone(), pod.clone(), kind, own_port, socket, peer, left.clone());
+        loops.spawn_local(accept(listener, stop.subscribe(), drain, one));
     }
     Ok(())
 }
 
-async fn accept(
-    context: Rc<Context>,
-    pod: Arc<Pod>,
-    kind: ListenerKind,
+/// Accepts until the pod leaves or the agent ends, and owns what it has accepted.
+async fn accept<F>(
     listener: TcpListener,
     mut stop: watch::Receiver<bool>,
-) {
-    let own_port = listener.local_addr().map_or(0, |addr| addr.port());
+    mut drain: drain::Watch,
+    one: impl Fn(TcpStream, SocketAddr) -> F,
+) where
+    F: Future<Output = ()> + 'static,
+{
     let mut connections = JoinSet::new();
-    loop {
+    let order = loop {
         tokio::select! {
             // Only ever dropped, never sent to.
-            _ = stop.changed() => break,
+            _ = stop.changed() => break None,
+            order = drain.order() => break Some(order),
             Some(ended) = connections.join_next() => told(ended),
-            accepted = listener.accept() => match accepted {
-                Ok((socket, peer)) => {
-                    connections.spawn_local(one(context.clone(), pod.clone(), kind, own_port, socket, peer, stop.clone()));
+            accepted = listener.accept() => take(accepted, &mut connections, &one).await,
+        }
+    };
+    // The successor's listeners are others: what was on its way to this one comes to nobody else.
+    if let Some(Order { deadline, cause: Cause::HandedOver }) = order {
+        let mut quiet_at = Instant::now() + QUIET;
+        while Instant::now() < deadline && (Instant::now() < quiet_at || !connections.is_empty()) {
+            let next = if connections.is_empty() { quiet_at.min(deadline) } else { deadline };
+            tokio::select! {
+                _ = stop.changed() => break,
+                Some(ended) = connections.join_next() => told(ended),
+                accepted = listener.accept() => {
+                    take(accepted, &mut connections, &one).await;
+                    quiet_at = Instant::now() + QUIET;
                 }
-                Err(error) => {
-                    warn!(uid = %pod.uid, %error, "accept failed");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            },
+                () = tokio::time::sleep_until(next) => {}
+            }
         }
     }
-    // Their handshakes are done, so their clients believe that they are connected.
-    while let Some(Ok((socket, peer))) = listener.accept().now_or_never() {
-        connections.spawn_local(one(context.clone(), pod.clone(), kind, own_port, socket, peer, stop.clone()));
+    // Their handshakes are done, so their clients believe that they are connected. The kernel is asked, and not tokio, which
+    // may not have heard of them.
+    if let Ok(listener) = listener.into_std() {
+        while let Ok((socket, peer)) = listener.accept() {
+            if socket.set_nonblocking(true).is_ok()
+                && let Ok(socket) = TcpStream::from_std(socket)
+            {
+                connections.spawn_local(one(socket, peer));
+            }
+        }
     }
-    drop(listener);
     while let Some(ended) = connections.join_next().await {
         told(ended);
+    }
+}
+
+async fn take<F>(
+    accepted: io::Result<(TcpStream, SocketAddr)>,
+    connections: &mut JoinSet<()>,
+    one: &impl Fn(TcpStream, SocketAddr) -> F,
+) where
+    F: Future<Output = ()> + 'static,
+{
+    match accepted {
+        Ok((socket, peer)) => drop(connections.spawn_local(one(socket, peer))),
+        Err(error) => {
+            warn!(%error, "accept failed");
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+        }
     }
 }
 
@@ -230,11 +280,130 @@ async fn one(
     }
 }
 
-/// A panic in one connection ends that connection.
+/// A panic in one connection ends that connection; the hook ([`crate::telemetry::panics`]) has told and counted it.
 fn told(ended: Result<(), tokio::task::JoinError>) {
     if let Err(error) = ended
         && error.is_panic()
     {
-        error!(%error, "a connection's task panicked; the others go on");
+        warn!("the connection whose task panicked has ended; the others go on");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+    use crate::telemetry::panics;
+
+    /// The first byte says what becomes of the connection: `p` panics, `e` echoes until the end.
+    async fn one(mut socket: TcpStream, _peer: SocketAddr) {
+        let mut byte = [0];
+        while socket.read_exact(&mut byte).await.is_ok() {
+            assert!(byte != *b"p", "asked to panic");
+            socket.write_all(&byte).await.expect("the client reads");
+        }
+    }
+
+    async fn echoed(client: &mut TcpStream) -> io::Result<u8> {
+        client.write_all(b"e").await?;
+        client.read_u8().await
+    }
+
+    /// An accept loop, as a worker runs it, and what `scenario` does to it.
+    fn with_loop<F: Future<Output = ()>>(scenario: impl FnOnce(SocketAddr, drain::Signal) -> F) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        LocalSet::new().block_on(&runtime, async {
+            let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+            socket.bind("127.0.0.1:0".parse().expect("a literal")).expect("a free port");
+            let listener = socket.listen(1024).expect("room for all who wait");
+            let addr = listener.local_addr().expect("bound");
+            let (signal, drain) = drain::channel();
+            let stop = watch::Sender::new(false);
+            let mut loops = JoinSet::new();
+            loops.spawn_local(accept(listener, stop.subscribe(), drain, one));
+            tokio::time::timeout(Duration::from_secs(60), scenario(addr, signal)).await.expect("in time");
+            while let Some(ended) = loops.join_next().await {
+                ended.expect("the loop does not panic");
+            }
+            // The pod has stayed.
+            drop(stop);
+        });
+    }
+
+    #[test]
+    fn a_panic_in_one_connection_is_counted_and_harms_no_other() {
+        panics::install();
+        let before = panics::count();
+        with_loop(|addr, signal| async move {
+            let mut other = TcpStream::connect(addr).await.expect("accepted");
+            assert_eq!(echoed(&mut other).await.expect("echo"), b'e');
+            for _ in 0..3 {
+                let mut client = TcpStream::connect(addr).await.expect("accepted");
+                client.write_all(b"p").await.expect("sent");
+                assert!(client.read_u8().await.is_err(), "the connection that panicked has ended");
+            }
+            assert_eq!(echoed(&mut other).await.expect("an older connection goes on"), b'e');
+            let mut new = TcpStream::connect(addr).await.expect("the loop goes on");
+            assert_eq!(echoed(&mut new).await.expect("echo"), b'e');
+            drop((other, new, signal));
+        });
+        // Other tests of this process may panic at the same time.
+        assert!(panics::count() >= before + 3, "{} and {before}", panics::count());
+    }
+
+    /// [H.4]: whoever waits in the accept queue has been told by the kernel that it is connected.
+    #[test]
+    fn at_the_end_waiting_connections_are_taken_and_later_ones_refused() {
+        with_loop(|addr, mut signal| async move {
+            // Not one of them is accepted before the drain begins: the loop does not run until this task waits.
+            let waiting: Vec<_> = (0..300).map(|_| std::net::TcpStream::connect(addr).expect("queued")).collect();
+            let draining = signal.drain(Cause::End, Duration::from_secs(20));
+            let clients = async {
+                for client in waiting {
+                    client.set_nonblocking(true).expect("nonblocking");
+                    let mut client = TcpStream::from_std(client).expect("a socket");
+                    assert_eq!(echoed(&mut client).await.expect("served"), b'e');
+                }
+                assert!(TcpStream::connect(addr).await.is_err(), "the listener is closed");
+            };
+            let (drained, ()) = tokio::join!(draining, clients);
+            assert_eq!(drained, Ok(()));
+        });
+    }
+
+    /// After another agent has taken over, what still arrives here is served, and the loop ends by itself.
+    #[test]
+    fn a_relieved_listener_serves_what_still_arrives_until_it_is_quiet() {
+        with_loop(|addr, mut signal| async move {
+            let started = Instant::now();
+            let last = Cell::new(started);
+            let draining = async { signal.drain(Cause::HandedOver, Duration::from_secs(60)).await };
+            let clients = async {
+                for _ in 0..3 {
+                    tokio::time::sleep(QUIET / 3).await;
+                    let mut client = TcpStream::connect(addr).await.expect("still accepted");
+                    last.set(Instant::now());
+                    assert_eq!(echoed(&mut client).await.expect("served"), b'e');
+                }
+            };
+            let (drained, ()) = tokio::join!(draining, clients);
+            assert_eq!(drained, Ok(()));
+            assert!(last.get().elapsed() >= QUIET - Duration::from_millis(50), "closed before it was quiet");
+        });
+    }
+
+    /// … but never beyond the deadline of the drain.
+    #[test]
+    fn a_relieved_listener_closes_at_the_deadline() {
+        with_loop(|addr, mut signal| async move {
+            let client = TcpStream::connect(addr).await.expect("accepted");
+            let end = signal.drain(Cause::HandedOver, Duration::from_millis(300)).await;
+            assert_eq!(end, Err(drain::Unfinished(1)), "a connection is held open");
+            assert!(TcpStream::connect(addr).await.is_err(), "the listener is closed");
+            drop(client);
+        });
     }
 }

@@ -20,10 +20,10 @@ use std::{
 };
 
 use aya::maps::{HashMap as BpfHashMap, Map, MapData};
-use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy};
+use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy, Predecessor, Turn};
 use culvert_common::{
-    Addr, Answer, Direction, EventKind, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE, PodAddrValue, Reason,
-    SettingsValue,
+    Addr, Answer, Direction, EventKind, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE,
+    PodAddrValue, Reason, SettingsValue,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -90,13 +90,26 @@ impl Node {
     }
 
     fn load(&self) -> Datapath {
-        let config = Config { pin_dir: self.bpffs.join("culvert"), cgroup_root: self.cgroup.clone(), workers: 1 };
-        Datapath::load(config).expect("the object loads")
+        let mut datapath = self.load_next();
+        assert!(datapath.take_over().expect("attached").is_empty());
+        datapath
+    }
+
+    /// Loaded, and nothing attached.
+    fn load_next(&self) -> Datapath {
+        load_at(Config { pin_dir: self.bpffs.join("culvert"), cgroup_root: self.cgroup.clone(), workers: 1 })
     }
 
     /// A node whose pod is enrolled, ready and alive, with an outbound listener.
     fn enrolled(&self, mode: Mode) -> (Datapath, TcpListener) {
-        let mut datapath = self.load();
+        let (mut datapath, listener) = self.enrolled_next(mode);
+        assert!(datapath.take_over().expect("attached").is_empty());
+        (datapath, listener)
+    }
+
+    /// The same in the maps of an agent that does not serve yet.
+    fn enrolled_next(&self, mode: Mode) -> (Datapath, TcpListener) {
+        let mut datapath = self.load_next();
         self.prepare(&mut datapath);
         let listener = self.listener();
         datapath.listener(self.cookie, ListenerKind::Outbound, 0, listener.as_fd()).expect("the listener is taken");
@@ -148,6 +161,11 @@ impl Drop for Node {
     }
 }
 
+fn load_at(config: Config) -> Datapath {
+    let turn = Turn::try_take(&config.pin_dir).expect("a bpffs").expect("nobody else prepares");
+    Datapath::load(config, turn).expect("the object loads")
+}
+
 fn join(cgroup: &Path) {
     fs::write(cgroup.join("cgroup.procs"), std::process::id().to_string()).expect("join a cgroup");
 }
@@ -177,7 +195,7 @@ fn connect(addr: &str) -> io::Result<TcpStream> {
     TcpStream::connect_timeout(&addr.parse().expect("a literal"), Duration::from_secs(3))
 }
 
-fn refused(result: io::Result<TcpStream>) -> bool {
+fn refused<T>(result: io::Result<T>) -> bool {
     matches!(result, Err(error) if error.kind() == ErrorKind::ConnectionRefused)
 }
 
@@ -511,10 +529,16 @@ fn replacing_the_programs_lets_nothing_through() {
             }
         })
     };
-    for generation in 2..12 {
-        let mut next = node.load();
-        assert!(next.last_generation() < generation);
-        next.ready(node.cookie, &policy(generation, Mode::Strict)).expect("ready");
+    let mut generation = 0;
+    let mut serving: Option<(Datapath, TcpListener)> = None;
+    for _ in 0..10 {
+        let (mut next, listener) = node.enrolled_next(Mode::Strict);
+        assert!(next.first_generation() > generation, "numbers of an earlier agent are not used again");
+        generation = next.first_generation();
+        next.take_over().expect("attached");
+        // The one before ends after its successor serves.
+        drop(serving.replace((next, listener)));
+        serving.as_mut().expect("just put there").0.maintain();
     }
     // The listener's backlog fills up; what matters is that the outside never saw a connection.
     drop(listener);
@@ -533,15 +557,166 @@ fn two_agents_on_one_machine_keep_apart() {
         |dir: &str, cgroup: &Path| Config { pin_dir: node.bpffs.join(dir), cgroup_root: cgroup.to_owned(), workers: 1 };
     let other_cgroup = cgroup_mount().join(format!("{}-other", node.name));
     fs::create_dir_all(&other_cgroup).expect("make a cgroup");
-    let mut other = Datapath::load(config("other", &other_cgroup)).expect("a second agent loads");
+    let mut other = load_at(config("other", &other_cgroup));
+    other.take_over().expect("a second agent attaches");
     other.silence().expect("its heartbeat is its own");
     node.dial_from_pod("10.200.0.9:80").expect("captured by the first");
     assert!(other.enrolled().is_empty());
     drop(other);
     fs::remove_dir(&other_cgroup).expect("remove the cgroup");
-    let error = Datapath::load(config("culvert", &node.cgroup)).err().expect("one agent per directory");
-    assert!(error.to_string().contains("another agent uses"), "{error}");
     drop(datapath);
+}
+
+/// Listens for the pod's redirected connections, and answers each with a byte of its own, until dropped.
+struct Answering {
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Answering {
+    fn new(listener: TcpListener, byte: u8) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        listener.set_nonblocking(true).expect("nonblocking");
+        let stopped = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                match listener.accept() {
+                    // Whoever went away again has nothing to be told.
+                    Ok((mut stream, _)) => drop(stream.write_all(&[byte])),
+                    Err(_) => thread::sleep(Duration::from_millis(1)),
+                }
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().map(thread::JoinHandle::join).expect("once").expect("no panic");
+    }
+}
+
+impl Node {
+    /// Which agent's listener a connection of the pod reaches.
+    fn answered_by(&self) -> io::Result<u8> {
+        let mut stream = self.dial_from_pod("10.200.0.9:80")?;
+        let mut byte = [0];
+        stream.read_exact(&mut byte)?;
+        Ok(byte[0])
+    }
+}
+
+/// An agent that prepares itself disturbs nobody, takes over at once, and the one before notices and writes to nobody.
+#[test]
+fn one_agent_follows_another() {
+    let node = Node::new();
+    let (mut old, listener) = node.enrolled(Mode::Strict);
+    let _first = Answering::new(listener, 1);
+    assert!(old.serves() && !old.has_successor());
+    assert_eq!(node.answered_by().expect("captured"), 1);
+
+    let (mut next, listener) = node.enrolled_next(Mode::Strict);
+    let _second = Answering::new(listener, 2);
+    assert!(!next.serves() && old.serves() && old.has_successor());
+    assert_eq!(next.predecessor().expect("known"), Predecessor::Serving);
+    let turn = Turn::try_take(&node.bpffs.join("culvert")).expect("a bpffs");
+    assert!(turn.is_none(), "one agent at a time prepares itself");
+    assert_eq!(node.answered_by().expect("captured"), 1);
+
+    next.take_over().expect("attached");
+    assert_eq!(node.answered_by().expect("captured"), 2);
+    assert!(next.serves() && !old.serves());
+    // It lets go when it notices, which gives the turn to whoever comes next.
+    next.maintain();
+    assert!(!old.has_successor());
+    // What a late one writes, nobody reads.
+    old.silence().expect("its own map");
+    old.remove(node.cookie).expect("its own maps");
+    old.maintain();
+    assert_eq!(node.answered_by().expect("captured"), 2);
+    drop(old);
+
+    // An agent that gives up before it serves leaves everything as it was.
+    let (third, _listener) = node.enrolled_next(Mode::Strict);
+    drop(third);
+    assert_eq!(node.answered_by().expect("captured"), 2);
+    assert!(next.serves());
+}
+
+/// An agent that ends in the middle of its take-over leaves links behind, which the serving one takes back; one that hangs
+/// there is not waited for.
+#[test]
+fn a_half_done_takeover_is_taken_back() {
+    let node = Node::new();
+    for hangs in [false, true] {
+        let (mut old, listener) = node.enrolled(Mode::Strict);
+        let _first = Answering::new(listener, 1);
+        assert_eq!(node.answered_by().expect("captured"), 1);
+        // Its listener is gone with it, so whatever its programs get is refused.
+        let (mut next, _) = node.enrolled_next(Mode::Strict);
+        let blocked = node.bpffs.join("culvert/owner_new");
+        fs::create_dir(&blocked).expect("the last step of the take-over will fail");
+        next.take_over().expect_err("it cannot say that it serves");
+        fs::remove_dir(&blocked).expect("empty");
+        assert!(refused(node.answered_by()), "the links are the dead one's");
+        assert!(old.serves());
+        let hanging = hangs.then_some(next);
+        let since = Instant::now();
+        loop {
+            old.maintain();
+            if node.answered_by().is_ok_and(|by| by == 1) {
+                break;
+            }
+            assert!(since.elapsed() < Duration::from_secs(30), "the links were not taken back");
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert!(!hangs || since.elapsed() > Duration::from_secs(2), "one at work is given its time");
+        drop(hanging);
+    }
+}
+
+/// What a pod had is not open only because the next agent does not know the pod (yet).
+#[test]
+fn a_pod_that_the_next_agent_does_not_know_is_refused() {
+    let node = Node::new();
+    let (old, _listener) = node.enrolled(Mode::Permissive);
+    let _application = node.serve("0.0.0.0:9080");
+    node.dial_from_peer("10.99.0.2:9080").expect("permissive");
+    let mut next = node.load_next();
+    next.take_over().expect("attached");
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")));
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")));
+    assert_eq!(next.enrolled(), [node.cookie]);
+    next.remove(node.cookie).expect("it is out of the mesh");
+    node.dial_from_peer("10.99.0.2:9080").expect("open");
+    drop(old);
+}
+
+/// Maps of another layout are not read, its links are taken off, and at no time is there a gap.
+#[test]
+fn an_agent_of_another_layout_is_replaced() {
+    let node = Node::new();
+    let (old, listener) = node.enrolled(Mode::Strict);
+    let _first = Answering::new(listener, 1);
+    let pins = node.bpffs.join("culvert");
+    let now = pins.join(format!("v{LAYOUT_VERSION}"));
+    // As one of another version would have them; the first version had its links with its maps.
+    let other = pins.join("v1");
+    fs::rename(&now, &other).expect("renamed");
+    fs::create_dir(other.join("links")).expect("made");
+    fs::rename(pins.join("links/connect4"), other.join("links/connect4")).expect("moved");
+    let (mut next, listener) = node.enrolled_next(Mode::Strict);
+    let _second = Answering::new(listener, 2);
+    assert_eq!(next.predecessor().expect("known"), Predecessor::Serving, "by its lock");
+    assert_eq!(node.answered_by().expect("captured"), 1);
+    next.take_over().expect("attached");
+    assert!(!other.exists(), "what the other one had pinned is gone");
+    assert!(now.join("PODS").exists());
+    assert_eq!(node.answered_by().expect("captured"), 2);
+    drop(old);
+    assert_eq!(node.answered_by().expect("captured"), 2);
 }
 
 /// The tunnel port reaches the tunnel listener whatever the mode; a plaintext verdict can be the agent's.

@@ -1,6 +1,13 @@
 //! The settings of `culvert agent`.
 
-use std::{collections::BTreeSet, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs,
+    net::SocketAddr,
+    os::unix::fs::MetadataExt as _,
+    path::PathBuf,
+    time::Duration,
+};
 
 use super::{Invalid, Setting, Values};
 use crate::{
@@ -145,6 +152,65 @@ pub struct Config {
     pub log_level: String,
     /// `--drain-deadline`
     pub drain_deadline: Duration,
+    /// The file that `--config` names.
+    pub file: Option<PathBuf>,
+    /// Every setting that has a value, as it was written.
+    pub texts: BTreeMap<&'static str, String>,
+}
+
+/// Settings that take effect while the agent runs; all others need a new start.
+pub const LIVE: &[&str] = &["drain-deadline", "log-level"];
+
+impl Config {
+    /// Names of the settings that are other ones in `next`.
+    pub fn differences(&self, next: &Self) -> Vec<&'static str> {
+        let differs = |name: &&'static str| self.texts.get(name) != next.texts.get(name);
+        SETTINGS.iter().map(|setting| setting.name).filter(differs).collect()
+    }
+}
+
+/// Reads the configuration again as it was read at the start: the same flags and environment, and the file as it is now.
+pub struct Again {
+    read: Box<dyn Fn() -> anyhow::Result<Config> + Send>,
+    file: Option<PathBuf>,
+    seen: Option<Stamp>,
+}
+
+/// What is different after a file was written, replaced, or reached by another link.
+type Stamp = (u64, i64, i64, u64);
+
+impl fmt::Debug for Again {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Again").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+impl Again {
+    /// `read` gives the configuration of this moment.
+    pub fn new(config: &Config, read: impl Fn() -> anyhow::Result<Config> + Send + 'static) -> Self {
+        let mut again = Self { read: Box::new(read), file: config.file.clone(), seen: None };
+        again.seen = again.stamp();
+        again
+    }
+
+    /// Whether the file has changed since this was asked before. One that is gone for the moment has not.
+    pub fn file_changed(&mut self) -> bool {
+        let Some(now) = self.stamp() else { return false };
+        self.seen.replace(now) != Some(now)
+    }
+
+    /// The configuration of this moment.
+    ///
+    /// # Errors
+    /// As at the start: every value that is wrong.
+    pub fn read(&self) -> anyhow::Result<Config> {
+        (self.read)()
+    }
+
+    fn stamp(&self) -> Option<Stamp> {
+        let metadata = fs::metadata(self.file.as_ref()?).ok()?;
+        Some((metadata.ino(), metadata.mtime(), metadata.mtime_nsec(), metadata.size()))
+    }
 }
 
 /// A CA, or files.
@@ -190,6 +256,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let (system_namespace, cluster_id) = (values.optional("system-namespace"), values.optional("cluster-id"));
     let readiness_address = values.listen_address("readiness-address");
     let drain_deadline = values.duration("drain-deadline");
+    let (file, texts) = (values.file().map(Into::into), values.texts());
     let config = (|| {
         Some(Config {
             node_name: node_name?,
@@ -207,6 +274,8 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             log_format: log_format?,
             log_level: log_level?,
             drain_deadline: drain_deadline?,
+            file,
+            texts,
         })
     })();
     values.finish(config)

@@ -64,6 +64,7 @@ pub struct Values {
     settings: &'static [Setting],
     values: BTreeMap<&'static str, (String, Place)>,
     problems: Vec<String>,
+    file: Option<PathBuf>,
 }
 
 /// Every value that is wrong, one line each.
@@ -92,7 +93,7 @@ impl Values {
         flag: impl Fn(&str) -> Option<String>,
         environment: impl Fn(&str) -> Option<String>,
     ) -> anyhow::Result<Self> {
-        let mut values = Self { settings, values: BTreeMap::new(), problems: Vec::new() };
+        let mut values = Self { settings, values: BTreeMap::new(), problems: Vec::new(), file: None };
         let typed = |setting: &Setting| {
             let name = setting.env();
             flag(setting.name)
@@ -100,7 +101,10 @@ impl Values {
                 .or_else(|| environment(&name).map(|text| (text, Place::Environment(name))))
         };
         let mut file = match typed(&CONFIG) {
-            Some((path, _)) => values.read(Path::new(&path))?,
+            Some((path, _)) => {
+                values.file = Some(path.clone().into());
+                values.read(Path::new(&path))?
+            }
             None => BTreeMap::new(),
         };
         for setting in settings {
@@ -186,6 +190,16 @@ impl Values {
     pub fn list(&mut self, name: &'static str) -> Vec<String> {
         let items = self.values.get(name).map(|(text, _)| text.split(',').map(str::trim));
         items.into_iter().flatten().filter(|item| !item.is_empty()).map(str::to_owned).collect()
+    }
+
+    /// The file that `--config` names.
+    pub fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+
+    /// Every setting that has a value, as it was written.
+    pub fn texts(&self) -> BTreeMap<&'static str, String> {
+        self.values.iter().map(|(name, (text, _))| (*name, text.clone())).collect()
     }
 
     /// Notes a problem that concerns more than one value.

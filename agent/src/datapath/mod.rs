@@ -1,8 +1,9 @@
 //! Loads the kernel programs, attaches them, and makes the maps equal to what is wanted; the only place that imports aya.
 //!
-//! Everything is pinned under `<pin dir>/v<layout version>`: maps by name, links under `links/`. An agent that starts
-//! finds what an earlier one left, replaces each link's program in place and takes the maps over, so that there is no
-//! instant without programs. What the maps mean is said in `culvert_common`; who is enrolled is decided elsewhere.
+//! Everything is pinned: links under `<pin dir>/links`, maps by name under `<pin dir>/v<layout version>`. An agent that
+//! starts fills maps of its own, and then replaces the program of each link in place ([`Datapath::take_over`]), so that
+//! there is no instant without programs, and none in which two agents write what one of them reads; who follows whom is
+//! told in `owner`. What the maps mean is said in `culvert_common`; who is enrolled is decided elsewhere.
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::{Context as _, anyhow};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuHashMap, RingBuf, SkStorage, SockHash},
@@ -26,12 +27,15 @@ use aya::{
 use aya_log::EbpfLogger;
 use culvert_common::{
     Addr, Event, FlowKey, FlowValue, HeartbeatValue, LAYOUT_VERSION, ListenerKey, ListenerKind, Mode, ModeKey,
-    ModeValue, PodAddrValue, PodState, PodValue, SettingsValue, SocketKind, SocketValue, VerdictKey,
+    ModeValue, PodAddrValue, PodState, PodValue, SILENT_AFTER_NS, SettingsValue, SocketKind, SocketValue, VerdictKey,
 };
 use tracing::warn;
 
+mod owner;
 mod sys;
 
+pub use owner::Turn;
+use owner::{Ownership, Part};
 use sys::{AttachType, Target};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert"));
@@ -39,6 +43,15 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/cu
 /// The maps, by the names that they have in the object, in the pin directory and in `bpftool`.
 const MAPS: [&str; 10] =
     ["PODS", "POD_ADDRS", "MODES", "LISTENERS", "FLOWS", "SOCKETS", "VERDICTS", "HEARTBEAT", "SETTINGS", "EVENTS"];
+
+/// The maps that belong to connections and not to an agent: whoever serves, they are the same. All others are made anew by
+/// each agent.
+const SHARED: [&str; 2] = ["FLOWS", "SOCKETS"];
+
+/// Directory of the maps of an agent that does not serve yet.
+const NEXT: &str = "next";
+/// Start of the name of a pod's link; its namespace's cookie follows.
+const POD_LINK: &str = "inbound_";
 
 /// The programs that are attached to the node's cgroup; the name of the program is the name of its pinned link.
 const CGROUP_PROGRAMS: [(&str, AttachType); 5] = [
@@ -53,10 +66,16 @@ const CGROUP_PROGRAMS: [(&str, AttachType); 5] = [
 /// How long entries of a replaced generation stay: verdicts that began with it must still find them.
 const GENERATION_GRACE: Duration = Duration::from_secs(1);
 
+/// How often it is looked whether the links still have this agent's programs.
+const LOOK_AT_LINKS: Duration = Duration::from_secs(1);
+/// A take-over is done in milliseconds; one that is half done after this time is not going to be finished. Also how long a
+/// new agent waits for the lock of one that hangs.
+const HALF_DONE: Duration = Duration::from_secs(3);
+
 /// Where the kernel side lives.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Directory on a bpffs; one per agent of a machine.
+    /// Directory on a bpffs, which names what agents replace each other in; one per node.
     pub pin_dir: PathBuf,
     /// The cgroup (v2) below which are the node's pods, its kubelet and the agent.
     pub cgroup_root: PathBuf,
@@ -83,10 +102,29 @@ pub struct PodPolicy {
     pub plaintext_by_agent: bool,
 }
 
+/// The agent before this one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Predecessor {
+    /// Nobody serves.
+    Gone,
+    /// It lives, and the kernel refuses for want of its sign of life: it hangs, or ends.
+    Silent,
+    /// It serves.
+    Serving,
+}
+
 /// The loaded programs and the maps' writing side. One per agent; not shared.
 pub struct Datapath {
     config: Config,
     dir: PathBuf,
+    owner: Ownership,
+    cgroup: File,
+    cgroup_id: u64,
+    /// Namespaces of the pods that are to have the inbound program.
+    pod_netns: BTreeMap<NetnsCookie, OwnedFd>,
+    taken_over: Option<Instant>,
+    looked_at_links: Instant,
+    half_done: Option<Instant>,
     /// Kept loaded: the pinned links hold the programs, this holds the handle for pods to come.
     ebpf: Ebpf,
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
@@ -98,26 +136,27 @@ pub struct Datapath {
     heartbeat: Array<MapData, HeartbeatValue>,
     settings: Array<MapData, SettingsValue>,
     retired: Vec<(Instant, ModeKey)>,
-    /// Held while this agent owns the pin directory.
-    _lock: File,
 }
 
 impl Datapath {
-    /// Loads the object and attaches it to the node's cgroup, replacing what an earlier agent left.
+    /// Loads the object, with maps of its own; nothing is attached until [`Datapath::take_over`].
     ///
     /// # Errors
-    /// One line that says which step failed, with the verifier's log where a program was refused. Another live agent on
-    /// the same pin directory is an error too.
-    pub fn load(config: Config) -> anyhow::Result<Self> {
+    /// One line that says which step failed, with the verifier's log where a program was refused.
+    pub fn load(config: Config, turn: Turn) -> anyhow::Result<Self> {
         let dir = config.pin_dir.join(format!("v{LAYOUT_VERSION}"));
-        let links = dir.join("links");
-        fs::create_dir_all(&links).with_context(|| {
-            format!("create {} (is a bpffs mounted there? `mount -t bpf bpf /sys/fs/bpf`)", links.display())
-        })?;
-        let lock = lock(&dir)?;
+        let next = dir.join(NEXT);
+        fs::create_dir_all(&next).with_context(|| format!("create {}", next.display()))?;
         let mut loader = EbpfLoader::new();
         for map in MAPS {
-            loader.map_pin_path(map, dir.join(map));
+            if SHARED.contains(&map) {
+                loader.map_pin_path(map, dir.join(map));
+            } else {
+                let path = next.join(map);
+                // Of an agent that ended before it served: whoever has the turn may remove it.
+                ignore_absent(fs::remove_file(&path)).with_context(|| format!("unpin {}", path.display()))?;
+                loader.map_pin_path(map, path);
+            }
         }
         let mut ebpf = loader.load(OBJECT).with_context(|| {
             format!(
@@ -130,13 +169,7 @@ impl Datapath {
             File::open(&config.cgroup_root).with_context(|| format!("open cgroup {}", config.cgroup_root.display()))?;
         let cgroup_id = cgroup.metadata().context("stat of the cgroup")?.ino();
         load_programs(&mut ebpf)?;
-        for (name, kind) in CGROUP_PROGRAMS {
-            attach(&links.join(name), program_fd(&ebpf, name)?, cgroup.as_fd(), kind, |target| {
-                target == Target::Cgroup(cgroup_id)
-            })
-            .with_context(|| format!("attach {name} to {}", config.cgroup_root.display()))?;
-        }
-        let mut datapath = Self {
+        Ok(Self {
             pods: typed(&mut ebpf, "PODS")?,
             addrs: typed(&mut ebpf, "POD_ADDRS")?,
             modes: typed(&mut ebpf, "MODES")?,
@@ -147,12 +180,77 @@ impl Datapath {
             ebpf,
             logger,
             dir,
+            owner: Ownership::new(turn),
+            cgroup,
+            cgroup_id,
+            pod_netns: BTreeMap::new(),
+            taken_over: None,
+            looked_at_links: Instant::now(),
+            half_done: None,
             config,
             retired: Vec::new(),
-            _lock: lock,
-        };
-        datapath.renew_pod_links()?;
-        Ok(datapath)
+        })
+    }
+
+    /// Who has served until now.
+    ///
+    /// # Errors
+    /// The pin directory cannot be opened.
+    pub fn predecessor(&self) -> anyhow::Result<Predecessor> {
+        if !self.owner.somebody_serves()? {
+            return Ok(Predecessor::Gone);
+        }
+        // One of another layout says nothing that we could read: it is taken at its lock.
+        let beat = MapData::from_pin(self.dir.join("HEARTBEAT"))
+            .ok()
+            .and_then(|map| Array::<_, HeartbeatValue>::try_from(Map::Array(map)).ok()?.get(&0, 0).ok());
+        Ok(match beat {
+            Some(HeartbeatValue { at_ns: 0 }) => Predecessor::Silent,
+            Some(beat) if monotonic_ns().saturating_sub(beat.at_ns) >= SILENT_AFTER_NS => Predecessor::Silent,
+            _ => Predecessor::Serving,
+        })
+    }
+
+    /// Puts this agent's programs into every link, over those of an earlier agent, and says that it serves.
+    ///
+    /// A pod that the earlier agent had and this one does not know is refused from now on; whether it is forgotten is for
+    /// the caller to say ([`Datapath::enrolled`]). Gives the pods that could not be given the inbound program: they are
+    /// suspended, and to be prepared again.
+    ///
+    /// # Errors
+    /// A program could not be attached to the cgroup. An earlier agent that lives takes its links back.
+    pub fn take_over(&mut self) -> anyhow::Result<Vec<(NetnsCookie, anyhow::Error)>> {
+        self.beat()?;
+        self.adopt_pod_links()?;
+        let mut failed = Vec::new();
+        for cookie in self.pod_netns.keys().copied().collect::<Vec<_>>() {
+            if let Err(error) = self.attach_pod(cookie) {
+                self.suspend(cookie)?;
+                failed.push((cookie, error));
+            }
+        }
+        for (name, kind) in CGROUP_PROGRAMS {
+            self.attach_to_cgroup(name, kind)?;
+        }
+        for map in MAPS.iter().filter(|map| !SHARED.contains(map)) {
+            let (from, to) = (self.dir.join(NEXT).join(map), self.dir.join(map));
+            fs::rename(&from, &to).with_context(|| format!("move {} to {}", from.display(), to.display()))?;
+        }
+        self.owner.declare()?;
+        self.taken_over = Some(Instant::now());
+        self.owner.settle(false);
+        self.remove_other_layouts();
+        Ok(failed)
+    }
+
+    /// Whether this agent's programs are the attached ones; false for ever once another agent has said that it serves.
+    pub fn serves(&mut self) -> bool {
+        self.owner.confirm()
+    }
+
+    /// Whether another agent prepares itself to serve.
+    pub fn has_successor(&self) -> bool {
+        self.owner.somebody_prepares()
     }
 
     /// Directory of the pinned maps, for messages and tools.
@@ -160,13 +258,13 @@ impl Datapath {
         &self.dir
     }
 
-    /// Highest policy generation that any pod's entry carries: a new agent continues from there, so that entries of the
-    /// past are never taken for its own.
-    pub fn last_generation(&self) -> u32 {
-        self.pods.iter().filter_map(Result::ok).map(|(_, pod)| pod.generation).max().unwrap_or(0)
+    /// Where this agent's policy generations begin: the numbers of earlier agents, which sockets still carry, must not be
+    /// taken for its own.
+    pub fn first_generation(&self) -> u32 {
+        (self.owner.epoch() & 0xffff) << 16 | 1
     }
 
-    /// Network namespaces that have an entry: what an earlier agent enrolled.
+    /// Network namespaces that have an entry: pods of this agent, and, once it serves, those that an earlier one had.
     pub fn enrolled(&self) -> Vec<NetnsCookie> {
         self.pods.keys().filter_map(Result::ok).map(NetnsCookie).collect()
     }
@@ -189,13 +287,29 @@ impl Datapath {
         value.addr6 = first(ips, IpAddr::is_ipv6);
         value.workers = self.config.workers;
         self.write_pod(cookie, &value)?;
-        let inode = netns_inode(netns)?;
+        self.pod_netns.insert(cookie, netns.try_clone_to_owned().context("duplicate a namespace handle")?);
+        if self.owner.part() == Part::Serving {
+            self.attach_pod(cookie)?;
+        }
+        self.write_addrs(cookie, ips)
+    }
+
+    fn attach_pod(&self, cookie: NetnsCookie) -> anyhow::Result<()> {
+        let Some(netns) = self.pod_netns.get(&cookie) else { return Ok(()) };
+        let inode = netns_inode(netns.as_fd())?;
         let path = self.pod_link(cookie);
-        attach(&path, program_fd(&self.ebpf, "inbound")?, netns, AttachType::SkLookup, |target| {
+        attach(&path, program_fd(&self.ebpf, "inbound")?, netns.as_fd(), AttachType::SkLookup, |target| {
             target == Target::Netns(inode)
         })
-        .with_context(|| format!("attach the inbound program to network namespace {inode}"))?;
-        self.write_addrs(cookie, ips)
+        .with_context(|| format!("attach the inbound program to network namespace {inode}"))
+    }
+
+    fn attach_to_cgroup(&self, name: &str, kind: AttachType) -> anyhow::Result<()> {
+        let path = owner::links(&self.config.pin_dir).join(name);
+        attach(&path, program_fd(&self.ebpf, name)?, self.cgroup.as_fd(), kind, |target| {
+            target == Target::Cgroup(self.cgroup_id)
+        })
+        .with_context(|| format!("attach {name} to {}", self.config.cgroup_root.display()))
     }
 
     /// Puts one of the agent's listeners in the pod into its place, over what was there.
@@ -279,10 +393,14 @@ impl Datapath {
     /// # Errors
     /// The first thing that could not be removed; the rest is tried all the same.
     pub fn remove(&mut self, cookie: NetnsCookie) -> anyhow::Result<()> {
-        let path = self.pod_link(cookie);
-        let detached = sys::open_pinned(&path).and_then(|link| sys::link_detach(link.as_fd()));
-        let mut result = ignore_absent(detached).context("detach the inbound program");
-        result = result.and(ignore_absent(fs::remove_file(&path)).context("unpin the inbound program"));
+        self.pod_netns.remove(&cookie);
+        let mut result = Ok(());
+        if self.owner.part() == Part::Serving {
+            let path = self.pod_link(cookie);
+            let detached = sys::open_pinned(&path).and_then(|link| sys::link_detach(link.as_fd()));
+            result = ignore_absent(detached).context("detach the inbound program");
+            result = result.and(ignore_absent(fs::remove_file(&path)).context("unpin the inbound program"));
+        }
         let addrs: Vec<Addr> = self.addrs_of(cookie);
         result = result.and(ignore_missing(self.pods.remove(&cookie.0)).context("remove from PODS"));
         for addr in addrs {
@@ -323,8 +441,18 @@ impl Datapath {
         self.settings.set(0, settings, 0).context("write SETTINGS")
     }
 
-    /// Once a second: removes what a replaced generation left, and hands the kernel programs' log lines on.
+    /// Several times a second: removes what a replaced generation left, hands the kernel programs' log lines on, and sees
+    /// to it that the links have this agent's programs as long as it is the one that serves.
     pub fn maintain(&mut self) {
+        if let Some(at) = self.taken_over
+            && self.owner.confirm()
+        {
+            self.owner.settle(at.elapsed() >= HALF_DONE);
+            if self.looked_at_links.elapsed() >= LOOK_AT_LINKS {
+                self.looked_at_links = Instant::now();
+                self.keep_links();
+            }
+        }
         if let Some(logger) = &mut self.logger {
             logger.flush();
         }
@@ -351,7 +479,7 @@ impl Datapath {
     /// # Errors
     /// The pinned map could not be opened.
     pub fn events(&self) -> anyhow::Result<Events> {
-        let map = MapData::from_pin(self.dir.join("EVENTS")).context("open EVENTS")?;
+        let map = MapData::from_pin(self.map("EVENTS")).context("open EVENTS")?;
         Ok(Events { ring: RingBuf::try_from(Map::RingBuf(map)).context("open EVENTS")? })
     }
 
@@ -360,7 +488,7 @@ impl Datapath {
     /// # Errors
     /// The pinned map could not be opened.
     pub fn storage_fd(&self) -> anyhow::Result<OwnedFd> {
-        sys::open_pinned(&self.dir.join("SOCKETS")).context("open SOCKETS")
+        sys::open_pinned(&self.map("SOCKETS")).context("open SOCKETS")
     }
 
     /// A worker's own view of the maps that it needs for each connection.
@@ -423,29 +551,105 @@ impl Datapath {
         keys.filter(|key| key.netns_cookie == cookie.0 && keep(key)).collect()
     }
 
-    fn pod_link(&self, cookie: NetnsCookie) -> PathBuf {
-        self.dir.join("links").join(format!("inbound_{}", cookie.0))
+    /// Where one of this agent's maps is pinned.
+    fn map(&self, name: &str) -> PathBuf {
+        match self.owner.part() {
+            Part::Preparing if !SHARED.contains(&name) => self.dir.join(NEXT).join(name),
+            _ => self.dir.join(name),
+        }
     }
 
-    /// Gives the pods that an earlier agent enrolled this agent's program, and drops links of namespaces that are gone.
-    fn renew_pod_links(&mut self) -> anyhow::Result<()> {
-        let links = self.dir.join("links");
-        let prog = program_fd(&self.ebpf, "inbound")?;
+    fn pod_link(&self, cookie: NetnsCookie) -> PathBuf {
+        owner::links(&self.config.pin_dir).join(format!("{POD_LINK}{}", cookie.0))
+    }
+
+    /// Gives the pods that an earlier agent enrolled this agent's program, and an entry that refuses where this agent has
+    /// none; drops links of namespaces that are gone.
+    fn adopt_pod_links(&mut self) -> anyhow::Result<()> {
+        let links = owner::links(&self.config.pin_dir);
         for entry in fs::read_dir(&links).with_context(|| format!("list {}", links.display()))? {
             let path = entry.context("list pinned links")?.path();
-            if !path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("inbound_")) {
-                continue;
-            }
+            let cookie = path.file_name().and_then(|name| name.to_str()?.strip_prefix(POD_LINK)?.parse().ok());
+            let Some(cookie) = cookie.map(NetnsCookie) else { continue };
             let link = sys::open_pinned(&path).with_context(|| format!("open {}", path.display()))?;
-            match sys::link_target(link.as_fd()) {
-                Ok(Target::Netns(inode)) if inode != 0 => {
-                    sys::link_update(link.as_fd(), prog)
+            match sys::link_info(link.as_fd()) {
+                Ok((Target::Netns(inode), _)) if inode != 0 => {
+                    if self.pod(cookie)?.is_none() {
+                        let (state, mode) = (PodState::Pending as u8, Mode::Missing as u8);
+                        self.write_pod(cookie, &PodValue { state, mode, ..PodValue::default() })?;
+                    }
+                    sys::link_update(link.as_fd(), program_fd(&self.ebpf, "inbound")?)
                         .with_context(|| format!("replace the program of {}", path.display()))?;
                 }
                 _ => ignore_absent(fs::remove_file(&path)).with_context(|| format!("unpin {}", path.display()))?,
             }
         }
         Ok(())
+    }
+
+    /// Takes links back that an agent has changed which then did not say that it serves.
+    fn keep_links(&mut self) {
+        let alone = self.owner.alone();
+        let foreign = self.foreign_links();
+        if foreign == 0 {
+            self.half_done = None;
+            return;
+        }
+        let since = self.half_done.get_or_insert_with(Instant::now);
+        if alone.is_none() && since.elapsed() < HALF_DONE {
+            return;
+        }
+        self.half_done = None;
+        let attached = CGROUP_PROGRAMS.iter().try_for_each(|(name, kind)| self.attach_to_cgroup(name, *kind));
+        let attached = self.pod_netns.keys().fold(attached, |result, cookie| result.and(self.attach_pod(*cookie)));
+        match attached {
+            Ok(()) => warn!(links = foreign, "took links back that another agent had changed, or somebody removed"),
+            Err(error) => {
+                warn!(error = format!("{error:#}"), "links have other programs than this agent's; trying again");
+            }
+        }
+    }
+
+    /// How many links have not this agent's program, or are not there.
+    fn foreign_links(&self) -> usize {
+        let links = owner::links(&self.config.pin_dir);
+        let ours = |path: &Path, name: &str| {
+            let id = self.ebpf.program(name).and_then(|program| program.info().ok()).map(|info| info.id());
+            let link = sys::open_pinned(path).and_then(|link| sys::link_info(link.as_fd()));
+            link.is_ok_and(|(_, program)| Some(program) == id)
+        };
+        CGROUP_PROGRAMS.iter().filter(|(name, _)| !ours(&links.join(name), name)).count()
+            + self.pod_netns.keys().filter(|cookie| !ours(&self.pod_link(**cookie), "inbound")).count()
+    }
+
+    /// Removes what agents of other layouts have pinned: their maps, and links of their own if they had them elsewhere.
+    fn remove_other_layouts(&self) {
+        let result = (|| {
+            for entry in fs::read_dir(&self.config.pin_dir)? {
+                let path = entry?.path();
+                let version = path.file_name().and_then(|name| name.to_str()?.strip_prefix('v')?.parse::<u32>().ok());
+                if version.is_none_or(|version| version == LAYOUT_VERSION) {
+                    continue;
+                }
+                remove_pins(&path)?;
+                tracing::info!(path = %path.display(), "removed what an agent of another version had pinned");
+            }
+            io::Result::Ok(())
+        })();
+        if let Err(error) = result {
+            warn!(%error, dir = %self.config.pin_dir.display(), "what an agent of another version had pinned is still there");
+        }
+    }
+}
+
+impl Drop for Datapath {
+    fn drop(&mut self) {
+        if self.owner.part() == Part::Preparing {
+            for map in MAPS {
+                // What is left is removed by the next agent.
+                let _ = fs::remove_file(self.dir.join(NEXT).join(map));
+            }
+        }
     }
 }
 
@@ -558,19 +762,22 @@ impl Sockets {
     }
 }
 
-fn lock(dir: &Path) -> anyhow::Result<File> {
-    // bpffs knows no ordinary files: the lock is on the directory itself.
-    let file = File::open(dir).with_context(|| format!("open {}", dir.display()))?;
-    // SAFETY: plain system call on a descriptor that we own.
-    let result = unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) };
-    if result != 0 {
-        let error = io::Error::last_os_error();
-        if error.kind() == io::ErrorKind::WouldBlock {
-            bail!("another agent uses {}: stop it, or choose another --pin-dir", dir.display());
+/// Removes a directory of pins; links are taken off what they are attached to first.
+fn remove_pins(dir: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let path = entry.path();
+        if entry.file_type()?.is_dir() {
+            remove_pins(&path)?;
+            continue;
         }
-        return Err(error).with_context(|| format!("lock {}", dir.display()));
+        if let Ok(pinned) = sys::open_pinned(&path) {
+            // Fails for what is no link.
+            let _ = sys::link_detach(pinned.as_fd());
+        }
+        ignore_absent(fs::remove_file(&path))?;
     }
-    Ok(file)
+    fs::remove_dir(dir)
 }
 
 fn load_programs(ebpf: &mut Ebpf) -> anyhow::Result<()> {
@@ -615,7 +822,7 @@ fn attach(
 ) -> anyhow::Result<()> {
     match sys::open_pinned(path) {
         Ok(link) => {
-            if right(sys::link_target(link.as_fd()).context("look at the pinned link")?) {
+            if right(sys::link_info(link.as_fd()).context("look at the pinned link")?.0) {
                 return sys::link_update(link.as_fd(), prog).context("replace the program of the pinned link");
             }
         }

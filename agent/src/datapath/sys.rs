@@ -52,9 +52,9 @@ struct InfoAttr {
     info: u64,
 }
 
-/// What the kernel says of a link (`struct bpf_link_info`): its first bytes, which are the same for all kinds.
+/// What the kernel says of a link (`struct bpf_link_info`): its first bytes, which are the same for all kinds. Longer than
+/// the kernel's, which wants the rest to be zero: so there must be no padding, whose bytes are anybody's.
 #[repr(C, align(8))]
-#[derive(Default)]
 struct RawLinkInfo {
     kind: u32,
     id: u32,
@@ -63,8 +63,10 @@ struct RawLinkInfo {
     /// cgroup: the cgroup's id. netns: inode in the lower half, attach type in the upper.
     target: u64,
     attach_type: u32,
-    _rest: [u32; 32],
+    _rest: [u32; 33],
 }
+
+const _: () = assert!(size_of::<RawLinkInfo>() == 28 + 33 * 4);
 
 /// A link's target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,19 +128,20 @@ pub(super) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
     bpf(BPF_OBJ_GET, &mut PathAttr { path: path.as_ptr() as u64, fd: 0, flags: 0 }).map(owned)
 }
 
-/// What a link is attached to.
-pub(super) fn link_target(link: BorrowedFd<'_>) -> io::Result<Target> {
+/// What a link is attached to, and the id of its program.
+pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<(Target, u32)> {
     const LINK_TYPE_CGROUP: u32 = 3;
     const LINK_TYPE_NETNS: u32 = 5;
-    let mut info = RawLinkInfo::default();
+    let mut info = RawLinkInfo { kind: 0, id: 0, prog_id: 0, _pad: 0, target: 0, attach_type: 0, _rest: [0; 33] };
     let len = u32::try_from(size_of::<RawLinkInfo>()).expect("a small struct");
     let info_ptr = std::ptr::from_mut(&mut info) as u64;
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut InfoAttr { fd: raw(link), len, info: info_ptr })?;
-    Ok(match info.kind {
+    let target = match info.kind {
         LINK_TYPE_CGROUP => Target::Cgroup(info.target),
         LINK_TYPE_NETNS => Target::Netns((info.target & u64::from(u32::MAX)) as u32),
         _ => Target::Other,
-    })
+    };
+    Ok((target, info.prog_id))
 }
 
 /// Pins `link` at `path` in place of whatever is there, without an instant in which nothing is.

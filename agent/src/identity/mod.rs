@@ -140,6 +140,7 @@ pub struct Identities {
     table: Arc<Table>,
     trust: Arc<Trust>,
     clock: Clock,
+    from_files: bool,
 }
 
 impl fmt::Debug for Identities {
@@ -163,6 +164,7 @@ impl Identities {
     /// # Errors
     /// As there.
     pub fn with_clock(config: Config, clock: Clock) -> anyhow::Result<(Self, Renewal)> {
+        let from_files = matches!(config.source, Source::Files(_));
         let (origin, watch) = match config.source {
             Source::Ca(ca) => (Origin::Ca(CaClient::new(ca)), None),
             Source::Files(dir) => {
@@ -173,12 +175,18 @@ impl Identities {
         let table = Arc::new(Table::new());
         let trust = Arc::new(Trust::new(domains(config.trust_domain, config.trust_domain_aliases), clock.clone()));
         let renewal = Renewal { origin, table: table.clone(), trust: trust.clone(), clock: clock.clone(), watch };
-        Ok((Self { table, trust, clock }, renewal))
+        Ok((Self { table, trust, clock, from_files }, renewal))
     }
 
     /// The identities that have pods on this node: new ones are fetched, the others forgotten.
     pub fn want(&self, set: &BTreeSet<SpiffeId>) {
         self.table.want(set);
+    }
+
+    /// Reads certificate files again, and asks the CA now for what it has not given. (Its root and our token are read
+    /// for every request anyway.)
+    pub fn reload(&self) {
+        self.table.reload(self.from_files);
     }
 
     /// Takes effect with the next handshake, on open listeners too.

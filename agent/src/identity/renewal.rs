@@ -220,12 +220,13 @@ impl Table {
         pause
     }
 
-    /// Everything is read again.
-    fn reload(&self) {
-        for entry in self.write().values_mut() {
+    /// Everything is fetched again, or only what failed.
+    pub(super) fn reload(&self, all: bool) {
+        for entry in self.write().values_mut().filter(|entry| all || entry.failures > 0) {
             entry.again = entry.fetching;
             entry.next = Next::Now;
         }
+        self.wake.notify_one();
     }
 
     fn identities(&self) -> BTreeSet<SpiffeId> {
@@ -284,7 +285,7 @@ impl Renewal {
                 if let Some(watch) = &mut self.watch {
                     watch.drain();
                 }
-                self.table.reload();
+                self.table.reload(true);
             }
             while let Some(identity) = self.table.take_due(Instant::now(), self.clock.unix_seconds(), fetches.len()) {
                 fetches.push(self.origin.fetch(identity));

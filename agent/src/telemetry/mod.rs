@@ -13,6 +13,7 @@ use tracing_subscriber::{
 };
 
 pub mod access;
+pub mod panics;
 pub mod readiness;
 
 /// How lines look, of the log and of the access log.

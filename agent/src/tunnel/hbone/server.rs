@@ -89,12 +89,10 @@ where
 {
     let mut drain = pin!(drain);
     let begun = Instant::now();
-    let (peer, core, mut driver) = tokio::select! {
-        established = timeout(config.handshake_timeout, establish(tcp, &tls, &config)) => {
-            established.map_err(|_| ServeError::HandshakeTimeout)??
-        }
-        _ = &mut drain => return Ok(()),
-    };
+    // Also while draining: the client gets its GOAWAY, and knows that it must go elsewhere.
+    let (peer, core, mut driver) = timeout(config.handshake_timeout, establish(tcp, &tls, &config))
+        .await
+        .map_err(|_| ServeError::HandshakeTimeout)??;
     // What is left of the time is for the HTTP/2 preface and SETTINGS.
     let preface = Cell::new(Some(begun + config.handshake_timeout));
     let mut handlers = JoinSet::new();
