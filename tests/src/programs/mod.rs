@@ -9,6 +9,7 @@ mod cut;
 mod exchange;
 mod hold;
 mod http;
+mod paced;
 mod probe;
 mod short;
 mod trickle;
@@ -27,6 +28,7 @@ pub use cut::{CutResult, CutVerb};
 pub use exchange::{ExchangeResult, Verb};
 pub use hold::HeldRound;
 pub use http::{HttpResult, Seen};
+pub use paced::PacedResult;
 pub use probe::{Probe, ProbeResult};
 pub use short::ShortResult;
 pub use trickle::{TrickleEvent, Trickled};
@@ -128,6 +130,24 @@ pub enum Program {
         #[arg(long, default_value_t = 10_000)]
         timeout_ms: u64,
     },
+    /// Make connections to an exchange server at a steady rate until a file exists; count the errors.
+    Paced {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// New connections a second.
+        #[arg(long)]
+        rate: u32,
+        /// How long each goes on, milliseconds; 0: one line.
+        #[arg(long, default_value_t = 0)]
+        live_ms: u64,
+        /// The file.
+        #[arg(long)]
+        until: PathBuf,
+        /// Limit of a connect or a read, milliseconds.
+        #[arg(long, default_value_t = 10_000)]
+        timeout_ms: u64,
+    },
     /// Make many connections to an exchange server at the same moment.
     Burst {
         /// Address and port.
@@ -217,6 +237,10 @@ impl Program {
             }
             Self::Short { to, count, parallel, timeout_ms } => {
                 print(&short::run(to, count, parallel, Duration::from_millis(timeout_ms)))
+            }
+            Self::Paced { to, rate, live_ms, until, timeout_ms } => {
+                let (live, limit) = (Duration::from_millis(live_ms), Duration::from_millis(timeout_ms));
+                print(&paced::run(paced::Pace { to, rate, live, limit }, &until)?)
             }
             Self::Burst { to, count, timeout_ms } => print(&burst::run(to, count, Duration::from_millis(timeout_ms))?),
             Self::CutServe { ports } => cut::serve(&ports),

@@ -115,6 +115,14 @@ impl Sandbox {
     /// # Errors
     /// It could not be started.
     pub fn start_agent(&mut self, mesh: &MeshPlan, node: Node) -> Result<()> {
+        self.start_agent_as(mesh, node, &agent_process(node))
+    }
+
+    /// Starts an agent of a node as a process of another name, so that it can be beside one that runs already.
+    ///
+    /// # Errors
+    /// It could not be started.
+    pub fn start_agent_as(&mut self, mesh: &MeshPlan, node: Node, name: &str) -> Result<()> {
         let place = self.agent_place(node)?;
         let token = self.dir().join(format!("token-{}", node.letter()));
         self.signer().sign_to(&self.agent_claims(node), &token)?;
@@ -139,7 +147,7 @@ impl Sandbox {
             .arg(&token)
             .args(["--log-format", "json"])
             .args(&mesh.agent_arguments);
-        self.start(&agent_process(node), agent)
+        self.start(name, agent)
     }
 
     /// Waits until the agent of a node says that it is ready.
@@ -188,7 +196,15 @@ impl Sandbox {
     /// # Errors
     /// The log could not be read, or a line of it is not JSON.
     pub fn agent_log(&self, node: Node, offset: u64) -> Result<(Vec<LogLine>, u64)> {
-        let path = self.log_path(&agent_process(node));
+        self.log_of(&agent_process(node), offset)
+    }
+
+    /// As [`Self::agent_log`], of an agent that was started under a name of its own.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn log_of(&self, process: &str, offset: u64) -> Result<(Vec<LogLine>, u64)> {
+        let path = self.log_path(process);
         let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
         // The last line may be only half written: it is for the next time.
         let end = text.rfind('\n').map_or(0, |at| at + 1);

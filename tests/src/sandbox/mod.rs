@@ -32,7 +32,7 @@ use std::fs::{self, File};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -414,6 +414,24 @@ impl Sandbox {
         let process = self.processes.get_mut(name).with_context(|| format!("the sandbox runs no {name}"))?;
         let checked = process.check();
         checked.with_context(|| self.end_of_log(name))
+    }
+
+    /// Waits for a process to end by itself.
+    ///
+    /// # Errors
+    /// It has not within `limit`, or there is none of that name.
+    pub fn wait_end(&mut self, name: &str, limit: Duration) -> Result<ExitStatus> {
+        let process = self.processes.get_mut(name).with_context(|| format!("the sandbox runs no {name}"))?;
+        let ended = command::wait_for(&format!("{name} ends"), limit, || Ok(process.child.try_wait()?));
+        ended.with_context(|| self.end_of_log(name))
+    }
+
+    /// Number of a process.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn pid(&self, name: &str) -> Result<u32> {
+        Ok(self.processes.get(name).with_context(|| format!("the sandbox runs no {name}"))?.child.id())
     }
 
     /// Starts recording the link between the nodes.
