@@ -17,7 +17,7 @@ use culvert_common::SettingsValue;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{mpsc, watch},
     time::{MissedTickBehavior, interval},
 };
 use tracing::{error, info, warn};
@@ -39,7 +39,7 @@ use crate::{
     policy::{self, Snapshot},
     proxy::Context,
     source::{self, View},
-    telemetry::{self, access, readiness},
+    telemetry::{self, access, open, readiness},
     tunnel,
     worker::Worker,
 };
@@ -142,12 +142,14 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     // Numbers of an earlier agent must not be taken for ours.
     first.generation = datapath.last_generation().wrapping_add(1).max(1);
     let (snapshots, snapshot) = watch::channel(Arc::new(first));
+    let registry = open::Registry::default();
+    let (_connections, refreshes) = open::Connections::new(registry.clone());
     let (mut draining, drain) = drain::channel();
     let workers = (0..config.workers)
         .map(|number| {
             let sockets = datapath.sockets()?;
             let (snapshot, identities, log) = (snapshot.clone(), identities.clone(), log.clone());
-            let (cluster, drained) = (cluster.clone(), drain.clone());
+            let (cluster, drained, open) = (cluster.clone(), drain.clone(), registry.shard());
             Worker::start(number, drain.clone(), move || {
                 let limits = tunnel::Config::default();
                 Ok(Context {
@@ -156,6 +158,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
                     pool: tunnel::Pool::new(limits),
                     tunnel: limits,
                     sockets: sockets.into(),
+                    open,
                     access: log,
                     cluster,
                     drain: drained,
@@ -164,13 +167,14 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     drop(drain);
-    let passed = Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), cluster);
+    let passed = Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), registry.shard(), cluster);
     let mut control = Control {
         options,
         datapath,
         workers,
         enrollments: Enrollments::default(),
         passed,
+        refreshes,
         identities,
         host,
         kubelet: None,
@@ -222,6 +226,8 @@ struct Control {
     workers: Vec<Worker>,
     enrollments: Enrollments,
     passed: Passed,
+    /// Somebody wants to see the open connections.
+    refreshes: mpsc::Receiver<open::Refresh>,
     identities: Identities,
     host: Arc<NetnsHandle>,
     kubelet: Option<Kubelet>,
@@ -282,6 +288,13 @@ impl Control {
                 woken = wakes.readable() => {
                     woken.context("poll the kernel's events")?.clear_ready();
                     self.tell();
+                }
+                Some(done) = self.refreshes.recv() => {
+                    self.tell();
+                    let snapshot = self.snapshots.borrow().clone();
+                    self.passed.refresh(&snapshot, self.enrollments.pods());
+                    // Who asked may have gone.
+                    let _ = done.send(());
                 }
                 _ = tick.tick() => {
                     self.beat()?;
@@ -393,6 +406,7 @@ impl Control {
         let snapshot = self.snapshots.borrow().clone();
         let enrollments = &self.enrollments;
         self.passed.tell(&snapshot, |cookie| enrollments.by_cookie(cookie));
+        self.passed.watch(&snapshot, |cookie| enrollments.by_cookie(cookie));
     }
 }
 

@@ -128,6 +128,11 @@ impl Enrollments {
         self.by_cookie.get(&cookie)
     }
 
+    /// All pods that are in.
+    pub fn pods(&self) -> impl Iterator<Item = &Arc<ServedPod>> {
+        self.by_cookie.values()
+    }
+
     /// A pod that is in.
     pub fn pod(&self, uid: &PodUid) -> Option<&Arc<ServedPod>> {
         self.enrolled.get(uid).map(|enrolled| &enrolled.pod)

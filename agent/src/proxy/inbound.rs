@@ -19,7 +19,7 @@ use crate::{
     identity::{self, Refusal, Unavailable},
     model::SpiffeId,
     policy::{Snapshot, Workload},
-    telemetry::access::Direction,
+    telemetry::{access::Direction, open::Carried},
     tunnel::{headers, server},
 };
 
@@ -143,14 +143,18 @@ async fn judge(
         let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");
         return refuse(incoming, 503, outcome);
     };
-    story.dst_workload = Some(own.clone());
-    story.dst_identity = Some(own.identity.clone());
-    let Some(target) = incoming.authority().socket_addr() else {
+    let facts = story.facts();
+    facts.dst_workload = Some(own.clone());
+    facts.dst_identity = Some(own.identity.clone());
+    let target = incoming.authority().socket_addr();
+    facts.hbone_addr = target;
+    facts.carried = Carried::Tunnel;
+    story.open(context);
+    let Some(target) = target else {
         // Names are for waypoints; this pod is nobody's.
         let outcome = Outcome::failed(Flag::Refused, format_args!("unknown service {:?}", incoming.authority()));
         return refuse(incoming, 503, outcome);
     };
-    story.hbone_addr = Some(target);
     if target.ip().to_canonical() != local.ip() {
         // [H.1]: the connection goes to the pod that TCP addressed, or nowhere.
         let outcome =
@@ -163,6 +167,7 @@ async fn judge(
         let outcome = Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
         return refuse(incoming, status, outcome);
     }
+    story.admitted(verdict.reason.as_str());
     // As on the other side: no new connection in an old tunnel once our certificate has expired ([I.7]).
     match context.identities.ready(&own.identity).await {
         Ok(()) => {}
@@ -192,8 +197,9 @@ async fn judge(
 
 fn tell_source(story: &mut Story, snapshot: &Snapshot, remote: SocketAddr, proved: SpiffeId) {
     // Names only where address and certificate agree: a line must not say what nobody proved.
-    story.src_workload = workload_at(snapshot, remote.ip()).filter(|known| known.identity == proved).cloned();
-    story.src_identity = Some(proved);
+    let facts = story.facts();
+    facts.src_workload = workload_at(snapshot, remote.ip()).filter(|known| known.identity == proved).cloned();
+    facts.src_identity = Some(proved);
 }
 
 /// Copies until the end, the drain deadline, or a policy that does not allow the connection any more ([D.1]).
@@ -253,11 +259,13 @@ pub async fn plaintext(
     }
     let mut story = Story::new(Direction::Inbound, remote, local);
     let snapshot = context.snapshot();
-    story.src_workload = workload_at(&snapshot, remote.ip()).cloned();
+    let facts = story.facts();
+    facts.src_workload = workload_at(&snapshot, remote.ip()).cloned();
     let outcome = match snapshot.workload(&pod.uid) {
         Some(own) => {
-            story.dst_workload = Some(own.clone());
-            deliver(&context, &pod, &snapshot, own, socket, local, remote, &mut story).await
+            facts.dst_workload = Some(own.clone());
+            story.open(&context);
+            deliver(&context, &pod, &snapshot, own, socket, local, remote, &story).await
         }
         None => Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source"),
     };
@@ -273,12 +281,13 @@ async fn deliver(
     socket: ResetOnClose,
     local: SocketAddr,
     remote: SocketAddr,
-    story: &mut Story,
+    story: &Story,
 ) -> Outcome {
     let verdict = snapshot.decide(own, Peer::Plain, local.port());
     if verdict.answer == Answer::Refuse {
         return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
     }
+    story.admitted(verdict.reason.as_str());
     let leg = match context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await {
         Ok(leg) => leg,
         Err(error) => return Outcome::failed(Flag::Connect, error),

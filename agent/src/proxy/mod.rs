@@ -26,7 +26,7 @@ use crate::{
     model::PodUid,
     netns::NetnsHandle,
     policy::{Occupant, Snapshot, Workload},
-    telemetry::access::AccessLog,
+    telemetry::{access::AccessLog, open::Shard},
     tunnel,
 };
 
@@ -65,6 +65,8 @@ pub struct Context {
     pub tunnel: tunnel::Config,
     /// This worker's view of the kernel's maps.
     pub sockets: RefCell<Sockets>,
+    /// Where this worker's open connections are entered.
+    pub open: Shard,
     /// Where ends of connections are told.
     pub access: AccessLog,
     /// Name of this cluster.

@@ -14,7 +14,10 @@ use super::{
 use crate::{
     model::{ObjectRef, SpiffeId},
     policy::{RouteRefusal, Workload},
-    telemetry::access::{Access, Direction, End, Event},
+    telemetry::{
+        access::{Access, Direction, End, Event},
+        open::{Carried, Facts, Open},
+    },
     tunnel::OpenError,
 };
 
@@ -129,43 +132,48 @@ impl Outcome {
     }
 }
 
-/// What is known of a connection while it lasts; told once, at its end.
+/// A connection while it lasts; told once, at its end.
 pub(super) struct Story {
-    pub(super) direction: Direction,
-    pub(super) started: Instant,
+    started: Instant,
     pub(super) counters: Arc<Counters>,
-    pub(super) src: SocketAddr,
-    pub(super) src_workload: Option<Arc<Workload>>,
-    pub(super) src_identity: Option<SpiffeId>,
-    /// The socket's peer: for a tunnel, with the tunnel's port.
-    pub(super) dst: SocketAddr,
-    pub(super) dst_workload: Option<Arc<Workload>>,
-    pub(super) dst_identity: Option<SpiffeId>,
-    pub(super) hbone_addr: Option<SocketAddr>,
-    pub(super) service: Option<ObjectRef>,
+    facts: Arc<Facts>,
+    open: Option<Open>,
 }
 
 impl Story {
     pub(super) fn new(direction: Direction, src: SocketAddr, dst: SocketAddr) -> Self {
         Self {
-            direction,
             started: Instant::now(),
             counters: Arc::default(),
-            src,
-            src_workload: None,
-            src_identity: None,
-            dst,
-            dst_workload: None,
-            dst_identity: None,
-            hbone_addr: None,
-            service: None,
+            facts: Arc::new(Facts::new(direction, src, dst)),
+            open: None,
         }
+    }
+
+    /// What is known, to be completed. What others see of it is replaced by the next [`Story::open`].
+    pub(super) fn facts(&mut self) -> &mut Facts {
+        Arc::make_mut(&mut self.facts)
     }
 
     /// Notes where an outbound connection goes, over what was noted before.
     pub(super) fn heads_for(&mut self, dst: SocketAddr, workload: Option<Arc<Workload>>, service: Option<ObjectRef>) {
-        (self.dst, self.dst_workload, self.service) = (dst, workload, service);
-        (self.src_identity, self.dst_identity, self.hbone_addr) = (None, None, None);
+        let facts = self.facts();
+        (facts.dst, facts.dst_workload, facts.service) = (dst, workload, service);
+        (facts.src_identity, facts.dst_identity, facts.hbone_addr) = (None, None, None);
+        facts.carried = Carried::Agent;
+    }
+
+    /// The connection is about to be judged, or carried, with the facts that are known now ([M.2]: before the verdict).
+    pub(super) fn open(&mut self, context: &Context) {
+        self.open = None;
+        self.open = Some(context.open.open(self.facts.clone(), self.counters.clone()));
+    }
+
+    /// Policy has admitted it, with this word.
+    pub(super) fn admitted(&self, policy: &'static str) {
+        if let Some(open) = &self.open {
+            open.admitted(policy);
+        }
     }
 
     /// Writes the line. The nearer side's bytes go `forward`: what this agent sent towards its remote peer.
@@ -179,14 +187,15 @@ impl Story {
             Outcome::Failed { flag: Flag::UnknownWorkload, .. } => Event::Failed,
             _ => Event::Complete,
         };
-        let service = self.service.as_ref().map(hostname);
+        let facts = &*self.facts;
+        let service = facts.service.as_ref().map(hostname);
         context.access.record(&Access {
             event,
-            src: end(self.src, self.src_workload.as_deref(), self.src_identity.as_ref(), &context.cluster),
-            dst: end(self.dst, self.dst_workload.as_deref(), self.dst_identity.as_ref(), &context.cluster),
-            hbone_addr: self.hbone_addr.as_ref().map(|addr| addr as &dyn fmt::Display),
+            src: end(facts.src, facts.src_workload.as_deref(), facts.src_identity.as_ref(), &context.cluster),
+            dst: end(facts.dst, facts.dst_workload.as_deref(), facts.dst_identity.as_ref(), &context.cluster),
+            hbone_addr: facts.hbone_addr.as_ref().map(|addr| addr as &dyn fmt::Display),
             service: service.as_ref().map(|name| name as &dyn fmt::Display),
-            direction: self.direction,
+            direction: facts.direction,
             bytes_sent: self.counters.forward.load(Ordering::Relaxed),
             bytes_recv: self.counters.backward.load(Ordering::Relaxed),
             duration: self.started.elapsed(),

@@ -1,4 +1,5 @@
-//! What the agent says of itself: the set-up of its logs, the [`access`] log, and [`readiness`].
+//! What the agent says of itself: the set-up of its logs, the [`access`] log, [`readiness`], and which
+//! connections are [`open`].
 //!
 //! What is worth saying is decided where it happens. Logs go to standard error, the access log to standard output.
 
@@ -13,6 +14,7 @@ use tracing_subscriber::{
 };
 
 pub mod access;
+pub mod open;
 pub mod readiness;
 
 /// How lines look, of the log and of the access log.
