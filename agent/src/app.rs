@@ -5,11 +5,11 @@
 //! watches the cgroup tree (`pods`), another writes the access log (`telemetry`).
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     os::fd::AsFd as _,
     path::PathBuf,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, anyhow};
@@ -28,7 +28,7 @@ use crate::{
         self,
         agent::{Certificates, Config},
     },
-    connections::Passed,
+    connections::{self, Passed},
     datapath::{self, Datapath},
     drain,
     enroll::Enrollments,
@@ -39,7 +39,7 @@ use crate::{
     policy::{self, Snapshot},
     proxy::Context,
     source::{self, View},
-    telemetry::{self, access, open, readiness},
+    telemetry::{self, access, exposition, metrics, open, readiness, tally, traffic::Names},
     tunnel,
     worker::Worker,
 };
@@ -48,6 +48,8 @@ use crate::{
 const TICK: Duration = Duration::from_millis(250);
 /// A worker that is silent for longer is stuck, and the sign of life is withheld.
 const WORKER_SILENCE: Duration = Duration::from_secs(5);
+/// How often the metrics of workloads that are gone are dropped.
+const FORGET: Duration = Duration::from_secs(60);
 /// Lifetime that certificates are asked for.
 const CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 3600);
 /// How long the writer of the access log may take for its last lines.
@@ -136,45 +138,55 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     let (identities, renewal) = Identities::new(identity_config(&config, &views.borrow()))?;
     let (log, writer) = access::start(access::Config { format: config.log_format, ..access::Config::default() })
         .context("start the access log")?;
-    let cluster: Arc<str> = config.cluster_id.as_str().into();
+    let names =
+        Names { cluster: config.cluster_id.as_str().into(), cluster_domain: config.cluster_domain.as_str().into() };
 
     let mut first = policy::compile(&views.borrow().cluster, &options, None);
     // Numbers of an earlier agent must not be taken for ours.
     first.generation = datapath.last_generation().wrapping_add(1).max(1);
     let (snapshots, snapshot) = watch::channel(Arc::new(first));
-    let registry = open::Registry::default();
-    let (_connections, refreshes) = open::Connections::new(registry.clone());
+    let registry = open::Registry::new(names.clone(), config.metrics_label_sets);
+    let tallies = tally::Tallies::default();
+    let (ask, questions) = mpsc::channel(8);
+    let _connections = open::Connections::new(registry.clone(), ask.clone());
+    let sources = metrics::Sources { registry: registry.clone(), tallies: tallies.clone(), access: log.clone() };
+    let mut exposition = exposition::Server::start(config.metrics_address, sources, ask)?;
     let (mut draining, drain) = drain::channel();
     let workers = (0..config.workers)
         .map(|number| {
             let sockets = datapath.sockets()?;
             let (snapshot, identities, log) = (snapshot.clone(), identities.clone(), log.clone());
-            let (cluster, drained, open) = (cluster.clone(), drain.clone(), registry.shard());
+            let (names, drained, open) = (names.clone(), drain.clone(), registry.shard());
+            let tally = tallies.tally();
             Worker::start(number, drain.clone(), move || {
                 let limits = tunnel::Config::default();
                 Ok(Context {
                     snapshot,
                     identities,
-                    pool: tunnel::Pool::new(limits),
+                    pool: tunnel::Pool::counted(limits, tally.clone()),
                     tunnel: limits,
                     sockets: sockets.into(),
                     open,
+                    tally,
                     access: log,
-                    cluster,
+                    names,
                     drain: drained,
                 })
             })
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     drop(drain);
-    let passed = Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), registry.shard(), cluster);
+    let passed = Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), registry.shard(), names);
     let mut control = Control {
         options,
         datapath,
         workers,
         enrollments: Enrollments::default(),
         passed,
-        refreshes,
+        registry,
+        questions,
+        forgotten: Instant::now(),
+        compiles: (0, Duration::ZERO),
         identities,
         host,
         kubelet: None,
@@ -196,6 +208,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
         result = control.run(views, nodes, first_pass) => result,
         result = reading => result.and_then(|()| Err(anyhow!("the source of manifests has ended"))),
         result = serving => result.context("readiness").and_then(|()| Err(anyhow!("readiness has ended"))),
+        error = exposition.failed() => Err(error),
         () = renewing => Err(anyhow!("the renewal of certificates has ended")),
     };
     drop(ended);
@@ -211,6 +224,7 @@ async fn run_agent(config: Config) -> anyhow::Result<()> {
     control.tell();
     watcher.stop()?;
     drop(control);
+    exposition.stop();
     drop(log);
     let dropped = writer.finish(LOG_PATIENCE).context("finish the access log")?;
     if dropped > 0 {
@@ -226,8 +240,13 @@ struct Control {
     workers: Vec<Worker>,
     enrollments: Enrollments,
     passed: Passed,
-    /// Somebody wants to see the open connections.
-    refreshes: mpsc::Receiver<open::Refresh>,
+    registry: open::Registry,
+    /// What operators and metrics want to know.
+    questions: mpsc::Receiver<metrics::Question>,
+    /// When metrics of workloads that are gone were last dropped.
+    forgotten: Instant,
+    /// How often policy was compiled, and how long it took the last time.
+    compiles: (u64, Duration),
     identities: Identities,
     host: Arc<NetnsHandle>,
     kubelet: Option<Kubelet>,
@@ -289,17 +308,12 @@ impl Control {
                     woken.context("poll the kernel's events")?.clear_ready();
                     self.tell();
                 }
-                Some(done) = self.refreshes.recv() => {
-                    self.tell();
-                    let snapshot = self.snapshots.borrow().clone();
-                    self.passed.refresh(&snapshot, self.enrollments.pods());
-                    // Who asked may have gone.
-                    let _ = done.send(());
-                }
+                Some(question) = self.questions.recv() => self.answer(question),
                 _ = tick.tick() => {
                     self.beat()?;
                     self.datapath.maintain();
                     self.tell();
+                    self.forget();
                     work = std::mem::take(&mut self.retry);
                 }
             }
@@ -309,7 +323,9 @@ impl Control {
     /// From what the source says to a snapshot; the workers see it at once.
     fn compile(&mut self, view: &View, node: &pods::Node) {
         let before = self.snapshots.borrow().clone();
+        let begun = Instant::now();
         let next = policy::compile(&view.cluster, &self.options, Some(&before));
+        self.compiles = (self.compiles.0 + 1, begun.elapsed());
         for warning in next.warnings.iter().filter(|warning| !before.warnings.contains(warning)) {
             warn!("{warning}");
         }
@@ -400,6 +416,59 @@ impl Control {
                 self.datapath.beat()
             }
         }
+    }
+
+    fn answer(&mut self, question: metrics::Question) {
+        self.tell();
+        let snapshot = self.snapshots.borrow().clone();
+        self.passed.refresh(&snapshot, self.enrollments.pods());
+        // Who asked may have gone.
+        match question {
+            metrics::Question::Connections(done) => drop(done.send(())),
+            metrics::Question::Node(reply) => drop(reply.send(Box::new(self.facts(&snapshot)))),
+        }
+    }
+
+    fn facts(&self, snapshot: &Snapshot) -> metrics::Node {
+        let fill = self.datapath.fill().unwrap_or_else(|error| {
+            warn!(error = format!("{error:#}"), "the kernel's maps could not be counted for metrics");
+            Vec::new()
+        });
+        let maps = fill.into_iter();
+        metrics::Node {
+            generation: snapshot.generation,
+            compiles: self.compiles.0,
+            compile_time: self.compiles.1,
+            enrolled: self.enrollments.pods().count(),
+            failed: self.enrollments.failures(),
+            certificates: self
+                .identities
+                .status()
+                .into_iter()
+                .map(|status| (status.identity.to_string(), status.expires_at))
+                .collect(),
+            certificate_requests: self.identities.requests(),
+            verdicts: connections::verdicts(&self.datapath.verdicts(), |cookie| {
+                snapshot.workload(&self.enrollments.by_cookie(cookie)?.uid)
+            }),
+            maps: maps
+                .map(|map| metrics::MapFill { name: map.name, entries: map.entries, capacity: map.capacity })
+                .collect(),
+            programs: self.datapath.programs(),
+            silence: self.workers.iter().map(Worker::silent_for).collect(),
+        }
+    }
+
+    /// Drops the metrics of workloads that are gone.
+    fn forget(&mut self) {
+        if self.forgotten.elapsed() < FORGET {
+            return;
+        }
+        self.forgotten = Instant::now();
+        let snapshot = self.snapshots.borrow().clone();
+        let there: HashSet<(&str, &str)> =
+            snapshot.workloads.values().map(|known| (&*known.object.namespace, &*known.workload_name)).collect();
+        self.registry.maintain(|namespace, name| there.contains(&(namespace, name)));
     }
 
     fn tell(&mut self) {

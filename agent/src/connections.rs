@@ -8,7 +8,7 @@
 //! from time to time ([`Passed::watch`]).
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
@@ -17,7 +17,9 @@ use std::{
 };
 
 use anyhow::Context as _;
-use culvert_common::{Answer, Direction, Event, EventKind, PORT_HBONE, Peer, Reason, SocketKind, SocketValue, Verdict};
+use culvert_common::{
+    Answer, Direction, Event, EventKind, PORT_HBONE, Peer, Reason, SocketKind, SocketValue, Verdict, VerdictKey,
+};
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -30,7 +32,9 @@ use crate::{
     proxy::ServedPod,
     telemetry::{
         access::{self, Access, AccessLog, End},
+        metrics,
         open::{Carried, Counters, Facts, Open, Shard},
+        traffic::{Flag, Names, UNKNOWN},
     },
 };
 
@@ -52,7 +56,7 @@ pub struct Passed {
     events: Events,
     storage: OwnedFd,
     access: AccessLog,
-    cluster: Arc<str>,
+    names: Names,
     closed_by_us: HashMap<(SocketAddr, SocketAddr), (Instant, Verdict, String)>,
     open: Shard,
     tracked: HashMap<Flow, Tracked>,
@@ -71,7 +75,7 @@ struct Tracked {
     socket: u64,
     facts: Arc<Facts>,
     counters: Arc<Counters>,
-    _open: Open,
+    open: Open,
     opened_ns: u64,
     reason: u8,
     /// Its socket is gone, and nobody has told of its end yet.
@@ -80,12 +84,12 @@ struct Tracked {
 
 impl Passed {
     /// `storage` is the map of socket storage; `open` is where open connections are entered.
-    pub fn new(events: Events, storage: OwnedFd, access: AccessLog, open: Shard, cluster: Arc<str>) -> Self {
+    pub fn new(events: Events, storage: OwnedFd, access: AccessLog, open: Shard, names: Names) -> Self {
         Self {
             events,
             storage,
             access,
-            cluster,
+            names,
             closed_by_us: HashMap::new(),
             open,
             tracked: HashMap::new(),
@@ -115,11 +119,16 @@ impl Passed {
             let pod = pods(NetnsCookie(event.netns_cookie));
             if event.kind == EventKind::Closed as u8 {
                 self.ended(snapshot, &event);
-            } else if event.kind == EventKind::Overtaken as u8 {
+                continue;
+            }
+            if event.kind == EventKind::Overtaken as u8 {
                 if let Some(pod) = pod {
                     self.overtaken(snapshot, pod, &event);
                 }
-            } else if self.told < TOLD_PER_INTERVAL {
+                continue;
+            }
+            self.count_refused(snapshot, &event);
+            if self.told < TOLD_PER_INTERVAL {
                 self.told += 1;
                 self.refused(snapshot, &event);
             } else {
@@ -192,7 +201,7 @@ impl Passed {
         if value.is_some() {
             open.admitted(Reason::from_u8(reason).map_or("unknown", Reason::as_str));
         }
-        let tracked = Tracked { socket: socket.id.cookie, facts, counters, _open: open, opened_ns, reason, gone: None };
+        let tracked = Tracked { socket: socket.id.cookie, facts, counters, open, opened_ns, reason, gone: None };
         tracked.count(socket);
         self.tracked.insert(flow, tracked);
     }
@@ -331,13 +340,37 @@ impl Passed {
     }
 
     fn ended(&mut self, snapshot: &Snapshot, event: &Event) {
-        self.tracked.remove(&(NetnsCookie(event.netns_cookie), src(event), dst(event)));
+        let flow = (NetnsCookie(event.netns_cookie), src(event), dst(event));
+        let (open, counters) = match self.tracked.remove(&flow) {
+            Some(Tracked { open, counters, .. }) => (open, counters),
+            None => {
+                let facts = Arc::new(self.facts(snapshot, direction(event), flow, Carried::Kernel));
+                let counters = Arc::<Counters>::default();
+                (self.open.open_since(unix_ms(event.opened_ns), facts, counters.clone()), counters)
+            }
+        };
+        let (sent, received) = by_side(event);
+        counters.forward.fetch_max(sent, Ordering::Relaxed);
+        counters.backward.fetch_max(received, Ordering::Relaxed);
         let ours = self.closed_by_us.remove(&(src(event), dst(event)));
         let (reason, detail) = match &ours {
             Some((_, verdict, detail)) => (verdict.reason.as_str(), Some(detail as &dyn fmt::Display)),
             None => (word(event), None),
         };
+        open.close(if ours.is_some() { Flag::Deny } else { Flag::None });
         self.line(snapshot, event, access::Event::Complete, reason, detail);
+    }
+
+    /// A connection that the kernel refused was opened, and has failed.
+    fn count_refused(&self, snapshot: &Snapshot, event: &Event) {
+        let flow = (NetnsCookie(event.netns_cookie), src(event), dst(event));
+        let facts = self.facts(snapshot, direction(event), flow, Carried::Kernel);
+        let flag = match Reason::from_u8(event.reason) {
+            Some(Reason::StrictRequiresMtls | Reason::PolicyMissing | Reason::Loop) => Flag::Deny,
+            // Not policy: the mesh could not take it.
+            _ => Flag::Connect,
+        };
+        self.open.open(Arc::new(facts), Arc::default()).close(flag);
     }
 
     fn refused(&mut self, snapshot: &Snapshot, event: &Event) {
@@ -361,19 +394,16 @@ impl Passed {
         reason: &'static str,
         error: Option<&dyn fmt::Display>,
     ) {
-        let direction = match event.direction == Direction::Outbound as u8 {
-            true => access::Direction::Outbound,
-            false => access::Direction::Inbound,
-        };
+        let (sent, received) = by_side(event);
         self.access.record(&Access {
             event: kind,
             src: self.end(snapshot, src(event)),
             dst: self.end(snapshot, dst(event)),
             hbone_addr: None,
             service: None,
-            direction,
-            bytes_sent: event.sent_bytes,
-            bytes_recv: event.received_bytes,
+            direction: direction(event),
+            bytes_sent: sent,
+            bytes_recv: received,
             duration: Duration::from_nanos(match event.opened_ns {
                 0 => 0,
                 opened => event.at_ns.saturating_sub(opened),
@@ -393,7 +423,7 @@ impl Passed {
             workload: workload.map(|workload| &workload.workload_name as &dyn fmt::Display),
             namespace: workload.map(|workload| &workload.object.namespace as &dyn fmt::Display),
             identity: None,
-            cluster: workload.map(|_| &self.cluster as &dyn fmt::Display),
+            cluster: workload.map(|_| &self.names.cluster as &dyn fmt::Display),
         }
     }
 }
@@ -473,6 +503,21 @@ impl Tracked {
     }
 }
 
+fn direction(event: &Event) -> access::Direction {
+    match event.direction == Direction::Outbound as u8 {
+        true => access::Direction::Outbound,
+        false => access::Direction::Inbound,
+    }
+}
+
+/// (sent, received) by the pod of this node; an event counts by client and server.
+fn by_side(event: &Event) -> (u64, u64) {
+    match direction(event) {
+        access::Direction::Inbound => (event.sent_bytes, event.received_bytes),
+        access::Direction::Outbound => (event.received_bytes, event.sent_bytes),
+    }
+}
+
 fn word(event: &Event) -> &'static str {
     Reason::from_u8(event.reason).map_or("unknown", Reason::as_str)
 }
@@ -483,6 +528,37 @@ fn src(event: &Event) -> SocketAddr {
 
 fn dst(event: &Event) -> SocketAddr {
     SocketAddr::new(event.dst.ip(), event.dport)
+}
+
+/// The kernel's counters in words, one for each pod and reason, whichever rules decided. `pod` knows the workload of a
+/// namespace.
+pub fn verdicts<'a>(
+    counters: &[(VerdictKey, u64)],
+    pod: impl Fn(NetnsCookie) -> Option<&'a Arc<Workload>>,
+) -> Vec<metrics::Verdicts> {
+    // By name: two pods have one while one replaces the other.
+    let mut sums: BTreeMap<(&str, &str, u8, u8, u8), u64> = BTreeMap::new();
+    for (key, times) in counters {
+        let (namespace, name) = match pod(NetnsCookie(key.netns_cookie)) {
+            Some(workload) => (&*workload.object.namespace, &*workload.object.name),
+            None => (UNKNOWN, UNKNOWN),
+        };
+        *sums.entry((namespace, name, key.direction, key.answer, key.reason)).or_default() += times;
+    }
+    let in_words =
+        |((namespace, pod, direction, answer, reason), times): ((&str, &str, u8, u8, u8), u64)| metrics::Verdicts {
+            namespace: namespace.to_owned(),
+            pod: pod.to_owned(),
+            direction: if direction == Direction::Outbound as u8 { "outbound" } else { "inbound" },
+            answer: match answer {
+                _ if answer == Answer::Pass as u8 => "pass",
+                _ if answer == Answer::Refuse as u8 => "refuse",
+                _ => "agent",
+            },
+            reason: Reason::from_u8(reason).map_or(UNKNOWN, Reason::as_str),
+            times,
+        };
+    sums.into_iter().map(in_words).collect()
 }
 
 /// The namespace's cookie, as the maps' keys have it.

@@ -128,6 +128,11 @@ impl Enrollments {
         self.by_cookie.get(&cookie)
     }
 
+    /// How many pods could not be brought in, or changed.
+    pub fn failures(&self) -> usize {
+        self.failures.len()
+    }
+
     /// All pods that are in.
     pub fn pods(&self) -> impl Iterator<Item = &Arc<ServedPod>> {
         self.by_cookie.values()

@@ -30,6 +30,7 @@ use culvert_common::{
 };
 use tracing::warn;
 
+pub mod measure;
 mod sys;
 
 use sys::{AttachType, Target};

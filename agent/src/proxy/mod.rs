@@ -26,7 +26,7 @@ use crate::{
     model::PodUid,
     netns::NetnsHandle,
     policy::{Occupant, Snapshot, Workload},
-    telemetry::{access::AccessLog, open::Shard},
+    telemetry::{access::AccessLog, open::Shard, tally::Tally, traffic::Names},
     tunnel,
 };
 
@@ -67,10 +67,12 @@ pub struct Context {
     pub sockets: RefCell<Sockets>,
     /// Where this worker's open connections are entered.
     pub open: Shard,
+    /// Where this worker's handshakes and tunnels are counted.
+    pub tally: Arc<Tally>,
     /// Where ends of connections are told.
     pub access: AccessLog,
-    /// Name of this cluster.
-    pub cluster: Arc<str>,
+    /// Names of this cluster.
+    pub names: Names,
     /// Says when it is time to finish.
     pub drain: drain::Watch,
 }

@@ -9,14 +9,14 @@ use tracing::debug;
 use super::{
     Context, ServedPod, canonical,
     copy::{self, Counters, ResetOnClose},
-    keepalive, report,
+    keepalive,
     report::{Flag, Outcome, Story},
 };
 use crate::{
     identity::Unavailable,
     model::ObjectRef,
     policy::{Choice, Route, Snapshot, Workload},
-    telemetry::{access::Direction, open::Carried},
+    telemetry::{access::Direction, open::Carried, traffic},
     tunnel::{Authority, Connect, Host, OpenError, PoolKey, Stream, headers},
 };
 
@@ -170,8 +170,8 @@ async fn open(
     };
     let request = Connect {
         authority: Authority { host: Host::Ip(target.ip()), port: target.port() },
-        forwarded: Some(headers::forwarded(client, service.map(report::hostname).as_deref())),
-        baggage: Some(baggage(own, &context.cluster)),
+        forwarded: Some(headers::forwarded(client, service.map(|service| context.names.hostname(service)).as_deref())),
+        baggage: Some(baggage(own, &context.names.cluster)),
         traceparent: Some(headers::traceparent(rand::random(), rand::random())),
     };
     let patience = snapshot.mesh.connect_timeout;
@@ -232,14 +232,12 @@ fn nobody_there(error: &OpenError) -> bool {
 
 /// Telemetry for the other side (specification §14.2); unknown values are left out.
 pub(super) fn baggage(workload: &Workload, cluster: &str) -> String {
-    let label = |names: &[&str]| names.iter().find_map(|name| workload.labels.get(*name)).map(String::as_str);
-    let name = label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
-    let version = label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
+    let (name, version) = traffic::canonical(workload);
     headers::baggage([
         ("k8s.cluster.name", cluster),
         ("k8s.namespace.name", &workload.object.namespace),
         ("k8s.pod.name", &workload.object.name),
-        ("service.name", name.unwrap_or(&workload.workload_name)),
-        ("service.version", version.unwrap_or("latest")),
+        ("service.name", name),
+        ("service.version", version),
     ])
 }

@@ -17,6 +17,7 @@ use crate::{
     telemetry::{
         access::{Access, Direction, End, Event},
         open::{Carried, Facts, Open},
+        traffic,
     },
     tunnel::OpenError,
 };
@@ -57,6 +58,8 @@ pub(super) enum Flag {
     IdentityError,
     /// The other side of the tunnel refused.
     Refused,
+    /// The other side of the tunnel refused, by its policy.
+    Denied,
     /// One side reset the connection.
     Reset,
     /// The tunnel was lost.
@@ -77,12 +80,34 @@ impl Flag {
             Self::TlsFailure => "tls-failure",
             Self::H2HandshakeFailure => "h2-handshake-failure",
             Self::IdentityError => "identity-error",
-            Self::Refused => "refused-by-peer",
+            Self::Refused | Self::Denied => "refused-by-peer",
             Self::Reset => "reset",
             Self::TunnelLost => "tunnel-lost",
             Self::Drained => "drained",
             Self::NoRoute(refusal) => refusal.as_str(),
             Self::UnknownWorkload => "unknown-workload",
+        }
+    }
+}
+
+impl Flag {
+    /// As metrics have it ([M.2]).
+    fn response_flag(self) -> traffic::Flag {
+        match self {
+            Self::Connect | Self::Refused | Self::TunnelLost | Self::UnknownWorkload => traffic::Flag::Connect,
+            Self::NetworkPolicy => traffic::Flag::NetworkPolicy,
+            Self::TlsFailure => traffic::Flag::TlsFailure,
+            Self::H2HandshakeFailure => traffic::Flag::H2HandshakeFailure,
+            Self::IdentityError => traffic::Flag::IdentityError,
+            Self::Denied => traffic::Flag::Deny,
+            Self::NoRoute(refusal) => match refusal {
+                RouteRefusal::NotInRegistry | RouteRefusal::Loop => traffic::Flag::Deny,
+                RouteRefusal::NoSuchServicePort | RouteRefusal::NoEndpoint | RouteRefusal::AmbiguousAddress => {
+                    traffic::Flag::Connect
+                }
+            },
+            // What the applications do to each other, and our own end, is no failure of the mesh.
+            Self::Reset | Self::Drained => traffic::Flag::None,
         }
     }
 }
@@ -116,6 +141,27 @@ impl Outcome {
         }
     }
 
+    /// As metrics have it ([M.2]).
+    fn response_flag(&self) -> traffic::Flag {
+        match self {
+            Self::Complete(_) => traffic::Flag::None,
+            Self::Denied { .. } => traffic::Flag::Deny,
+            Self::Failed { flag, .. } => flag.response_flag(),
+        }
+    }
+
+    /// The word, if policy or routing refused it here.
+    fn refusal(&self) -> Option<&'static str> {
+        match self {
+            Self::Complete(_) => None,
+            Self::Denied { reason, .. } => Some(reason),
+            Self::Failed { flag: flag @ (Flag::NoRoute(_) | Flag::UnknownWorkload | Flag::IdentityError), .. } => {
+                Some(flag.as_str())
+            }
+            Self::Failed { .. } => None,
+        }
+    }
+
     /// Of a tunnel that could not be opened.
     pub(super) fn of_open(error: &OpenError) -> Self {
         let flag = match error {
@@ -126,6 +172,7 @@ impl Outcome {
             OpenError::Protocol(_) | OpenError::BadRequest(_) => Flag::H2HandshakeFailure,
             OpenError::Aborted(_) | OpenError::Lost(_) => Flag::TunnelLost,
             OpenError::Reset(_) => Flag::Reset,
+            OpenError::Refused { status: 401, .. } => Flag::Denied,
             OpenError::Refused { .. } => Flag::Refused,
         };
         Self::failed(flag, error)
@@ -138,6 +185,8 @@ pub(super) struct Story {
     pub(super) counters: Arc<Counters>,
     facts: Arc<Facts>,
     open: Option<Open>,
+    /// It is an application's connection, and not the tunnel that carries such connections.
+    counts: bool,
 }
 
 impl Story {
@@ -147,7 +196,13 @@ impl Story {
             counters: Arc::default(),
             facts: Arc::new(Facts::new(direction, src, dst)),
             open: None,
+            counts: true,
         }
+    }
+
+    /// Of a tunnel that arrives for a pod: told if it fails, and not counted among the pod's connections.
+    pub(super) fn of_tunnel(src: SocketAddr, dst: SocketAddr) -> Self {
+        Self { counts: false, ..Self::new(Direction::Inbound, src, dst) }
     }
 
     /// What is known, to be completed. What others see of it is replaced by the next [`Story::open`].
@@ -165,7 +220,10 @@ impl Story {
 
     /// The connection is about to be judged, or carried, with the facts that are known now ([M.2]: before the verdict).
     pub(super) fn open(&mut self, context: &Context) {
-        self.open = None;
+        // An attempt to reach a server that was given up for another one has failed.
+        if let Some(before) = self.open.take() {
+            before.close(traffic::Flag::Connect);
+        }
         self.open = Some(context.open.open(self.facts.clone(), self.counters.clone()));
     }
 
@@ -176,8 +234,18 @@ impl Story {
         }
     }
 
-    /// Writes the line. The nearer side's bytes go `forward`: what this agent sent towards its remote peer.
-    pub(super) fn end(&self, context: &Context, outcome: &Outcome) {
+    /// Counts the end and writes the line. The nearer side's bytes go `forward`: what this agent sent towards its remote
+    /// peer.
+    pub(super) fn end(mut self, context: &Context, outcome: &Outcome) {
+        if self.counts && self.open.is_none() {
+            self.open(context);
+        }
+        if let Some(open) = self.open.take() {
+            open.close(outcome.response_flag());
+        }
+        if let Some(reason) = outcome.refusal() {
+            context.open.refused((self.facts.direction, reason));
+        }
         let (reason, error): (&dyn fmt::Display, Option<&dyn fmt::Display>) = match outcome {
             Outcome::Complete(word) => (word, None),
             Outcome::Denied { reason, detail } => (reason, Some(detail)),
@@ -188,11 +256,11 @@ impl Story {
             _ => Event::Complete,
         };
         let facts = &*self.facts;
-        let service = facts.service.as_ref().map(hostname);
+        let service = facts.service.as_ref().map(|service| context.names.hostname(service));
         context.access.record(&Access {
             event,
-            src: end(facts.src, facts.src_workload.as_deref(), facts.src_identity.as_ref(), &context.cluster),
-            dst: end(facts.dst, facts.dst_workload.as_deref(), facts.dst_identity.as_ref(), &context.cluster),
+            src: end(facts.src, facts.src_workload.as_deref(), facts.src_identity.as_ref(), &context.names.cluster),
+            dst: end(facts.dst, facts.dst_workload.as_deref(), facts.dst_identity.as_ref(), &context.names.cluster),
             hbone_addr: facts.hbone_addr.as_ref().map(|addr| addr as &dyn fmt::Display),
             service: service.as_ref().map(|name| name as &dyn fmt::Display),
             direction: facts.direction,
@@ -203,11 +271,6 @@ impl Story {
             reason: Some(reason),
         });
     }
-}
-
-/// Name of a Service as clients spell it in full.
-pub(super) fn hostname(service: &ObjectRef) -> String {
-    format!("{}.{}.svc.cluster.local", service.name, service.namespace)
 }
 
 fn end<'a>(

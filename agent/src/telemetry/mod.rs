@@ -14,8 +14,12 @@ use tracing_subscriber::{
 };
 
 pub mod access;
+pub mod exposition;
+pub mod metrics;
 pub mod open;
 pub mod readiness;
+pub mod tally;
+pub mod traffic;
 
 /// How lines look, of the log and of the access log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
