@@ -11,7 +11,7 @@
 //! over; both ways open connections go on until the drain deadline, and policy goes on to hold for them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     os::fd::AsFd as _,
     path::PathBuf,
     sync::Arc,
@@ -23,7 +23,7 @@ use culvert_common::SettingsValue;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{mpsc, watch},
     time::{MissedTickBehavior, interval},
 };
 use tracing::{error, info, warn};
@@ -34,7 +34,7 @@ use crate::{
         self,
         agent::{self, Again, Certificates, Config},
     },
-    connections::Passed,
+    connections::{self, Passed},
     datapath::{self, Datapath, Predecessor, Turn},
     drain::{self, Cause},
     enroll::Enrollments,
@@ -46,7 +46,7 @@ use crate::{
     policy::{self, Snapshot},
     proxy::Context,
     source::{self, View},
-    telemetry::{self, LogLevel, access, panics, readiness},
+    telemetry::{self, LogLevel, access, exposition, metrics, open, panics, readiness, tally, traffic::Names},
     tunnel,
     worker::Worker,
 };
@@ -55,6 +55,8 @@ use crate::{
 const TICK: Duration = Duration::from_millis(250);
 /// A worker that is silent for longer is stuck, and the sign of life is withheld.
 const WORKER_SILENCE: Duration = Duration::from_secs(5);
+/// How often the metrics of workloads that are gone are dropped.
+const FORGET: Duration = Duration::from_secs(60);
 /// Lifetime that certificates are asked for.
 const CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 3600);
 /// How long the writer of the access log may take for its last lines, and the workers' threads for their end.
@@ -143,6 +145,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     let ready = readiness::Ready::default();
     let first_pass = ready.hold("first pass over the pods of the node");
     let port = NodePort::bind(config.readiness_address, "readiness")?;
+    let metrics_port = NodePort::bind(config.metrics_address, "metrics (--metrics-address)")?;
     let turn = tokio::select! {
         turn = turn(&config) => turn?,
         () = &mut stop => return Ok(()),
@@ -171,35 +174,56 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     let (identities, renewal) = Identities::new(identity_config(&config, &views.borrow()))?;
     let (log, writer) = access::start(access::Config { format: config.log_format, ..access::Config::default() })
         .context("start the access log")?;
-    let cluster: Arc<str> = config.cluster_id.as_str().into();
+    let names =
+        Names { cluster: config.cluster_id.as_str().into(), cluster_domain: config.cluster_domain.as_str().into() };
 
     let mut first = policy::compile(&views.borrow().cluster, &options, None);
     first.generation = datapath.first_generation();
     let (snapshots, snapshot) = watch::channel(Arc::new(first));
+    let registry = open::Registry::new(names.clone(), config.metrics_label_sets);
+    let tallies = tally::Tallies::default();
+    let (ask, questions) = mpsc::channel(8);
+    let _connections = open::Connections::new(registry.clone(), ask.clone());
+    let sources = metrics::Sources { registry: registry.clone(), tallies: tallies.clone(), access: log.clone() };
+    let until = |mut end: watch::Receiver<()>| async move {
+        // Closed at the end; never sent to.
+        let _ = end.changed().await;
+    };
+    let (answering, answers) = watch::channel(false);
+    let (relieved, until_relieved) = watch::channel(());
+    let mut exposition = exposition::Server::start(
+        move || metrics_port.listen(),
+        answers.clone(),
+        until(until_relieved.clone()),
+        sources,
+        ask,
+    )?;
     let (mut draining, drain) = drain::channel();
     let workers = (0..config.workers)
         .map(|number| {
             let sockets = datapath.sockets()?;
             let (snapshot, identities, log) = (snapshot.clone(), identities.clone(), log.clone());
-            let (cluster, drained) = (cluster.clone(), drain.clone());
+            let (names, drained, open) = (names.clone(), drain.clone(), registry.shard());
+            let tally = tallies.tally();
             Worker::start(number, drain.clone(), move || {
                 let limits = tunnel::Config::default();
                 Ok(Context {
                     snapshot,
                     identities,
-                    pool: tunnel::Pool::new(limits),
+                    pool: tunnel::Pool::counted(limits, tally.clone()),
                     tunnel: limits,
                     sockets: sockets.into(),
+                    open,
+                    tally,
                     access: log,
-                    cluster,
+                    names,
                     drain: drained,
                 })
             })
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     drop(drain);
-    let passed = Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), cluster);
-    let (answering, answers) = watch::channel(false);
+    let passed = Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), registry.shard(), names);
     let mut control = Control {
         settings,
         hangup: signal(SignalKind::hangup()).context("listen for SIGHUP")?,
@@ -210,6 +234,10 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         workers,
         enrollments: Enrollments::default(),
         passed,
+        registry,
+        questions,
+        forgotten: Instant::now(),
+        compiles: (0, Duration::ZERO),
         identities,
         host,
         kubelet: None,
@@ -225,17 +253,14 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     };
 
     let (ended, until_end) = watch::channel(());
-    let (relieved, until_relieved) = watch::channel(());
-    let until = |mut end: watch::Receiver<()>| async move {
-        // Closed at the end; never sent to.
-        let _ = end.changed().await;
-    };
     let serving = serve_node_port(port, answers, ready.clone(), until(until_relieved));
     let renewing = renewal.run(until(until_end));
+    let failed = exposition.failed();
     let mut others = std::pin::pin!(async {
         tokio::select! {
             result = reading => result.and_then(|()| Err(anyhow!("the source of manifests has ended"))),
             result = serving => result.context("readiness").and_then(|()| Err(anyhow!("readiness has ended"))),
+            error = failed => Err(error),
             () = renewing => Err(anyhow!("the renewal of certificates has ended")),
         }
     });
@@ -292,6 +317,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     control.tell();
     watcher.stop()?;
     drop(control);
+    exposition.stop();
     drop(log);
     let dropped = writer.finish(LAST_PATIENCE).context("finish the access log")?;
     if dropped > 0 {
@@ -384,6 +410,13 @@ struct Control {
     workers: Vec<Worker>,
     enrollments: Enrollments,
     passed: Passed,
+    registry: open::Registry,
+    /// What operators and metrics want to know.
+    questions: mpsc::Receiver<metrics::Question>,
+    /// When metrics of workloads that are gone were last dropped.
+    forgotten: Instant,
+    /// How often policy was compiled, and how long it took the last time.
+    compiles: (u64, Duration),
     identities: Identities,
     host: Arc<NetnsHandle>,
     kubelet: Option<Kubelet>,
@@ -450,6 +483,7 @@ impl Control {
                     self.settings.reload();
                     self.identities.reload();
                 }
+                Some(question) = self.questions.recv() => self.answer(question),
                 _ = tick.tick() => {
                     anyhow::ensure!(!self.workers.iter().any(Worker::has_ended), "a worker's thread has ended");
                     self.look_at_file();
@@ -459,6 +493,7 @@ impl Control {
                     }
                     self.datapath.maintain();
                     self.tell();
+                    self.forget();
                     work = std::mem::take(&mut self.retry);
                 }
             }
@@ -547,7 +582,9 @@ impl Control {
     /// From what the source says to a snapshot; the workers see it at once.
     fn compile(&mut self, view: &View, node: &pods::Node) {
         let before = self.snapshots.borrow().clone();
+        let begun = Instant::now();
         let next = policy::compile(&view.cluster, &self.options, Some(&before));
+        self.compiles = (self.compiles.0 + 1, begun.elapsed());
         for warning in next.warnings.iter().filter(|warning| !before.warnings.contains(warning)) {
             warn!("{warning}");
         }
@@ -643,10 +680,64 @@ impl Control {
         }
     }
 
+    fn answer(&mut self, question: metrics::Question) {
+        self.tell();
+        let snapshot = self.snapshots.borrow().clone();
+        self.passed.refresh(&snapshot, self.enrollments.pods());
+        // Who asked may have gone.
+        match question {
+            metrics::Question::Connections(done) => drop(done.send(())),
+            metrics::Question::Node(reply) => drop(reply.send(Box::new(self.facts(&snapshot)))),
+        }
+    }
+
+    fn facts(&self, snapshot: &Snapshot) -> metrics::Node {
+        let fill = self.datapath.fill().unwrap_or_else(|error| {
+            warn!(error = format!("{error:#}"), "the kernel's maps could not be counted for metrics");
+            Vec::new()
+        });
+        let maps = fill.into_iter();
+        metrics::Node {
+            generation: snapshot.generation,
+            compiles: self.compiles.0,
+            compile_time: self.compiles.1,
+            enrolled: self.enrollments.pods().count(),
+            failed: self.enrollments.failures(),
+            certificates: self
+                .identities
+                .status()
+                .into_iter()
+                .map(|status| (status.identity.to_string(), status.expires_at))
+                .collect(),
+            certificate_requests: self.identities.requests(),
+            verdicts: connections::verdicts(&self.datapath.verdicts(), |cookie| {
+                snapshot.workload(&self.enrollments.by_cookie(cookie)?.uid)
+            }),
+            maps: maps
+                .map(|map| metrics::MapFill { name: map.name, entries: map.entries, capacity: map.capacity })
+                .collect(),
+            programs: self.datapath.programs(),
+            silence: self.workers.iter().map(Worker::silent_for).collect(),
+        }
+    }
+
+    /// Drops the metrics of workloads that are gone.
+    fn forget(&mut self) {
+        if self.forgotten.elapsed() < FORGET {
+            return;
+        }
+        self.forgotten = Instant::now();
+        let snapshot = self.snapshots.borrow().clone();
+        let there: HashSet<(&str, &str)> =
+            snapshot.workloads.values().map(|known| (&*known.object.namespace, &*known.workload_name)).collect();
+        self.registry.maintain(|namespace, name| there.contains(&(namespace, name)));
+    }
+
     fn tell(&mut self) {
         let snapshot = self.snapshots.borrow().clone();
         let enrollments = &self.enrollments;
         self.passed.tell(&snapshot, |cookie| enrollments.by_cookie(cookie));
+        self.passed.watch(&snapshot, |cookie| enrollments.by_cookie(cookie));
     }
 }
 

@@ -2,29 +2,40 @@
 //!
 //! They are told in the access log when they end, judged again when policy changes ([D.1], [E.5]), and closed by
 //! SOCK_DESTROY where they are no longer allowed. The kernel's refusals are told here too.
+//!
+//! Which of them are open is in their sockets, and read when somebody asks ([`Passed::refresh`]). The kernel reports the
+//! end of what it passed; of those that are older than enrolment it knows nothing, so their pods are looked at again
+//! from time to time ([`Passed::watch`]).
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
-    sync::Arc,
-    time::{Duration, Instant},
+    sync::{Arc, atomic::Ordering},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context as _;
-use culvert_common::{Answer, Direction, Event, EventKind, PORT_HBONE, Peer, Reason, SocketKind, SocketValue, Verdict};
-use tracing::{info, warn};
+use culvert_common::{
+    Answer, Direction, Event, EventKind, PORT_HBONE, Peer, Reason, SocketKind, SocketValue, Verdict, VerdictKey,
+};
+use tracing::{debug, info, warn};
 
 use crate::{
-    datapath::{Events, NetnsCookie},
+    datapath::{Events, NetnsCookie, monotonic_ns},
     netns::{
         NetnsHandle,
         sock_diag::{Query, SockDiag, Socket, SocketId, States},
     },
     policy::{Occupant, Snapshot, Workload},
     proxy::ServedPod,
-    telemetry::access::{self, Access, AccessLog, End},
+    telemetry::{
+        access::{self, Access, AccessLog, End},
+        metrics,
+        open::{Carried, Counters, Facts, Open, Shard},
+        traffic::{Flag, Names, UNKNOWN},
+    },
 };
 
 /// Refusals told one by one in each interval; more are counted, and one line says how many. A pod can cause them at
@@ -33,6 +44,10 @@ const TOLD_PER_INTERVAL: u32 = 100;
 const INTERVAL: Duration = Duration::from_secs(1);
 /// How long the reason of a close is kept for the end that the kernel reports.
 const KEEP_REASON: Duration = Duration::from_secs(10);
+/// How often pods with connections that are older than enrolment are looked at.
+const WATCH: Duration = Duration::from_secs(2);
+/// How long the kernel's report of an end is waited for once the socket is gone; it is lost when the buffer was full.
+const REPORT_PATIENCE: Duration = Duration::from_secs(2);
 /// `TCP_SYN_RECV` of net/tcp_states.h.
 const SYN_RECV: u8 = 3;
 
@@ -41,22 +56,44 @@ pub struct Passed {
     events: Events,
     storage: OwnedFd,
     access: AccessLog,
-    cluster: Arc<str>,
+    names: Names,
     closed_by_us: HashMap<(SocketAddr, SocketAddr), (Instant, Verdict, String)>,
+    open: Shard,
+    tracked: HashMap<Flow, Tracked>,
+    watched: Instant,
     interval: Instant,
     told: u32,
     untold: u32,
 }
 
+/// The pod's namespace, the client and the server: between two pods of one node a connection is told by both.
+type Flow = (NetnsCookie, SocketAddr, SocketAddr);
+
+/// An open connection that has been seen.
+struct Tracked {
+    /// Cookie of its socket, which no other ever has.
+    socket: u64,
+    facts: Arc<Facts>,
+    counters: Arc<Counters>,
+    open: Open,
+    opened_ns: u64,
+    reason: u8,
+    /// Its socket is gone, and nobody has told of its end yet.
+    gone: Option<Instant>,
+}
+
 impl Passed {
-    /// `storage` is the map of socket storage.
-    pub fn new(events: Events, storage: OwnedFd, access: AccessLog, cluster: Arc<str>) -> Self {
+    /// `storage` is the map of socket storage; `open` is where open connections are entered.
+    pub fn new(events: Events, storage: OwnedFd, access: AccessLog, open: Shard, names: Names) -> Self {
         Self {
             events,
             storage,
             access,
-            cluster,
+            names,
             closed_by_us: HashMap::new(),
+            open,
+            tracked: HashMap::new(),
+            watched: Instant::now(),
             interval: Instant::now(),
             told: 0,
             untold: 0,
@@ -82,17 +119,135 @@ impl Passed {
             let pod = pods(NetnsCookie(event.netns_cookie));
             if event.kind == EventKind::Closed as u8 {
                 self.ended(snapshot, &event);
-            } else if event.kind == EventKind::Overtaken as u8 {
+                continue;
+            }
+            if event.kind == EventKind::Overtaken as u8 {
                 if let Some(pod) = pod {
                     self.overtaken(snapshot, pod, &event);
                 }
-            } else if self.told < TOLD_PER_INTERVAL {
+                continue;
+            }
+            self.count_refused(snapshot, &event);
+            if self.told < TOLD_PER_INTERVAL {
                 self.told += 1;
                 self.refused(snapshot, &event);
             } else {
                 self.untold += 1;
             }
         }
+    }
+
+    /// Looks at the kernel's connections of these pods: which are open, and how many bytes they have carried. What has
+    /// ended without a report is told.
+    pub fn refresh<'a>(&mut self, snapshot: &Snapshot, pods: impl Iterator<Item = &'a Arc<ServedPod>>) {
+        for pod in pods {
+            if let Err(error) = self.look(snapshot, pod) {
+                // What was known of the pod stays; a namespace that is just going away is no news.
+                debug!(uid = %pod.uid, error = format!("{error:#}"), "the pod's sockets could not be listed");
+            }
+        }
+        self.lost(snapshot);
+    }
+
+    /// Once in a while: looks at the pods that have connections which the kernel will not report.
+    pub fn watch<'a>(&mut self, snapshot: &Snapshot, pods: impl Fn(NetnsCookie) -> Option<&'a Arc<ServedPod>>) {
+        if self.watched.elapsed() < WATCH {
+            return;
+        }
+        self.watched = Instant::now();
+        // When a pod leaves, what is older than its enrolment is told, and the rest is told by the kernel at its end.
+        self.tracked.retain(|(netns, ..), tracked| {
+            let left = pods(*netns).is_none();
+            if left && tracked.unreported() {
+                tracked.gone.get_or_insert_with(Instant::now);
+            }
+            !left || tracked.unreported()
+        });
+        let unreported = self.tracked.iter().filter(|(_, tracked)| tracked.unreported() || tracked.gone.is_some());
+        let namespaces: BTreeSet<NetnsCookie> = unreported.map(|((netns, ..), _)| *netns).collect();
+        self.refresh(snapshot, namespaces.into_iter().filter_map(pods));
+    }
+
+    fn look(&mut self, snapshot: &Snapshot, pod: &ServedPod) -> anyhow::Result<()> {
+        let mut diag = SockDiag::open(&pod.netns)?;
+        let query = Query { states: States::OPEN, bytes: true, storage: Some(self.storage.as_fd()) };
+        let list = diag.list(&query)?;
+        let sockets: HashMap<u64, &Socket> = list.iter().map(|socket| (socket.id.cookie, socket)).collect();
+        for (_, tracked) in self.tracked.iter_mut().filter(|((netns, ..), _)| *netns == pod.cookie) {
+            match sockets.get(&tracked.socket) {
+                Some(socket) => tracked.count(socket),
+                None => {
+                    tracked.gone.get_or_insert_with(Instant::now);
+                }
+            }
+        }
+        for socket in &list {
+            let Some(value) = value(socket).filter(|value| value.kind == SocketKind::Passed as u8) else { continue };
+            let flow = (pod.cookie, socket.id.remote, socket.id.local);
+            if self.tracked.get(&flow).is_some_and(|tracked| tracked.socket == socket.id.cookie) {
+                continue;
+            }
+            let facts = self.facts(snapshot, access::Direction::Inbound, flow, Carried::Kernel);
+            self.track(socket, flow, facts, Some(value));
+        }
+        Ok(())
+    }
+
+    fn track(&mut self, socket: &Socket, flow: Flow, facts: Facts, value: Option<SocketValue>) {
+        let (facts, counters) = (Arc::new(facts), Arc::<Counters>::default());
+        let opened_ns = value.map_or(0, |value| value.at_ns);
+        let reason = value.map_or(Reason::NoAllowPolicies as u8, |value| value.reason);
+        let open = self.open.open_since(unix_ms(opened_ns), facts.clone(), counters.clone());
+        if value.is_some() {
+            open.admitted(Reason::from_u8(reason).map_or("unknown", Reason::as_str));
+        }
+        let tracked = Tracked { socket: socket.id.cookie, facts, counters, open, opened_ns, reason, gone: None };
+        tracked.count(socket);
+        self.tracked.insert(flow, tracked);
+    }
+
+    /// Tells the ends that the kernel has not told: it never does of what is older than enrolment, and of others only if
+    /// there was room.
+    fn lost(&mut self, snapshot: &Snapshot) {
+        let ended: Vec<Flow> = self
+            .tracked
+            .iter()
+            .filter(|(_, tracked)| {
+                tracked.gone.is_some_and(|gone| tracked.unreported() || gone.elapsed() >= REPORT_PATIENCE)
+            })
+            .map(|(flow, _)| *flow)
+            .collect();
+        for flow in ended {
+            let Some(tracked) = self.tracked.remove(&flow) else { continue };
+            let (received_bytes, sent_bytes) = tracked.counters.read(tracked.facts.direction);
+            let event = Event {
+                src: flow.1.ip().into(),
+                dst: flow.2.ip().into(),
+                netns_cookie: flow.0.0,
+                at_ns: monotonic_ns(),
+                opened_ns: tracked.opened_ns,
+                received_bytes,
+                sent_bytes,
+                sport: flow.1.port(),
+                dport: flow.2.port(),
+                kind: EventKind::Closed as u8,
+                direction: match tracked.facts.direction {
+                    access::Direction::Outbound => Direction::Outbound,
+                    access::Direction::Inbound => Direction::Inbound,
+                } as u8,
+                reason: tracked.reason,
+                ..Event::default()
+            };
+            self.ended(snapshot, &event);
+        }
+    }
+
+    fn facts(&self, snapshot: &Snapshot, direction: access::Direction, (_, src, dst): Flow, carried: Carried) -> Facts {
+        let workload = |addr: SocketAddr| match snapshot.workload_by_ip(addr.ip()) {
+            Some(Occupant::One(workload)) => Some(workload.clone()),
+            Some(Occupant::Ambiguous) | None => None,
+        };
+        Facts { src_workload: workload(src), dst_workload: workload(dst), carried, ..Facts::new(direction, src, dst) }
     }
 
     /// Judges a pod's open plaintext connections by `snapshot` and closes those that are no longer allowed, and only
@@ -118,15 +273,13 @@ impl Passed {
         let mut result = Ok(());
         for socket in &open {
             let (local, remote) = (socket.id.local, socket.id.remote);
+            if enrolled_now && socket.state != SYN_RECV && socket.storage.is_none() && socket.cgroup.is_some() {
+                self.older(snapshot, pod, own, socket, &served);
+            }
             // Without a note: older than enrolment, or caught in the handshake before the kernel could note it.
             let noted = match kind(socket) {
                 Some(kind) if kind == SocketKind::Passed as u8 => true,
-                None if socket.cgroup.is_some() && arrived(pod, local, remote, &served) => {
-                    if enrolled_now {
-                        info!(pod = %own.object, src = %remote, dst = %local, "pre-enrolment connection");
-                    }
-                    false
-                }
+                None if socket.cgroup.is_some() && arrived(pod, local, remote, &served) => false,
                 _ => continue,
             };
             let verdict = snapshot.decide(own, Peer::Plain, local.port());
@@ -143,6 +296,23 @@ impl Passed {
             }
         }
         result
+    }
+
+    /// Notes a connection that is older than the pod's enrolment.
+    fn older(&mut self, snapshot: &Snapshot, pod: &ServedPod, own: &Workload, socket: &Socket, served: &BTreeSet<u16>) {
+        let (local, remote) = (socket.id.local, socket.id.remote);
+        let (direction, flow) = if arrived(pod, local, remote, served) {
+            (access::Direction::Inbound, (pod.cookie, remote, local))
+        } else if left(pod, local, remote, served) {
+            (access::Direction::Outbound, (pod.cookie, local, remote))
+        } else {
+            return;
+        };
+        if !self.tracked.contains_key(&flow) {
+            info!(pod = %own.object, src = %flow.1, dst = %flow.2, "pre-enrolment connection");
+            let facts = self.facts(snapshot, direction, flow, Carried::PreEnrolment);
+            self.track(socket, flow, facts, None);
+        }
     }
 
     /// False if it had ended by itself.
@@ -170,12 +340,37 @@ impl Passed {
     }
 
     fn ended(&mut self, snapshot: &Snapshot, event: &Event) {
+        let flow = (NetnsCookie(event.netns_cookie), src(event), dst(event));
+        let (open, counters) = match self.tracked.remove(&flow) {
+            Some(Tracked { open, counters, .. }) => (open, counters),
+            None => {
+                let facts = Arc::new(self.facts(snapshot, direction(event), flow, Carried::Kernel));
+                let counters = Arc::<Counters>::default();
+                (self.open.open_since(unix_ms(event.opened_ns), facts, counters.clone()), counters)
+            }
+        };
+        let (sent, received) = by_side(event);
+        counters.forward.fetch_max(sent, Ordering::Relaxed);
+        counters.backward.fetch_max(received, Ordering::Relaxed);
         let ours = self.closed_by_us.remove(&(src(event), dst(event)));
         let (reason, detail) = match &ours {
             Some((_, verdict, detail)) => (verdict.reason.as_str(), Some(detail as &dyn fmt::Display)),
             None => (word(event), None),
         };
+        open.close(if ours.is_some() { Flag::Deny } else { Flag::None });
         self.line(snapshot, event, access::Event::Complete, reason, detail);
+    }
+
+    /// A connection that the kernel refused was opened, and has failed.
+    fn count_refused(&self, snapshot: &Snapshot, event: &Event) {
+        let flow = (NetnsCookie(event.netns_cookie), src(event), dst(event));
+        let facts = self.facts(snapshot, direction(event), flow, Carried::Kernel);
+        let flag = match Reason::from_u8(event.reason) {
+            Some(Reason::StrictRequiresMtls | Reason::PolicyMissing | Reason::Loop) => Flag::Deny,
+            // Not policy: the mesh could not take it.
+            _ => Flag::Connect,
+        };
+        self.open.open(Arc::new(facts), Arc::default()).close(flag);
     }
 
     fn refused(&mut self, snapshot: &Snapshot, event: &Event) {
@@ -199,19 +394,16 @@ impl Passed {
         reason: &'static str,
         error: Option<&dyn fmt::Display>,
     ) {
-        let direction = match event.direction == Direction::Outbound as u8 {
-            true => access::Direction::Outbound,
-            false => access::Direction::Inbound,
-        };
+        let (sent, received) = by_side(event);
         self.access.record(&Access {
             event: kind,
             src: self.end(snapshot, src(event)),
             dst: self.end(snapshot, dst(event)),
             hbone_addr: None,
             service: None,
-            direction,
-            bytes_sent: event.sent_bytes,
-            bytes_recv: event.received_bytes,
+            direction: direction(event),
+            bytes_sent: sent,
+            bytes_recv: received,
             duration: Duration::from_nanos(match event.opened_ns {
                 0 => 0,
                 opened => event.at_ns.saturating_sub(opened),
@@ -231,7 +423,7 @@ impl Passed {
             workload: workload.map(|workload| &workload.workload_name as &dyn fmt::Display),
             namespace: workload.map(|workload| &workload.object.namespace as &dyn fmt::Display),
             identity: None,
-            cluster: workload.map(|_| &self.cluster as &dyn fmt::Display),
+            cluster: workload.map(|_| &self.names.cluster as &dyn fmt::Display),
         }
     }
 }
@@ -266,10 +458,64 @@ fn arrived(pod: &ServedPod, local: SocketAddr, remote: SocketAddr, served: &BTre
         && served.contains(&local.port())
 }
 
+/// A connection out of the pod, from a port that nobody listens on.
+fn left(pod: &ServedPod, local: SocketAddr, remote: SocketAddr, served: &BTreeSet<u16>) -> bool {
+    pod.ips.contains(&local.ip())
+        && !pod.ips.contains(&remote.ip())
+        && !remote.ip().is_loopback()
+        && local.port() != PORT_HBONE
+        && !served.contains(&local.port())
+}
+
+/// What the kernel has noted of a socket.
+fn value(socket: &Socket) -> Option<SocketValue> {
+    let bytes = socket.storage.as_ref()?.get(..size_of::<SocketValue>())?;
+    // SAFETY: `bytes` is as long as a `SocketValue`, which any bytes make; it may be unaligned.
+    Some(unsafe { bytes.as_ptr().cast::<SocketValue>().read_unaligned() })
+}
+
 fn kind(socket: &Socket) -> Option<u8> {
-    let bytes = socket.storage.as_ref()?;
-    let value: [u8; size_of::<SocketValue>()] = bytes.get(..size_of::<SocketValue>())?.try_into().ok()?;
-    Some(value[std::mem::offset_of!(SocketValue, kind)])
+    value(socket).map(|value| value.kind)
+}
+
+/// Milliseconds since the epoch of a moment of the kernel's clock; `None` for 0.
+fn unix_ms(at_ns: u64) -> Option<u64> {
+    let ago = Duration::from_nanos(monotonic_ns().saturating_sub(at_ns));
+    let at = SystemTime::now().checked_sub(ago)?.duration_since(UNIX_EPOCH).ok()?;
+    (at_ns != 0).then(|| u64::try_from(at.as_millis()).unwrap_or(u64::MAX))
+}
+
+impl Tracked {
+    /// The kernel will not report its end.
+    fn unreported(&self) -> bool {
+        self.facts.carried == Carried::PreEnrolment
+    }
+
+    /// Takes over what the kernel has counted; it counts each FIN as a byte, and the SYN of the side that connected.
+    fn count(&self, socket: &Socket) {
+        let Some(bytes) = socket.bytes else { return };
+        let fins = value(socket).unwrap_or_default();
+        let syn = u64::from(self.facts.direction == access::Direction::Outbound);
+        let sent = bytes.acked.saturating_sub(syn + u64::from(fins.fin_acked));
+        let received = bytes.received.saturating_sub(u64::from(fins.fin_received));
+        self.counters.forward.fetch_max(sent, Ordering::Relaxed);
+        self.counters.backward.fetch_max(received, Ordering::Relaxed);
+    }
+}
+
+fn direction(event: &Event) -> access::Direction {
+    match event.direction == Direction::Outbound as u8 {
+        true => access::Direction::Outbound,
+        false => access::Direction::Inbound,
+    }
+}
+
+/// (sent, received) by the pod of this node; an event counts by client and server.
+fn by_side(event: &Event) -> (u64, u64) {
+    match direction(event) {
+        access::Direction::Inbound => (event.sent_bytes, event.received_bytes),
+        access::Direction::Outbound => (event.received_bytes, event.sent_bytes),
+    }
 }
 
 fn word(event: &Event) -> &'static str {
@@ -282,6 +528,37 @@ fn src(event: &Event) -> SocketAddr {
 
 fn dst(event: &Event) -> SocketAddr {
     SocketAddr::new(event.dst.ip(), event.dport)
+}
+
+/// The kernel's counters in words, one for each pod and reason, whichever rules decided. `pod` knows the workload of a
+/// namespace.
+pub fn verdicts<'a>(
+    counters: &[(VerdictKey, u64)],
+    pod: impl Fn(NetnsCookie) -> Option<&'a Arc<Workload>>,
+) -> Vec<metrics::Verdicts> {
+    // By name: two pods have one while one replaces the other.
+    let mut sums: BTreeMap<(&str, &str, u8, u8, u8), u64> = BTreeMap::new();
+    for (key, times) in counters {
+        let (namespace, name) = match pod(NetnsCookie(key.netns_cookie)) {
+            Some(workload) => (&*workload.object.namespace, &*workload.object.name),
+            None => (UNKNOWN, UNKNOWN),
+        };
+        *sums.entry((namespace, name, key.direction, key.answer, key.reason)).or_default() += times;
+    }
+    let in_words =
+        |((namespace, pod, direction, answer, reason), times): ((&str, &str, u8, u8, u8), u64)| metrics::Verdicts {
+            namespace: namespace.to_owned(),
+            pod: pod.to_owned(),
+            direction: if direction == Direction::Outbound as u8 { "outbound" } else { "inbound" },
+            answer: match answer {
+                _ if answer == Answer::Pass as u8 => "pass",
+                _ if answer == Answer::Refuse as u8 => "refuse",
+                _ => "agent",
+            },
+            reason: Reason::from_u8(reason).map_or(UNKNOWN, Reason::as_str),
+            times,
+        };
+    sums.into_iter().map(in_words).collect()
 }
 
 /// The namespace's cookie, as the maps' keys have it.

@@ -140,6 +140,16 @@ impl Enrollments {
         self.by_cookie.get(&cookie)
     }
 
+    /// How many pods could not be brought in, or changed.
+    pub fn failures(&self) -> usize {
+        self.failures.len()
+    }
+
+    /// All pods that are in.
+    pub fn pods(&self) -> impl Iterator<Item = &Arc<ServedPod>> {
+        self.by_cookie.values()
+    }
+
     /// A pod that is in.
     pub fn pod(&self, uid: &PodUid) -> Option<&Arc<ServedPod>> {
         self.enrolled.get(uid).map(|enrolled| &enrolled.pod)

@@ -92,6 +92,12 @@ pub const SETTINGS: &[Setting] = &[
         help: "Cluster that this node belongs to, as the CA and telemetry know it",
     },
     Setting {
+        name: "cluster-domain",
+        value: "NAME",
+        default: Some("cluster.local"),
+        help: "DNS domain of the cluster: a Service is NAME.NAMESPACE.svc.<this>",
+    },
+    Setting {
         name: "cert-dir",
         value: "DIR",
         default: None,
@@ -103,6 +109,18 @@ pub const SETTINGS: &[Setting] = &[
         value: "ADDRESS",
         default: Some("0.0.0.0:15021"),
         help: "Where GET /healthz/ready answers",
+    },
+    Setting {
+        name: "metrics-address",
+        value: "ADDRESS",
+        default: Some("0.0.0.0:15020"),
+        help: "Where GET /metrics and GET /stats/prometheus answer",
+    },
+    Setting {
+        name: "metrics-label-sets",
+        value: "N",
+        default: Some("2000"),
+        help: "Most label sets of the istio_tcp_* metrics; connections beyond are counted with unknown labels",
     },
     Setting { name: "log-format", value: "FORMAT", default: Some("text"), help: "text or json" },
     Setting {
@@ -144,6 +162,12 @@ pub struct Config {
     pub certificates: Certificates,
     /// `--cluster-id`
     pub cluster_id: String,
+    /// `--cluster-domain`
+    pub cluster_domain: String,
+    /// `--metrics-address`
+    pub metrics_address: SocketAddr,
+    /// `--metrics-label-sets`
+    pub metrics_label_sets: usize,
     /// `--readiness-address`
     pub readiness_address: SocketAddr,
     /// `--log-format`
@@ -254,6 +278,12 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let (pin_dir, revision) = (values.optional("pin-dir"), values.optional("revision"));
     let exclude_namespaces = values.list("exclude-namespaces").into_iter().collect();
     let (system_namespace, cluster_id) = (values.optional("system-namespace"), values.optional("cluster-id"));
+    let cluster_domain = values.parse("cluster-domain", domain);
+    let metrics_address = values.listen_address("metrics-address");
+    let metrics_label_sets = values.parse("metrics-label-sets", |text| match text.parse() {
+        Ok(sets @ 1..=100_000) => Ok(sets),
+        _ => Err("must be a number from 1 to 100000"),
+    });
     let readiness_address = values.listen_address("readiness-address");
     let drain_deadline = values.duration("drain-deadline");
     let (file, texts) = (values.file().map(Into::into), values.texts());
@@ -270,6 +300,9 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             system_namespace: system_namespace?,
             certificates: certificates?,
             cluster_id: cluster_id?,
+            cluster_domain: cluster_domain?,
+            metrics_address: metrics_address?,
+            metrics_label_sets: metrics_label_sets?,
             readiness_address: readiness_address?,
             log_format: log_format?,
             log_level: log_level?,
@@ -279,6 +312,19 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
         })
     })();
     values.finish(config)
+}
+
+/// A DNS domain without dots around it.
+fn domain(text: &str) -> Result<String, &'static str> {
+    let label = |label: &str| {
+        !label.is_empty()
+            && label.len() <= 63
+            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    };
+    match text.split('.').all(label) && text.len() <= 200 {
+        true => Ok(text.to_owned()),
+        false => Err("must be a DNS domain in lower case, as in cluster.local"),
+    }
 }
 
 fn certificates(values: &mut Values) -> Option<Certificates> {
@@ -315,6 +361,9 @@ mod tests {
             ("workers", "many"),
             ("drain-deadline", "5"),
             ("readiness-address", "here"),
+            ("cluster-domain", ".local"),
+            ("metrics-address", "15020"),
+            ("metrics-label-sets", "0"),
             ("log-format", "xml"),
             ("log-level", "=="),
             ("ca-address", "nowhere"),

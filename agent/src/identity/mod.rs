@@ -18,7 +18,14 @@ mod tests;
 mod trust;
 pub(crate) mod wire;
 
-use std::{collections::BTreeSet, error::Error, fmt, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    error::Error,
+    fmt,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use rustls::{ClientConfig, ServerConfig};
 
@@ -230,6 +237,11 @@ impl Identities {
         let mut all: Vec<_> = self.table.read().iter().map(|(identity, entry)| status(identity, entry, now)).collect();
         all.sort_by(|a, b| a.identity.cmp(&b.identity));
         all
+    }
+
+    /// Certificates that were had so far, and attempts that failed.
+    pub fn requests(&self) -> (u64, u64) {
+        (self.table.fetched.load(Ordering::Relaxed), self.table.failed.load(Ordering::Relaxed))
     }
 
     fn usable(&self, identity: &SpiffeId) -> Result<Arc<Certificate>, Unavailable> {

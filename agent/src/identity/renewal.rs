@@ -7,7 +7,10 @@
 use std::{
     collections::{BTreeSet, HashMap},
     path::PathBuf,
-    sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    sync::{
+        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -137,11 +140,21 @@ pub(super) struct Table {
     pub(super) changes: watch::Sender<u64>,
     /// Tells the task that there is something to do.
     pub(super) wake: Notify,
+    /// Certificates that were had, and attempts that failed.
+    pub(super) fetched: AtomicU64,
+    /// See [`Table::fetched`].
+    pub(super) failed: AtomicU64,
 }
 
 impl Table {
     pub(super) fn new() -> Self {
-        Self { entries: RwLock::new(HashMap::new()), changes: watch::channel(0).0, wake: Notify::new() }
+        Self {
+            entries: RwLock::new(HashMap::new()),
+            changes: watch::channel(0).0,
+            wake: Notify::new(),
+            fetched: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+        }
     }
 
     pub(super) fn read(&self) -> RwLockReadGuard<'_, HashMap<SpiffeId, Entry>> {
@@ -332,6 +345,7 @@ fn finish(
 ) {
     let unix = clock.unix_seconds();
     let checked = answer.and_then(|answer| Ok(Certificate::check(&identity, answer, unix)?));
+    if checked.is_ok() { &table.fetched } else { &table.failed }.fetch_add(1, Ordering::Relaxed);
     let mut entries = table.write();
     let Some(entry) = entries.get_mut(&identity) else { return };
     entry.fetching = false;

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::model::{Cluster, ObjectRef, Pod, SpiffeId};
+use crate::model::{Cluster, Node, ObjectRef, Pod, SpiffeId};
 
 use super::{
     Occupant, Options, RuleId, RuleKind, RuleObject, Snapshot, Workload, endpoints::Lookup, enrollment,
@@ -38,6 +38,15 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
         rules,
         warnings: Vec::new(),
     };
+    let place = |node: &Node, label: &str| node.labels.get(label).map(|at| Arc::<str>::from(at.as_str()));
+    let places: HashMap<&Arc<str>, _> = cluster
+        .nodes
+        .iter()
+        .map(|(name, node)| {
+            let (region, zone) = ("topology.kubernetes.io/region", "topology.kubernetes.io/zone");
+            (name, (place(node, region), place(node, zone)))
+        })
+        .collect();
     for pod in cluster.pods.values() {
         let enrollment = enrollment(pod, cluster.namespaces.get(&pod.object.namespace).map(|n| &**n), options);
         warnings.extend(enrollment.warnings.iter().map(|warning| format!("Pod {}: {warning}", pod.object)));
@@ -52,6 +61,7 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
             policies.hint_service_ports(pod, lookup.services_of(&pod.object.namespace), &mut warnings);
         }
         let peer_auth = policies.effective(pod, |object| numbers.get(object).copied().unwrap_or_default());
+        let (region, zone) = places.get(&pod.node).cloned().unwrap_or_default();
         let workload = Workload {
             uid: pod.uid.clone(),
             object: pod.object.clone(),
@@ -66,6 +76,8 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
             peer_auth,
             workload_name: pod.workload_name.clone(),
             labels: pod.labels.clone(),
+            region,
+            zone,
         };
         let workload = shared(workload, previous.and_then(|p| p.workloads.get(&pod.uid)));
         for ip in &workload.ips {

@@ -64,6 +64,10 @@ pub struct Workload {
     pub workload_name: Arc<str>,
     /// For telemetry and selectors.
     pub labels: Labels,
+    /// Region of its node, for telemetry; `None` where the node's labels do not say.
+    pub region: Option<Arc<str>>,
+    /// Zone of its node, likewise.
+    pub zone: Option<Arc<str>>,
 }
 
 /// Whose an address is.

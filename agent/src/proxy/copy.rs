@@ -20,6 +20,7 @@ use std::{
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use tokio::{io::Interest, net::TcpStream, task::coop::consume_budget};
 
+pub use crate::telemetry::open::Counters;
 use crate::tunnel::{self, StreamError};
 
 /// Most bytes read from a socket at once.
@@ -28,15 +29,6 @@ const CHUNK: usize = 128 << 10;
 const SMALL: usize = 4 << 10;
 /// Most chunks handed to the kernel in one call.
 const VECTORS: usize = 32;
-
-/// Bytes moved so far; readable from other threads while the copy runs.
-#[derive(Debug, Default)]
-pub struct Counters {
-    /// From the first side to the second: from the socket into the tunnel.
-    pub forward: AtomicU64,
-    /// From the second side to the first.
-    pub backward: AtomicU64,
-}
 
 /// One of the two sides that were passed in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

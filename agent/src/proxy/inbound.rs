@@ -19,7 +19,11 @@ use crate::{
     identity::{self, Refusal, Unavailable},
     model::SpiffeId,
     policy::{Snapshot, Workload},
-    telemetry::access::Direction,
+    telemetry::{
+        access::Direction,
+        open::Carried,
+        tally::{Handshake, Side, Standing},
+    },
     tunnel::{headers, server},
 };
 
@@ -42,7 +46,7 @@ pub async fn tunnel(
         debug!(uid = %pod.uid, %local, "a process dialled the tunnel listener itself: refused");
         return reset_on_close(&socket);
     }
-    let story = || Story::new(Direction::Inbound, remote, local);
+    let story = || Story::of_tunnel(remote, local);
     let Some(workload) = context.snapshot().workload(&pod.uid).cloned() else {
         reset_on_close(&socket);
         let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");
@@ -57,7 +61,7 @@ pub async fn tunnel(
     };
     keepalive(&socket);
     // Of the tunnel, not of each of its streams: reading a certificate costs more than all the rest of a request.
-    let mut proved: Option<Rc<Result<SpiffeId, Refusal>>> = None;
+    let mut established: Option<(Rc<Result<SpiffeId, Refusal>>, Standing)> = None;
     let drain = {
         let mut drain = context.drain.clone();
         async move {
@@ -71,14 +75,18 @@ pub async fn tunnel(
         }
     };
     let served = server::serve(socket, tls, context.tunnel, drain, |incoming| {
-        let proved = proved.get_or_insert_with(|| {
+        let (proved, _) = established.get_or_insert_with(|| {
             let proved = identity::peer_identity(&incoming.peer().certificates);
             tell_mismatch(&context, incoming.peer().remote, &proved);
-            Rc::new(proved)
+            context.tally.handshake(Side::Server, Handshake::Done);
+            (Rc::new(proved), context.tally.stands(Side::Server))
         });
         stream(context.clone(), pod.clone(), incoming, proved.clone())
     })
     .await;
+    if established.is_none() {
+        context.tally.handshake(Side::Server, handshake(served.as_ref().err()));
+    }
     if let Err(error) = served {
         // What the streams carried has its own lines; this one is about a peer that got no further.
         let flag = match error {
@@ -90,11 +98,23 @@ pub async fn tunnel(
     }
 }
 
+/// How the handshake of a tunnel ended that carried nothing.
+fn handshake(error: Option<&server::ServeError>) -> Handshake {
+    match error {
+        None => Handshake::Done,
+        Some(server::ServeError::HandshakeTimeout) => Handshake::Timeout,
+        Some(server::ServeError::Tls(_)) => Handshake::Tls,
+        Some(server::ServeError::Protocol(_)) => Handshake::Http2,
+        Some(server::ServeError::Lost(_)) => Handshake::Lost,
+    }
+}
+
 /// [I.11]: a tunnel from the address of a pod that has another service account.
 fn tell_mismatch(context: &Context, remote: SocketAddr, proved: &Result<SpiffeId, Refusal>) {
     let (Ok(proved), snapshot) = (proved, context.snapshot()) else { return };
     let remote = canonical(remote);
     if let Some(known) = workload_at(&snapshot, remote.ip()).filter(|known| known.identity != *proved) {
+        context.tally.mismatch();
         warn!(reason = "identity-address-mismatch", src = %remote, %proved, known = %known.identity,
             "a tunnel comes from the address of a pod with another identity");
     }
@@ -143,14 +163,21 @@ async fn judge(
         let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");
         return refuse(incoming, 503, outcome);
     };
-    story.dst_workload = Some(own.clone());
-    story.dst_identity = Some(own.identity.clone());
-    let Some(target) = incoming.authority().socket_addr() else {
+    let facts = story.facts();
+    facts.dst_workload = Some(own.clone());
+    facts.dst_identity = Some(own.identity.clone());
+    let target = incoming.authority().socket_addr();
+    facts.hbone_addr = target;
+    facts.carried = Carried::Tunnel;
+    // A hint of the client's, for telemetry ([H.2]); only a Service that there is, so that no peer invents names.
+    let host = incoming.header("forwarded").and_then(headers::forwarded_host);
+    facts.service = host.and_then(|host| context.names.service(host)).filter(|of| snapshot.services.contains_key(of));
+    story.open(context);
+    let Some(target) = target else {
         // Names are for waypoints; this pod is nobody's.
         let outcome = Outcome::failed(Flag::Refused, format_args!("unknown service {:?}", incoming.authority()));
         return refuse(incoming, 503, outcome);
     };
-    story.hbone_addr = Some(target);
     if target.ip().to_canonical() != local.ip() {
         // [H.1]: the connection goes to the pod that TCP addressed, or nowhere.
         let outcome =
@@ -163,6 +190,7 @@ async fn judge(
         let outcome = Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
         return refuse(incoming, status, outcome);
     }
+    story.admitted(verdict.reason.as_str());
     // As on the other side: no new connection in an old tunnel once our certificate has expired ([I.7]).
     match context.identities.ready(&own.identity).await {
         Ok(()) => {}
@@ -181,7 +209,7 @@ async fn judge(
         Ok(leg) => leg,
         Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::Connect, error)),
     };
-    let stream = match incoming.accept(Some(&baggage(own, &context.cluster))) {
+    let stream = match incoming.accept(Some(&baggage(own, &context.names.cluster))) {
         Ok(stream) => stream,
         Err(error) => return Outcome::failed(Flag::Reset, format_args!("the client gave up: {error:?}")),
     };
@@ -192,8 +220,9 @@ async fn judge(
 
 fn tell_source(story: &mut Story, snapshot: &Snapshot, remote: SocketAddr, proved: SpiffeId) {
     // Names only where address and certificate agree: a line must not say what nobody proved.
-    story.src_workload = workload_at(snapshot, remote.ip()).filter(|known| known.identity == proved).cloned();
-    story.src_identity = Some(proved);
+    let facts = story.facts();
+    facts.src_workload = workload_at(snapshot, remote.ip()).filter(|known| known.identity == proved).cloned();
+    facts.src_identity = Some(proved);
 }
 
 /// Copies until the end, the drain deadline, or a policy that does not allow the connection any more ([D.1]).
@@ -253,11 +282,13 @@ pub async fn plaintext(
     }
     let mut story = Story::new(Direction::Inbound, remote, local);
     let snapshot = context.snapshot();
-    story.src_workload = workload_at(&snapshot, remote.ip()).cloned();
+    let facts = story.facts();
+    facts.src_workload = workload_at(&snapshot, remote.ip()).cloned();
     let outcome = match snapshot.workload(&pod.uid) {
         Some(own) => {
-            story.dst_workload = Some(own.clone());
-            deliver(&context, &pod, &snapshot, own, socket, local, remote, &mut story).await
+            facts.dst_workload = Some(own.clone());
+            story.open(&context);
+            deliver(&context, &pod, &snapshot, own, socket, local, remote, &story).await
         }
         None => Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source"),
     };
@@ -273,12 +304,13 @@ async fn deliver(
     socket: ResetOnClose,
     local: SocketAddr,
     remote: SocketAddr,
-    story: &mut Story,
+    story: &Story,
 ) -> Outcome {
     let verdict = snapshot.decide(own, Peer::Plain, local.port());
     if verdict.answer == Answer::Refuse {
         return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
     }
+    story.admitted(verdict.reason.as_str());
     let leg = match context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await {
         Ok(leg) => leg,
         Err(error) => return Outcome::failed(Flag::Connect, error),

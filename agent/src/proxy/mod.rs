@@ -26,7 +26,7 @@ use crate::{
     model::PodUid,
     netns::NetnsHandle,
     policy::{Occupant, Snapshot, Workload},
-    telemetry::access::AccessLog,
+    telemetry::{access::AccessLog, open::Shard, tally::Tally, traffic::Names},
     tunnel,
 };
 
@@ -65,10 +65,14 @@ pub struct Context {
     pub tunnel: tunnel::Config,
     /// This worker's view of the kernel's maps.
     pub sockets: RefCell<Sockets>,
+    /// Where this worker's open connections are entered.
+    pub open: Shard,
+    /// Where this worker's handshakes and tunnels are counted.
+    pub tally: Arc<Tally>,
     /// Where ends of connections are told.
     pub access: AccessLog,
-    /// Name of this cluster.
-    pub cluster: Arc<str>,
+    /// Names of this cluster.
+    pub names: Names,
     /// Says when it is time to finish.
     pub drain: drain::Watch,
 }

@@ -9,14 +9,14 @@ use tracing::debug;
 use super::{
     Context, ServedPod, canonical,
     copy::{self, Counters, ResetOnClose},
-    keepalive, report,
+    keepalive,
     report::{Flag, Outcome, Story},
 };
 use crate::{
     identity::Unavailable,
     model::ObjectRef,
     policy::{Choice, Route, Snapshot, Workload},
-    telemetry::access::Direction,
+    telemetry::{access::Direction, open::Carried, traffic},
     tunnel::{Authority, Connect, Host, OpenError, PoolKey, Stream, headers},
 };
 
@@ -55,13 +55,15 @@ async fn route(
         let Some(own) = snapshot.workload(&pod.uid) else {
             return Outcome::failed(Flag::UnknownWorkload, "the client's pod is not in the source");
         };
-        story.src_workload = Some(own.clone());
+        story.facts().src_workload = Some(own.clone());
         match snapshot.route(own, dst, choice) {
             Route::Refuse(refusal) => {
+                story.open(context);
                 return Outcome::failed(Flag::NoRoute(refusal), format_args!("{dst}: {}", refusal.as_str()));
             }
             Route::Plaintext { target, workload, service } => {
                 story.heads_for(target, workload, service);
+                story.open(context);
                 return match context.dial(pod, client.ip(), target, snapshot.mesh.connect_timeout).await {
                     Ok(server) => plain(context, socket, ResetOnClose::new(server), &story.counters).await,
                     Err(error) => Outcome::failed(Flag::Connect, format_args!("connect to {target}: {error}")),
@@ -69,13 +71,17 @@ async fn route(
             }
             Route::Tunnel { workload, target, service } if workload.uid == own.uid => {
                 story.heads_for(target, Some(workload), service);
-                return to_itself(context, pod, &snapshot, own, socket, client, target, &story.counters).await;
+                story.open(context);
+                return to_itself(context, pod, &snapshot, own, socket, client, target, story).await;
             }
             Route::Tunnel { workload, target, service } => {
                 story.heads_for(SocketAddr::new(target.ip(), PORT_HBONE), Some(workload.clone()), service.clone());
-                story.hbone_addr = Some(target);
-                story.src_identity = Some(own.identity.clone());
-                story.dst_identity = Some(workload.identity.clone());
+                let facts = story.facts();
+                facts.hbone_addr = Some(target);
+                facts.src_identity = Some(own.identity.clone());
+                facts.dst_identity = Some(workload.identity.clone());
+                facts.carried = Carried::Tunnel;
+                story.open(context);
                 let opened =
                     open(context, pod, own, &workload, client, target, service.as_ref(), &snapshot, until).await;
                 return match opened {
@@ -118,14 +124,15 @@ async fn to_itself(
     socket: ResetOnClose,
     client: SocketAddr,
     target: SocketAddr,
-    counters: &Arc<Counters>,
+    story: &Story,
 ) -> Outcome {
     let verdict = snapshot.decide(own, Peer::Tunnel, target.port());
     if verdict.answer == culvert_common::Answer::Refuse {
         return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
     }
+    story.admitted(verdict.reason.as_str());
     match context.leg(pod, client, target, snapshot.mesh.connect_timeout).await {
-        Ok(server) => plain(context, socket, server, counters).await,
+        Ok(server) => plain(context, socket, server, &story.counters).await,
         Err(error) => Outcome::failed(Flag::Connect, error),
     }
 }
@@ -163,8 +170,8 @@ async fn open(
     };
     let request = Connect {
         authority: Authority { host: Host::Ip(target.ip()), port: target.port() },
-        forwarded: Some(headers::forwarded(client, service.map(report::hostname).as_deref())),
-        baggage: Some(baggage(own, &context.cluster)),
+        forwarded: Some(headers::forwarded(client, service.map(|service| context.names.hostname(service)).as_deref())),
+        baggage: Some(baggage(own, &context.names.cluster)),
         traceparent: Some(headers::traceparent(rand::random(), rand::random())),
     };
     let patience = snapshot.mesh.connect_timeout;
@@ -225,14 +232,12 @@ fn nobody_there(error: &OpenError) -> bool {
 
 /// Telemetry for the other side (specification §14.2); unknown values are left out.
 pub(super) fn baggage(workload: &Workload, cluster: &str) -> String {
-    let label = |names: &[&str]| names.iter().find_map(|name| workload.labels.get(*name)).map(String::as_str);
-    let name = label(&["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
-    let version = label(&["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
+    let (name, version) = traffic::canonical(workload);
     headers::baggage([
         ("k8s.cluster.name", cluster),
         ("k8s.namespace.name", &workload.object.namespace),
         ("k8s.pod.name", &workload.object.name),
-        ("service.name", name.unwrap_or(&workload.workload_name)),
-        ("service.version", version.unwrap_or("latest")),
+        ("service.name", name),
+        ("service.version", version),
     ])
 }

@@ -14,7 +14,11 @@ use super::{
 use crate::{
     model::{ObjectRef, SpiffeId},
     policy::{RouteRefusal, Workload},
-    telemetry::access::{Access, Direction, End, Event},
+    telemetry::{
+        access::{Access, Direction, End, Event},
+        open::{Carried, Facts, Open},
+        traffic,
+    },
     tunnel::OpenError,
 };
 
@@ -54,6 +58,8 @@ pub(super) enum Flag {
     IdentityError,
     /// The other side of the tunnel refused.
     Refused,
+    /// The other side of the tunnel refused, by its policy.
+    Denied,
     /// One side reset the connection.
     Reset,
     /// The tunnel was lost.
@@ -74,12 +80,34 @@ impl Flag {
             Self::TlsFailure => "tls-failure",
             Self::H2HandshakeFailure => "h2-handshake-failure",
             Self::IdentityError => "identity-error",
-            Self::Refused => "refused-by-peer",
+            Self::Refused | Self::Denied => "refused-by-peer",
             Self::Reset => "reset",
             Self::TunnelLost => "tunnel-lost",
             Self::Drained => "drained",
             Self::NoRoute(refusal) => refusal.as_str(),
             Self::UnknownWorkload => "unknown-workload",
+        }
+    }
+}
+
+impl Flag {
+    /// As metrics have it ([M.2]).
+    fn response_flag(self) -> traffic::Flag {
+        match self {
+            Self::Connect | Self::Refused | Self::TunnelLost | Self::UnknownWorkload => traffic::Flag::Connect,
+            Self::NetworkPolicy => traffic::Flag::NetworkPolicy,
+            Self::TlsFailure => traffic::Flag::TlsFailure,
+            Self::H2HandshakeFailure => traffic::Flag::H2HandshakeFailure,
+            Self::IdentityError => traffic::Flag::IdentityError,
+            Self::Denied => traffic::Flag::Deny,
+            Self::NoRoute(refusal) => match refusal {
+                RouteRefusal::NotInRegistry | RouteRefusal::Loop => traffic::Flag::Deny,
+                RouteRefusal::NoSuchServicePort | RouteRefusal::NoEndpoint | RouteRefusal::AmbiguousAddress => {
+                    traffic::Flag::Connect
+                }
+            },
+            // What the applications do to each other, and our own end, is no failure of the mesh.
+            Self::Reset | Self::Drained => traffic::Flag::None,
         }
     }
 }
@@ -113,6 +141,27 @@ impl Outcome {
         }
     }
 
+    /// As metrics have it ([M.2]).
+    fn response_flag(&self) -> traffic::Flag {
+        match self {
+            Self::Complete(_) => traffic::Flag::None,
+            Self::Denied { .. } => traffic::Flag::Deny,
+            Self::Failed { flag, .. } => flag.response_flag(),
+        }
+    }
+
+    /// The word, if policy or routing refused it here.
+    fn refusal(&self) -> Option<&'static str> {
+        match self {
+            Self::Complete(_) => None,
+            Self::Denied { reason, .. } => Some(reason),
+            Self::Failed { flag: flag @ (Flag::NoRoute(_) | Flag::UnknownWorkload | Flag::IdentityError), .. } => {
+                Some(flag.as_str())
+            }
+            Self::Failed { .. } => None,
+        }
+    }
+
     /// Of a tunnel that could not be opened.
     pub(super) fn of_open(error: &OpenError) -> Self {
         let flag = match error {
@@ -123,53 +172,80 @@ impl Outcome {
             OpenError::Protocol(_) | OpenError::BadRequest(_) => Flag::H2HandshakeFailure,
             OpenError::Aborted(_) | OpenError::Lost(_) => Flag::TunnelLost,
             OpenError::Reset(_) => Flag::Reset,
+            OpenError::Refused { status: 401, .. } => Flag::Denied,
             OpenError::Refused { .. } => Flag::Refused,
         };
         Self::failed(flag, error)
     }
 }
 
-/// What is known of a connection while it lasts; told once, at its end.
+/// A connection while it lasts; told once, at its end.
 pub(super) struct Story {
-    pub(super) direction: Direction,
-    pub(super) started: Instant,
+    started: Instant,
     pub(super) counters: Arc<Counters>,
-    pub(super) src: SocketAddr,
-    pub(super) src_workload: Option<Arc<Workload>>,
-    pub(super) src_identity: Option<SpiffeId>,
-    /// The socket's peer: for a tunnel, with the tunnel's port.
-    pub(super) dst: SocketAddr,
-    pub(super) dst_workload: Option<Arc<Workload>>,
-    pub(super) dst_identity: Option<SpiffeId>,
-    pub(super) hbone_addr: Option<SocketAddr>,
-    pub(super) service: Option<ObjectRef>,
+    facts: Arc<Facts>,
+    open: Option<Open>,
+    /// It is an application's connection, and not the tunnel that carries such connections.
+    counts: bool,
 }
 
 impl Story {
     pub(super) fn new(direction: Direction, src: SocketAddr, dst: SocketAddr) -> Self {
         Self {
-            direction,
             started: Instant::now(),
             counters: Arc::default(),
-            src,
-            src_workload: None,
-            src_identity: None,
-            dst,
-            dst_workload: None,
-            dst_identity: None,
-            hbone_addr: None,
-            service: None,
+            facts: Arc::new(Facts::new(direction, src, dst)),
+            open: None,
+            counts: true,
         }
+    }
+
+    /// Of a tunnel that arrives for a pod: told if it fails, and not counted among the pod's connections.
+    pub(super) fn of_tunnel(src: SocketAddr, dst: SocketAddr) -> Self {
+        Self { counts: false, ..Self::new(Direction::Inbound, src, dst) }
+    }
+
+    /// What is known, to be completed. What others see of it is replaced by the next [`Story::open`].
+    pub(super) fn facts(&mut self) -> &mut Facts {
+        Arc::make_mut(&mut self.facts)
     }
 
     /// Notes where an outbound connection goes, over what was noted before.
     pub(super) fn heads_for(&mut self, dst: SocketAddr, workload: Option<Arc<Workload>>, service: Option<ObjectRef>) {
-        (self.dst, self.dst_workload, self.service) = (dst, workload, service);
-        (self.src_identity, self.dst_identity, self.hbone_addr) = (None, None, None);
+        let facts = self.facts();
+        (facts.dst, facts.dst_workload, facts.service) = (dst, workload, service);
+        (facts.src_identity, facts.dst_identity, facts.hbone_addr) = (None, None, None);
+        facts.carried = Carried::Agent;
     }
 
-    /// Writes the line. The nearer side's bytes go `forward`: what this agent sent towards its remote peer.
-    pub(super) fn end(&self, context: &Context, outcome: &Outcome) {
+    /// The connection is about to be judged, or carried, with the facts that are known now ([M.2]: before the verdict).
+    pub(super) fn open(&mut self, context: &Context) {
+        // An attempt to reach a server that was given up for another one has failed.
+        if let Some(before) = self.open.take() {
+            before.close(traffic::Flag::Connect);
+        }
+        self.open = Some(context.open.open(self.facts.clone(), self.counters.clone()));
+    }
+
+    /// Policy has admitted it, with this word.
+    pub(super) fn admitted(&self, policy: &'static str) {
+        if let Some(open) = &self.open {
+            open.admitted(policy);
+        }
+    }
+
+    /// Counts the end and writes the line. The nearer side's bytes go `forward`: what this agent sent towards its remote
+    /// peer.
+    pub(super) fn end(mut self, context: &Context, outcome: &Outcome) {
+        if self.counts && self.open.is_none() {
+            self.open(context);
+        }
+        if let Some(open) = self.open.take() {
+            open.close(outcome.response_flag());
+        }
+        if let Some(reason) = outcome.refusal() {
+            context.open.refused((self.facts.direction, reason));
+        }
         let (reason, error): (&dyn fmt::Display, Option<&dyn fmt::Display>) = match outcome {
             Outcome::Complete(word) => (word, None),
             Outcome::Denied { reason, detail } => (reason, Some(detail)),
@@ -179,14 +255,15 @@ impl Story {
             Outcome::Failed { flag: Flag::UnknownWorkload, .. } => Event::Failed,
             _ => Event::Complete,
         };
-        let service = self.service.as_ref().map(hostname);
+        let facts = &*self.facts;
+        let service = facts.service.as_ref().map(|service| context.names.hostname(service));
         context.access.record(&Access {
             event,
-            src: end(self.src, self.src_workload.as_deref(), self.src_identity.as_ref(), &context.cluster),
-            dst: end(self.dst, self.dst_workload.as_deref(), self.dst_identity.as_ref(), &context.cluster),
-            hbone_addr: self.hbone_addr.as_ref().map(|addr| addr as &dyn fmt::Display),
+            src: end(facts.src, facts.src_workload.as_deref(), facts.src_identity.as_ref(), &context.names.cluster),
+            dst: end(facts.dst, facts.dst_workload.as_deref(), facts.dst_identity.as_ref(), &context.names.cluster),
+            hbone_addr: facts.hbone_addr.as_ref().map(|addr| addr as &dyn fmt::Display),
             service: service.as_ref().map(|name| name as &dyn fmt::Display),
-            direction: self.direction,
+            direction: facts.direction,
             bytes_sent: self.counters.forward.load(Ordering::Relaxed),
             bytes_recv: self.counters.backward.load(Ordering::Relaxed),
             duration: self.started.elapsed(),
@@ -194,11 +271,6 @@ impl Story {
             reason: Some(reason),
         });
     }
-}
-
-/// Name of a Service as clients spell it in full.
-pub(super) fn hostname(service: &ObjectRef) -> String {
-    format!("{}.{}.svc.cluster.local", service.name, service.namespace)
 }
 
 fn end<'a>(

@@ -31,7 +31,7 @@ pub enum Event {
 }
 
 /// From which side the line is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Direction {
     /// The connection entered a pod of this node.
     Inbound,

@@ -1,4 +1,5 @@
-//! What the agent says of itself: the set-up of its logs, the [`access`] log, and [`readiness`].
+//! What the agent says of itself: the set-up of its logs, the [`access`] log, [`readiness`], and which
+//! connections are [`open`].
 //!
 //! What is worth saying is decided where it happens. Logs go to standard error, the access log to standard output.
 
@@ -13,8 +14,13 @@ use tracing_subscriber::{
 };
 
 pub mod access;
+pub mod exposition;
+pub mod metrics;
+pub mod open;
 pub mod panics;
 pub mod readiness;
+pub mod tally;
+pub mod traffic;
 
 /// How lines look, of the log and of the access log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

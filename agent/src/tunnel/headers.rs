@@ -23,6 +23,12 @@ pub fn forwarded_client(header: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(addr.ip().to_canonical(), addr.port()))
 }
 
+/// The service hostname that a `forwarded` header names, if it names one.
+pub fn forwarded_host(header: &str) -> Option<&str> {
+    let mut pairs = header.split(';').filter_map(|pair| pair.trim().split_once('='));
+    pairs.find(|(name, _)| name.eq_ignore_ascii_case("host")).map(|(_, host)| host.trim_matches('"'))
+}
+
 /// `baggage`: a comma list of `key=value`; pairs whose value is empty (unknown) are left out.
 ///
 /// Bytes that W3C Baggage does not allow in a value are percent-encoded.
@@ -99,6 +105,9 @@ mod tests {
         let v6: SocketAddr = "[fd00::7]:40312".parse().expect("address");
         assert_eq!(forwarded_client(&forwarded(v4, Some("x"))), Some(v4));
         assert_eq!(forwarded_client(&forwarded(v6, None)), Some(v6));
+        assert_eq!(forwarded_host(&forwarded(v4, Some("x.y.svc"))), Some("x.y.svc"));
+        assert_eq!(forwarded_host("For=\"10.0.0.1:1\"; Host=\"x\""), Some("x"));
+        assert_eq!(forwarded_host(&forwarded(v6, None)), None);
         for none in ["", "for=unknown", "host=x", "for=\"10.0.0.1\"", "by=\"10.0.0.1:2\""] {
             assert_eq!(forwarded_client(none), None, "{none}");
         }

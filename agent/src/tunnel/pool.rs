@@ -25,7 +25,10 @@ use super::{
     Authority, Stream,
     hbone::client::{Connection, Failure, Slot},
 };
-use crate::model::SpiffeId;
+use crate::{
+    model::SpiffeId,
+    telemetry::tally::{Handshake, Side, Tally},
+};
 
 /// Limits of a [`Pool`] and of [`server::serve`](super::server::serve); the defaults are those of §14.3.
 #[derive(Clone, Copy, Debug)]
@@ -154,6 +157,7 @@ struct Inner {
     entries: RefCell<HashMap<PoolKey, Entry>>,
     tasks: RefCell<JoinSet<()>>,
     closed: Cell<bool>,
+    tally: Arc<Tally>,
 }
 
 #[derive(Default)]
@@ -168,8 +172,13 @@ type DialResult = watch::Receiver<Option<Result<(), OpenError>>>;
 impl Pool {
     /// An empty pool. Its methods need a `LocalSet` (or local runtime) around them.
     pub fn new(config: Config) -> Self {
-        let inner = Inner { config, entries: RefCell::default(), tasks: RefCell::default(), closed: Cell::new(false) };
-        Self { inner: Rc::new(inner) }
+        Self::counted(config, Arc::default())
+    }
+
+    /// An empty pool that counts its handshakes and connections in `tally`.
+    pub fn counted(config: Config, tally: Arc<Tally>) -> Self {
+        let (entries, tasks) = (RefCell::default(), RefCell::default());
+        Self { inner: Rc::new(Inner { config, entries, tasks, closed: Cell::new(false), tally }) }
     }
 
     /// Opens a stream through a connection of `key`, dialling if none has room.
@@ -274,7 +283,7 @@ impl Inner {
         F: Future<Output = anyhow::Result<(TcpStream, Arc<ClientConfig>)>> + 'static,
     {
         let (done, result) = watch::channel(None);
-        let task = Self::run(Rc::downgrade(self), self.config, key.clone(), dial, done);
+        let task = Self::run(Rc::downgrade(self), self.config, self.tally.clone(), key.clone(), dial, done);
         let mut tasks = self.tasks.borrow_mut();
         while let Some(ended) = tasks.try_join_next() {
             if let Err(error) = ended {
@@ -288,6 +297,7 @@ impl Inner {
     async fn run<F>(
         pool: Weak<Self>,
         config: Config,
+        tally: Arc<Tally>,
         key: PoolKey,
         dial: F,
         done: watch::Sender<Option<Result<(), OpenError>>>,
@@ -302,6 +312,9 @@ impl Inner {
             Connection::establish(tcp, tls, key.destination, config).await
         };
         let established = established.await;
+        if let Some(result) = handshake(established.as_ref().err()) {
+            tally.handshake(Side::Client, result);
+        }
         let with_entry = |change: &dyn Fn(&mut Entry)| {
             let Some(pool) = pool.upgrade() else { return };
             let mut entries = pool.entries.borrow_mut();
@@ -327,10 +340,31 @@ impl Inner {
                 });
                 done.send_replace(Some(Ok(())));
                 drop(done);
+                let standing = tally.stands(Side::Client);
                 driver.await;
+                drop(standing);
                 with_entry(&|entry| entry.connections.retain(|c| !Rc::ptr_eq(c, &connection)));
             }
         }
+    }
+}
+
+/// How the handshake ended; `None` if it did not begin.
+fn handshake(error: Option<&OpenError>) -> Option<Handshake> {
+    match error {
+        None => Some(Handshake::Done),
+        Some(OpenError::HandshakeTimeout) => Some(Handshake::Timeout),
+        Some(OpenError::Tls(_)) => Some(Handshake::Tls),
+        Some(OpenError::Protocol(_)) => Some(Handshake::Http2),
+        Some(OpenError::Aborted(_) | OpenError::Lost(_)) => Some(Handshake::Lost),
+        Some(
+            OpenError::ConnectTimeout
+            | OpenError::Connect(_)
+            | OpenError::Reset(_)
+            | OpenError::Refused { .. }
+            | OpenError::BadRequest(_)
+            | OpenError::Closed,
+        ) => None,
     }
 }
 

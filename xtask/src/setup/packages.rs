@@ -48,6 +48,7 @@ pub(super) fn wanted(purpose: For) -> Vec<Package> {
             Package::new("busybox-static", "/bin/busybox", "the shell of those kernels' guests"),
             Package::new("xz-utils", "xz", "unpacks those kernels' modules"),
             Package::new("git", "git", "cargo-deny's advisory database"),
+            Package::new("prometheus", "promtool", "checks what the agents expose; its server is not used"),
         ]);
     }
     wanted
