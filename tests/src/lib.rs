@@ -5,6 +5,8 @@
 //! | [`sandbox`] | build the nodes, pods, cgroups, manifests, tokens; start the CA and the agents; take everything away |
 //! | [`programs`] | the unmodified programs that run inside pods, and the typed results they print |
 //! | [`capture`] | record the link between the nodes and search it for a payload |
+//! | [`wire`] | count what crosses the link by port; cut it |
+//! | [`apps`] | applications of others in pods: how each is started and asked |
 //! | [`tour`] | the user's scenario: each policy, what must happen, what did happen |
 //! | [`vm`] | boot another kernel under QEMU and run a script in it |
 //! | [`libtest`] | what the output of Rust's test harness adds up to |
@@ -14,6 +16,7 @@
 //! The scenarios themselves are in `tests/tests/`, one file per behaviour. They need root; a scenario that cannot run on
 //! this machine fails and says why. The library has few dependencies because `xtask` is built from it first.
 
+pub mod apps;
 pub mod capture;
 pub mod command;
 pub mod interrupt;
@@ -22,6 +25,7 @@ pub mod programs;
 pub mod sandbox;
 pub mod tour;
 pub mod vm;
+pub mod wire;
 
 use std::env;
 use std::path::PathBuf;

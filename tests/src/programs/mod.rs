@@ -5,6 +5,7 @@
 //! happened, also if that was a refusal: a refusal is a result.
 
 mod burst;
+mod conversation;
 mod cut;
 mod exchange;
 mod hold;
@@ -24,6 +25,7 @@ use clap::Parser;
 use serde::{Deserialize, Serialize};
 
 pub use burst::{BurstResult, Quantiles};
+pub use conversation::Conversation;
 pub use cut::{CutResult, CutVerb};
 pub use exchange::{ExchangeResult, Verb};
 pub use hold::HeldRound;

@@ -43,6 +43,7 @@ pub use cgroups::mount as cgroup2_mount;
 pub use ledger::{Swept, sweep};
 pub use manifests::Folder;
 pub use mesh::{LogLine, MeshPlan, agent_process};
+pub use net::LINK;
 pub use place::Place;
 pub use plan::{LinkPlan, Node, Plan, PodPlan, ServicePlan, own_name};
 pub use tokens::{AUDIENCE, Claims, ISSUER, Signer};
@@ -439,7 +440,7 @@ impl Sandbox {
     /// # Errors
     /// The recording could not be started.
     pub fn capture(&self) -> Result<Capture> {
-        Capture::start(self.node_place(Node::A), net::LINK, capture::DEFAULT_LIMIT)
+        Capture::start(self.node_place(Node::A), LINK, capture::DEFAULT_LIMIT)
     }
 
     /// The results of a node's probes so far, oldest first.

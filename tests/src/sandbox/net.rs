@@ -24,7 +24,7 @@ use crate::command;
 /// Where `ip netns` keeps names.
 const NETNS: &str = "/run/netns";
 /// The link's device on both nodes.
-pub(crate) const LINK: &str = "link0";
+pub const LINK: &str = "link0";
 /// The bridge's device on both nodes.
 const BRIDGE: &str = "cni0";
 /// Host number of the bridge's addresses in the node's pod networks.
@@ -169,10 +169,14 @@ pub(super) fn services(place: &Place, translations: &[Translation], link: LinkPl
     }
     let loss = match link.loss_percent {
         0 => String::new(),
-        percent => format!("iifname {LINK} numgen random mod 100 < {percent} drop;"),
+        percent => format!(
+            "iifname {LINK} counter name arrived; iifname {LINK} numgen random mod 100 < {percent} counter name lost drop;"
+        ),
     };
     let rules = format!(
         "table inet culvert-sandbox {{
+           counter arrived {{ }}
+           counter lost {{ }}
            chain arrive {{ type nat hook prerouting priority dstnat; {dnat} }}
            chain leave {{ type nat hook output priority -100; {dnat} }}
            chain hairpin {{ type nat hook postrouting priority srcnat; {hairpin} }}

@@ -1,9 +1,12 @@
 //! The distribution's packages: what each is for, whether it is there, its installation by apt.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+use culvert_tests::apps::postgres_programs;
 use culvert_tests::command;
 
 use super::{For, has, show};
@@ -15,11 +18,18 @@ pub(super) struct Package {
     /// A command found on PATH, or a file.
     pub(super) sign: String,
     pub(super) why: &'static str,
+    /// The service that it brings and that nobody here wants: only its programs are used.
+    service: Option<&'static str>,
 }
 
 impl Package {
     pub(super) fn new(name: impl Into<String>, sign: impl Into<String>, why: &'static str) -> Self {
-        Self { name: name.into(), sign: sign.into(), why }
+        Self { name: name.into(), sign: sign.into(), why, service: None }
+    }
+
+    /// A package whose service shall not run.
+    fn without_service(self, service: &'static str) -> Self {
+        Self { service: Some(service), ..self }
     }
 
     pub(super) fn is_there(&self) -> bool {
@@ -48,10 +58,26 @@ pub(super) fn wanted(purpose: For) -> Vec<Package> {
             Package::new("busybox-static", "/bin/busybox", "the shell of those kernels' guests"),
             Package::new("xz-utils", "xz", "unpacks those kernels' modules"),
             Package::new("git", "git", "cargo-deny's advisory database"),
-            Package::new("prometheus", "promtool", "checks what the agents expose; its server is not used"),
+            Package::new("prometheus", "promtool", "checks what the agents expose; its server is not used")
+                .without_service("prometheus"),
+            Package::new("postgresql", postgres_sign(), "PostgreSQL through the mesh, with pgbench")
+                .without_service("postgresql"),
+            Package::new("redis-server", "redis-server", "Redis through the mesh, with redis-benchmark")
+                .without_service("redis-server"),
+            Package::new("nginx", "nginx", "downloads and WebSocket through the mesh").without_service("nginx"),
+            Package::new("openssh-server", "sshd", "ssh through the mesh").without_service("ssh"),
+            Package::new("openssh-client", "ssh", "ssh through the mesh"),
+            Package::new("iperf3", "iperf3", "streams through the mesh").without_service("iperf3"),
+            Package::new("curl", "curl", "downloads through the mesh"),
         ]);
     }
     wanted
+}
+
+/// PostgreSQL's server programs are outside PATH, one folder per version.
+fn postgres_sign() -> String {
+    let folder = postgres_programs().unwrap_or_else(|_| "/usr/lib/postgresql/…/bin".into());
+    folder.join("initdb").display().to_string()
 }
 
 /// Installs those that are not there.
@@ -67,7 +93,9 @@ pub(super) fn install(packages: &[Package]) -> Result<()> {
     if !has("apt-get") {
         bail!("these are missing, and there is no apt-get to install them; Debian's names:\n{}", list.join("\n"));
     }
+    let services: Vec<&str> = missing.iter().filter_map(|p| p.service).collect();
     let step = say::step(&format!("install packages:\n{}", list.join("\n")));
+    let quiet = Quiet::services(&services)?;
     let names: Vec<&str> = missing.iter().map(|p| p.name.as_str()).collect();
     if !lists_are_there() {
         refresh()?;
@@ -77,11 +105,67 @@ pub(super) fn install(packages: &[Package]) -> Result<()> {
         refresh()?;
         apt_install(&names).context("install packages; as root, `apt-get install` of the same names shows more")?;
     }
-    if let Some(absent) = missing.iter().find(|p| !p.is_there()) {
+    quiet.disable(&services)?;
+    // A versioned folder is known only now.
+    let after = wanted(For::Test);
+    let is_there = |p: &Package| p.is_there() || after.iter().any(|q| q.name == p.name && q.is_there());
+    if let Some(absent) = missing.iter().find(|p| !is_there(p)) {
         bail!("the package {} is installed but {} is still not found", absent.name, absent.sign);
     }
     step.done();
     Ok(())
+}
+
+/// Debian starts what it installs, and at every boot; the tests want programs, not services. For as long as this lives
+/// no package starts anything (`policy-rc.d`, see invoke-rc.d(8)); a policy of somebody else's is kept.
+struct Quiet {
+    policy: Option<&'static Path>,
+}
+
+/// 101: forbidden by policy.
+const POLICY: &str = "#!/bin/sh\n# cargo xtask installs programs for its tests, and no services.\nexit 101\n";
+
+impl Quiet {
+    fn services(services: &[&str]) -> Result<Self> {
+        let path = Path::new("/usr/sbin/policy-rc.d");
+        // One of ours is what a killed set-up left.
+        let others = path.exists() && fs::read_to_string(path).ok().as_deref() != Some(POLICY);
+        if services.is_empty() || others {
+            return Ok(Self { policy: None });
+        }
+        fs::write(path, POLICY).with_context(|| format!("write {}", path.display()))?;
+        let quiet = Self { policy: Some(path) };
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+            .with_context(|| format!("make {} executable", path.display()))?;
+        Ok(quiet)
+    }
+
+    /// Keeps the services from starting at the next boot.
+    fn disable(self, services: &[&str]) -> Result<()> {
+        for service in services {
+            // Not every version of a package brings its service.
+            if Path::new("/etc/init.d").join(service).exists() {
+                command::run("update-rc.d", &[*service, "disable"]).with_context(|| format!("disable {service}"))?;
+            }
+        }
+        if !services.is_empty() {
+            say::done(&format!(
+                "these services are installed but neither started nor enabled: {}",
+                services.join(", ")
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        if let Some(path) = self.policy
+            && let Err(error) = fs::remove_file(path)
+        {
+            say::warn(&format!("remove {} by hand, or no package can start a service: {error}", path.display()));
+        }
+    }
 }
 
 /// Whether apt could install a package; its lists are fetched if it knows none of this name.
@@ -111,7 +195,7 @@ pub(super) fn refresh() -> Result<()> {
 }
 
 fn lists_are_there() -> bool {
-    let Ok(entries) = std::fs::read_dir("/var/lib/apt/lists") else { return false };
+    let Ok(entries) = fs::read_dir("/var/lib/apt/lists") else { return false };
     entries.flatten().any(|e| e.file_name().to_string_lossy().contains("_Packages"))
 }
 
