@@ -268,7 +268,7 @@ fn end_processes(processes: &[Recorded]) {
     }
 }
 
-fn remove_cgroup(root: &Path) -> Result<()> {
+pub(super) fn remove_cgroup(root: &Path) -> Result<()> {
     if !root.exists() {
         return Ok(());
     }

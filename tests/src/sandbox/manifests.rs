@@ -73,6 +73,19 @@ pub(super) fn write(folder: &Folder, plan: &Plan, pods: &BTreeMap<String, Pod>) 
     Ok(())
 }
 
+/// What a new pod adds to the folder.
+pub(super) fn write_pod(folder: &Folder, plan: &Plan, pods: &BTreeMap<String, Pod>, pod: &Pod) -> Result<()> {
+    folder.apply("serviceaccounts.yaml", &service_accounts(plan)?)?;
+    folder.apply(&pod_file(&pod.plan.namespace, &pod.plan.name), &pod_manifest(plan, pod)?)?;
+    folder.apply("services.yaml", &services(plan, pods)?)
+}
+
+/// What goes from the folder with a pod; `pods` are those that remain.
+pub(super) fn delete_pod(folder: &Folder, plan: &Plan, pods: &BTreeMap<String, Pod>, pod: &Pod) -> Result<()> {
+    folder.apply("services.yaml", &services(plan, pods)?)?;
+    folder.delete(&pod_file(&pod.plan.namespace, &pod.plan.name))
+}
+
 /// The file of a pod's manifest.
 pub(super) fn pod_file(namespace: &str, name: &str) -> String {
     format!("pod-{namespace}-{name}.yaml")

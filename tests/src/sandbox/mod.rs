@@ -231,6 +231,43 @@ impl Sandbox {
         Ok(())
     }
 
+    /// Adds a pod to the running sandbox, as a scheduler's decision would: its programs listen, its manifest and its
+    /// Services' endpoints are written. The part of kube-proxy, for clients outside the mesh, stays as it was built.
+    ///
+    /// # Errors
+    /// The plan cannot have such a pod, or a step failed.
+    pub fn add_pod(&mut self, pod: PodPlan) -> Result<()> {
+        let nth = self.plan.pods.iter().filter(|p| p.node == pod.node).count();
+        let plan = self.plan.clone().pod(pod.clone());
+        plan.check()?;
+        self.plan = plan;
+        self.raise_pod(pod.node, plan::host(nth)?, &pod)?;
+        let added = self.pod(&pod.key())?.clone();
+        for program in &pod.programs {
+            self.wait_listening(&added, program)?;
+        }
+        manifests::write_pod(&self.folder, &self.plan, &self.pods, &added)
+    }
+
+    /// Takes a pod away, as a kubelet does after a deletion: its processes are killed, its network and its control groups
+    /// removed, and the API server forgets it. Its name stays taken in this sandbox.
+    ///
+    /// # Errors
+    /// There is no such pod, or something of it could not be removed.
+    pub fn delete_pod(&mut self, key: &str) -> Result<()> {
+        let pod = self.pod(key)?.clone();
+        let own = format!("{key}/");
+        let names: Vec<String> = self.processes.keys().filter(|name| name.starts_with(&own)).cloned().collect();
+        for name in names {
+            self.stop(&name)?;
+        }
+        self.pods.remove(key);
+        net::remove_namespace(&pod.place.netns)?;
+        let node_root = self.node_cgroup(pod.plan.node);
+        ledger::remove_cgroup(&cgroups::pod(&node_root, pod.plan.node, &pod.uid))?;
+        manifests::delete_pod(&self.folder, &self.plan, &self.pods, &pod)
+    }
+
     /// Makes a namespace and a control group.
     fn make_place(&self, place: &Place) -> Result<()> {
         self.ledger.will_make_netns(&place.netns)?;

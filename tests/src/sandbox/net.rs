@@ -76,6 +76,10 @@ pub(super) fn nodes(places: &[Place; 2], link: LinkPlan) -> Result<()> {
         writeln!(batch, "link set lo up")?;
         writeln!(batch, "link add {BRIDGE} type bridge forward_delay 0")?;
         writeln!(batch, "link set {LINK} mtu {}", link.mtu)?;
+        if link.loss_percent > 0 {
+            // What segmentation offload keeps together would also be lost together, up to 64 KiB at a time.
+            writeln!(batch, "link set {LINK} gso_max_segs 1")?;
+        }
         writeln!(batch, "address add {}/24 dev {LINK}", node.v4())?;
         writeln!(batch, "address add {}/64 dev {LINK} nodad", node.v6())?;
         writeln!(batch, "address add {}/24 dev {BRIDGE}", node.pod_v4(GATEWAY))?;
