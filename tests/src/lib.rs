@@ -10,6 +10,7 @@
 //! | [`tour`] | the user's scenario: each policy, what must happen, what did happen |
 //! | [`vm`] | boot another kernel under QEMU and run a script in it |
 //! | [`libtest`] | what the output of Rust's test harness adds up to |
+//! | [`load`] | a load generator and its server, for `cargo xtask bench` |
 //! | [`interrupt`] | Ctrl-C as an ordinary error, so that everything built is also taken down |
 //! | [`command`] | run a program of the system; say what it said when it fails |
 //!
@@ -21,6 +22,7 @@ pub mod capture;
 pub mod command;
 pub mod interrupt;
 pub mod libtest;
+pub mod load;
 pub mod programs;
 pub mod sandbox;
 pub mod tour;
