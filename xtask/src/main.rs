@@ -1,5 +1,6 @@
 //! Culvert's own chores. This file is the table of contents; each command is a file.
 
+mod bench;
 mod build;
 mod down;
 mod run;
@@ -34,6 +35,8 @@ enum Command {
     /// Run every check and test; the last line is the total
     #[command(visible_alias = "ci")]
     Test(test::Arguments),
+    /// Measure plain TCP, Culvert and Envoy as a sidecar beside each other; a table, JSON and a plot in docs/
+    Bench(bench::Arguments),
     /// Remove what sandboxes left whose owner was killed
     Down,
 }
@@ -56,6 +59,7 @@ fn dispatch(arguments: Arguments) -> Result<()> {
         Command::Run(arguments) => run::run(&arguments),
         Command::Shell(arguments) => run::shell(&arguments),
         Command::Test(arguments) => test::run(&arguments),
+        Command::Bench(arguments) => bench::run(&arguments),
         Command::Down => down::run(),
     }
 }

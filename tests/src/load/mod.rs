@@ -10,6 +10,7 @@
 mod client;
 mod poll;
 mod serve;
+pub mod usage;
 
 pub use poll::allow_open_files;
 

@@ -216,13 +216,14 @@ pub(super) fn pod_manifest(plan: &Plan, pod: &Pod) -> Result<String> {
     write!(
         out,
         "spec:\n  nodeName: {node}\n  serviceAccountName: {name}\n  containers:\n  - name: app\n    image: culvert-pod\n\
-         status:\n  phase: Running\n  hostIP: {host4}\n  hostIPs: [{{ip: {host4}}}, {{ip: \"{host6}\"}}]\n  podIP: {v4}\n  podIPs: [{{ip: {v4}}}, {{ip: \"{v6}\"}}]\n\
+         status:\n  phase: Running\n  hostIP: {host4}\n  hostIPs: [{{ip: {host4}}}, {{ip: \"{host6}\"}}]\n  podIP: {v4}\n  podIPs: [{{ip: {v4}}}, {{ip: \"{v6}\"}}{more}]\n\
          \x20 conditions:\n  - {{type: Ready, status: \"True\"}}\n  - {{type: ContainersReady, status: \"True\"}}\n",
         node = pod.plan.node,
         host4 = pod.plan.node.v4(),
         host6 = pod.plan.node.v6(),
         v4 = pod.v4,
         v6 = pod.v6,
+        more = pod.more_v4.iter().map(|address| format!(", {{ip: {address}}}")).collect::<String>(),
     )?;
     Ok(out)
 }

@@ -66,6 +66,8 @@ pub struct Pod {
     pub v4: Ipv4Addr,
     /// Its IPv6 address.
     pub v6: Ipv6Addr,
+    /// Its further IPv4 addresses.
+    pub more_v4: Vec<Ipv4Addr>,
     /// Its application container's control group, and its namespace.
     pub place: Place,
 }
@@ -220,13 +222,14 @@ impl Sandbox {
         let mut command = pause.command(&self.program)?;
         command.arg("pause");
         self.start(&format!("{key}/pause"), command)?;
-        net::pod(node, &self.nodes[index(node)], &place, host)?;
+        let more_v4: Vec<Ipv4Addr> = (0..plan.more_addresses).map(|nth| node.pod_v4(254 - nth)).collect();
+        net::pod(node, &self.nodes[index(node)], &place, host, &more_v4)?;
         for (nth, arguments) in plan.programs.iter().enumerate() {
             let mut command = place.command(&self.program)?;
             command.args(arguments);
             self.start(&format!("{key}/{nth}"), command)?;
         }
-        let pod = Pod { plan: plan.clone(), uid, v4: node.pod_v4(host), v6: node.pod_v6(host), place };
+        let pod = Pod { plan: plan.clone(), uid, v4: node.pod_v4(host), v6: node.pod_v6(host), more_v4, place };
         self.pods.insert(key, pod);
         Ok(())
     }

@@ -119,7 +119,7 @@ pub(super) fn nodes(places: &[Place; 2], link: LinkPlan) -> Result<()> {
 }
 
 /// Attaches a pod to its node's bridge.
-pub(super) fn pod(node: Node, node_place: &Place, place: &Place, host: u8) -> Result<()> {
+pub(super) fn pod(node: Node, node_place: &Place, place: &Place, host: u8, more: &[Ipv4Addr]) -> Result<()> {
     let (v4, v6) = (node.pod_v4(host), node.pod_v6(host));
     let outside = format!("veth{host}");
     ip(
@@ -129,12 +129,13 @@ pub(super) fn pod(node: Node, node_place: &Place, place: &Place, host: u8) -> Re
         ),
         Some(node_place),
     )?;
+    let more: String = more.iter().map(|address| format!("address add {address}/32 dev eth0\n")).collect();
     let (gateway4, gateway6) = (node.pod_v4(GATEWAY), node.pod_v6(GATEWAY));
     ip(
         &format!(
             "link set lo up\naddress add {v4}/32 dev eth0\naddress add {v6}/128 dev eth0 nodad\nlink set eth0 up\n\
              route add {gateway4} dev eth0 scope link\nroute add default via {gateway4}\n\
-             route add {gateway6} dev eth0\nroute add default via {gateway6}\n"
+             route add {gateway6} dev eth0\nroute add default via {gateway6}\n{more}"
         ),
         Some(place),
     )

@@ -97,6 +97,8 @@ pub struct PodPlan {
     pub programs: Vec<Vec<String>>,
     /// The port that the kubelet probes, if any.
     pub probe: Option<u16>,
+    /// IPv4 addresses besides its own.
+    pub more_addresses: u8,
 }
 
 impl PodPlan {
@@ -109,6 +111,7 @@ impl PodPlan {
             labels: BTreeMap::new(),
             programs: Vec::new(),
             probe: None,
+            more_addresses: 0,
         }
     }
 
@@ -141,6 +144,14 @@ impl PodPlan {
     #[must_use]
     pub fn probed(mut self, port: u16) -> Self {
         self.probe = Some(port);
+        self
+    }
+
+    /// With further IPv4 addresses, from the end of its node's network: each a destination of its own. At most one pod of
+    /// a node has them.
+    #[must_use]
+    pub fn more_addresses(mut self, count: u8) -> Self {
+        self.more_addresses = count;
         self
     }
 

@@ -57,6 +57,16 @@ pub(crate) fn run(purpose: For) -> Result<Ready> {
     Ok(Ready { toolchain, deny })
 }
 
+/// Python's package manager, for `bench`.
+pub(crate) fn python_with_pip() -> Result<()> {
+    let there = Command::new("python3").args(["-m", "pip", "--version"]).output().is_ok_and(|o| o.status.success());
+    if there {
+        return Ok(());
+    }
+    let sign = "/usr/lib/python3/dist-packages/pip/__init__.py";
+    packages::install(&[packages::Package::new("python3-pip", sign, "fetches Envoy, to compare with")])
+}
+
 impl Ready {
     /// A cargo command in this workspace that also builds the eBPF crate.
     pub(crate) fn cargo_command(&self, arguments: &[&str]) -> Result<Command> {

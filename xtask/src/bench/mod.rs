@@ -1,0 +1,251 @@
+//! `bench`: what a proxy between pods costs. Plain TCP, Culvert, and Envoy as a sidecar pair, on the same pods and wires,
+//! in turn, in one run.
+//!
+//! | file | its one job |
+//! |---|---|
+//! | `session` | one peer up: sandbox, proxies, servers; run a load, read what the proxies used |
+//! | `envoy` | Envoy's binary and its configuration |
+//! | `measures` | what is measured, and how |
+//! | `report` | medians, spread, ratios: the table, the JSON |
+//! | `plot` | the ratios as a picture |
+//!
+//! Everything a session makes belongs to its sandbox, so Ctrl-C and a failed measure leave nothing behind.
+
+mod envoy;
+mod measures;
+mod plot;
+mod report;
+mod session;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use culvert_tests::load::{allow_open_files, usage};
+use culvert_tests::{command, interrupt};
+
+use crate::{build, say, setup};
+use measures::{MEASURES, Measure, Scope};
+use report::{Machine, Report};
+use session::{Session, Tools};
+
+/// Arguments of `bench`.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Rounds; each has every peer once, and begins with another one
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+    /// Only measures whose name contains this; `--filter help` lists them
+    #[arg(long)]
+    filter: Option<String>,
+    /// What is measured; ratios are to plain
+    #[arg(long, value_delimiter = ',', default_value = "plain,culvert,envoy")]
+    peers: Vec<Peer>,
+    /// Folder for bench.json, bench.svg and bench.md; without it a whole run is kept in docs/, any other in target/bench
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Before each measure wait, at most this many seconds, until the machine has nothing else to do
+    #[arg(long, default_value_t = 10)]
+    quiet: u64,
+}
+
+/// What lies between the pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub(crate) enum Peer {
+    /// Nothing.
+    Plain,
+    /// An agent per node.
+    Culvert,
+    /// A sidecar per pod.
+    Envoy,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "plain",
+            Self::Culvert => "culvert",
+            Self::Envoy => "envoy",
+        })
+    }
+}
+
+/// The figures of one measure of one peer in one round.
+pub(crate) struct Sample {
+    peer: Peer,
+    round: u16,
+    measure: &'static str,
+    figures: BTreeMap<&'static str, f64>,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let filter = arguments.filter.as_deref();
+    let chosen: Vec<&Measure> = MEASURES.iter().filter(|m| filter.is_none_or(|f| m.name.contains(f))).collect();
+    if chosen.is_empty() {
+        let names: Vec<&str> = MEASURES.iter().map(|m| m.name).collect();
+        bail!("the measures are {}", names.join(", "));
+    }
+    let mut peers = arguments.peers.clone();
+    peers.dedup();
+    let tools = tools(&peers)?;
+    allow_open_files()?;
+    let begun = Instant::now();
+    let mut samples = Vec::new();
+    for round in 0..arguments.rounds {
+        // No peer is always the first.
+        let first = usize::from(round) % peers.len();
+        for &peer in peers[first..].iter().chain(&peers[..first]) {
+            let step = say::step(&format!("round {} of {}: {peer}", round + 1, arguments.rounds));
+            let quiet = Duration::from_secs(arguments.quiet);
+            for (measure, figures) in measure(peer, &tools, &chosen, quiet)? {
+                samples.push(Sample { peer, round, measure, figures });
+            }
+            step.done();
+        }
+    }
+    let machine = machine(&tools, &peers, begun.elapsed())?;
+    let report = Report::of(&samples, &peers, arguments.rounds, machine);
+    println!("\n{}", report.table());
+    for row in report.below_goal() {
+        say::warn(&format!("not at its goal: {row}"));
+    }
+    let whole = filter.is_none() && Peer::ALL.iter().all(|peer| peers.contains(peer));
+    keep(&report, arguments.out.as_deref(), whole)
+}
+
+impl Peer {
+    const ALL: [Self; 3] = [Self::Plain, Self::Culvert, Self::Envoy];
+}
+
+/// The programs, built with optimisation or fetched.
+fn tools(peers: &[Peer]) -> Result<Tools> {
+    let ready = setup::run(setup::For::Run)?;
+    build::run(&ready)?;
+    let step = say::step("build culvert and the load generator with optimisation (a first build takes many minutes)");
+    // One by one: together, what one asks of a dependency the other would get too, and culvert is measured as it is
+    // built for use.
+    for (package, binary) in [("culvert", "culvert"), ("culvert-tests", "culvert-load")] {
+        ready.cargo(&["build", "--release", "--package", package, "--bin", binary])?;
+    }
+    step.done();
+    let envoy = if peers.contains(&Peer::Envoy) { Some(envoy::fetch()?) } else { None };
+    let built = |name: &str| -> Result<PathBuf> {
+        let path = target().join("release").join(name);
+        ensure!(path.is_file(), "{} was not built", path.display());
+        Ok(path)
+    };
+    Ok(Tools { culvert: built("culvert")?, load: built("culvert-load")?, envoy })
+}
+
+fn target() -> PathBuf {
+    // Cargo's own word for another place is obeyed by the build above.
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| setup::root().join("target"), PathBuf::from)
+}
+
+/// Every chosen measure of one peer: those that share a session, then each that has one of its own.
+fn measure(
+    peer: Peer,
+    tools: &Tools,
+    chosen: &[&Measure],
+    quiet: Duration,
+) -> Result<Vec<(&'static str, BTreeMap<&'static str, f64>)>> {
+    let mut all = Vec::new();
+    let shared: Vec<_> = chosen.iter().filter_map(|m| Some((m.name, m.shared()?))).collect();
+    if !shared.is_empty() {
+        let session = Session::up(peer, tools, 0)?;
+        for (name, take) in shared {
+            wait_quiet(quiet)?;
+            let figures = take(&session).with_context(|| format!("{peer}: {name}"))?;
+            if let Some(failed) = figures.get("failed").filter(|&&failed| failed > 0.0) {
+                say::warn(&format!("{peer}: {name}: {failed} connections failed"));
+            }
+            all.push((name, figures));
+        }
+        session.down()?;
+    }
+    for measure in chosen {
+        let Scope::Own(take) = measure.scope else { continue };
+        interrupt::check()?;
+        if let Some(figures) = take(peer, tools).with_context(|| format!("{peer}: {}", measure.name))? {
+            all.push((measure.name, figures));
+        }
+    }
+    Ok(all)
+}
+
+/// Waits, no longer than `limit`, until nine tenths of the machine are idle.
+fn wait_quiet(limit: Duration) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        interrupt::check()?;
+        let (busy, total) = usage::machine()?;
+        thread::sleep(Duration::from_millis(200));
+        let (busy_then, total_then) = usage::machine()?;
+        if (busy_then - busy) * 10 <= total_then - total || begun.elapsed() >= limit {
+            return Ok(());
+        }
+    }
+}
+
+fn machine(tools: &Tools, peers: &[Peer], took: Duration) -> Result<Machine> {
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("the kernel's version")?;
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").context("read /proc/cpuinfo")?;
+    let processor = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, m)| m);
+    let commit = command::run("git", &["-C", &setup::root().display().to_string(), "describe", "--always", "--dirty"]);
+    let culvert = command::finish(Command::new(&tools.culvert).arg("--version"), None)?;
+    let versions = peers
+        .iter()
+        .map(|&peer| {
+            let version = match peer {
+                Peer::Plain => format!("Linux {}", kernel.trim()),
+                // A checkout without git still has a version.
+                Peer::Culvert => format!("{} ({})", culvert.trim(), commit.as_deref().unwrap_or("no commit").trim()),
+                Peer::Envoy => envoy::shown_version(),
+            };
+            (peer, version)
+        })
+        .collect();
+    Ok(Machine {
+        date: command::run("date", &["-u", "+%Y-%m-%d %H:%M"])?.trim().to_owned(),
+        kernel: kernel.trim().to_owned(),
+        cores: thread::available_parallelism()?.get(),
+        processor: processor.unwrap_or("unknown processor").to_owned(),
+        minutes: took.as_secs_f64() / 60.0,
+        versions,
+    })
+}
+
+const BEGIN: &str = "<!-- bench: begin; written by `cargo xtask bench` -->";
+const END: &str = "<!-- bench: end -->";
+
+/// Writes what came of it; a whole run's table goes into docs/performance.md.
+fn keep(report: &Report, out: Option<&Path>, whole: bool) -> Result<()> {
+    let docs = setup::root().join("docs");
+    let dir = match out {
+        Some(dir) => dir.to_owned(),
+        None if whole => docs.clone(),
+        None => target().join("bench"),
+    };
+    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+    let write = |name: &str, text: &str| -> Result<()> {
+        let path = dir.join(name);
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        say::done(&format!("wrote {}", path.display()));
+        Ok(())
+    };
+    write("bench.json", &format!("{}\n", serde_json::to_string_pretty(&report.json())?))?;
+    write("bench.svg", &plot::svg(report))?;
+    if dir != docs {
+        return write("bench.md", &report.markdown());
+    }
+    let path = docs.join("performance.md");
+    let page = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let (before, rest) = page.split_once(BEGIN).with_context(|| format!("{} has no line {BEGIN}", path.display()))?;
+    let (_, after) = rest.split_once(END).with_context(|| format!("{} has no line {END}", path.display()))?;
+    write("performance.md", &format!("{before}{BEGIN}\n\n{}\n{END}{after}", report.markdown()))
+}
