@@ -781,11 +781,12 @@ pub fn readiness(missing: &[String], handles: Option<&Handles>) -> String {
         let have = status.len() - without.len();
         line(without.is_empty(), "certificates", format!("{have} of {}", status.len()));
         for status in without.iter().take(SHOWN) {
-            let why = status.last_error.as_deref().unwrap_or("not fetched yet");
-            line(false, "certificates", format!("{}: {why}", status.identity));
+            let state = if status.state == crate::identity::State::Expired { "expired" } else { "none yet" };
+            let why = status.last_error.as_deref().unwrap_or("no attempt has failed");
+            line(false, "certificates", format!("{}: {state}: {why}", status.identity));
         }
         match inspect::heartbeat(&handles.pin_dir) {
-            Ok(0) => line(false, "kernel", "no sign of life has been given".to_owned()),
+            Ok(0) => line(false, "kernel", "no sign of life: none yet, or the agent ends".to_owned()),
             Ok(at_ns) => {
                 let age = monotonic_ns().saturating_sub(at_ns);
                 let silent = age > culvert_common::SILENT_AFTER_NS;

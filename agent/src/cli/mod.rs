@@ -34,7 +34,6 @@ pub enum Cli {
 /// The whole interface, for parsing and for documentation.
 pub fn command() -> Command {
     let command = Command::new("culvert")
-        .about("A sidecarless service mesh for Linux nodes")
         .version(env!("CARGO_PKG_VERSION"))
         .after_help(
             "Every flag of agent and ca can be given in the environment or in the YAML file that --config names; flags \
@@ -53,6 +52,8 @@ pub fn command() -> Command {
             ca::SETTINGS,
         ));
     reference::Print::augment_subcommands(look::Look::augment_subcommands(command))
+        // Last, since the groups of commands bring descriptions of their own.
+        .about("A sidecarless service mesh for Linux nodes")
 }
 
 /// Parses the command line; help and mistakes in flags end the process as is usual.
@@ -99,6 +100,8 @@ mod tests {
     #[test]
     fn the_interface_is_consistent() {
         command().debug_assert();
+        let about = command().get_about().map(ToString::to_string).expect("a description");
+        assert!(about.contains("service mesh"), "{about}");
     }
 
     #[test]
