@@ -42,6 +42,9 @@ fn every_map_and_every_reason_is_explained() -> Result<()> {
         section(&page, map)?;
         ensure!(page.contains(&format!("| [{map}](#{})", map.to_lowercase())), "{map} is not in the list");
     }
+    let directories: BTreeSet<&str> =
+        page.split("/sys/fs/bpf/culvert/").skip(1).filter_map(|rest| rest.split(['/', '`']).next()).collect();
+    ensure!(directories == BTreeSet::from([&*format!("v{LAYOUT_VERSION}")]), "{directories:?}");
     let verdicts = section(&page, "VERDICTS")?;
     for reason in Reason::ALL {
         let row = format!("| {} | `{}` |", reason as u8, reason.as_str());
