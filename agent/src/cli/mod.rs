@@ -5,7 +5,7 @@
 //! | [`look`] | the commands that look at a running agent, or change its log level |
 //! | `client` | one request to an agent |
 //! | `sheet` | rows as a table, JSON or YAML, once or again and again |
-//! | [`reference`] | completions, man pages and the reference, made from the commands themselves |
+//! | [`mod@reference`] | completions, man pages and the reference, made from the commands themselves |
 
 use anyhow::Context as _;
 use clap::{Command, FromArgMatches as _, Subcommand as _};
