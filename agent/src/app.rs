@@ -29,7 +29,7 @@ use tokio::{
 use tracing::{error, info, warn};
 
 use crate::{
-    ca,
+    admin, ca,
     config::{
         self,
         agent::{self, Again, Certificates, Config},
@@ -37,7 +37,7 @@ use crate::{
     connections::{self, Passed},
     datapath::{self, Datapath, Predecessor, Turn},
     drain::{self, Cause},
-    enroll::Enrollments,
+    enroll::{self, Enrollments},
     identity::{self, Identities},
     listen::NodePort,
     model::{ObjectRef, PodUid, TrustDomain},
@@ -76,9 +76,10 @@ const LOOK_AT_FILE: Duration = Duration::from_secs(1);
 pub fn agent(config: Config, again: Again) -> anyhow::Result<()> {
     let level = telemetry::init(config.log_format, &config.log_level)?;
     panics::install();
-    info!(version = env!("CARGO_PKG_VERSION"), settings = ?config.texts, "culvert agent starts");
+    let settings = config::describe(&config.given);
+    info!(version = env!("CARGO_PKG_VERSION"), settings, "culvert agent starts");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("build the runtime")?;
-    runtime.block_on(run_agent(Settings { config, again, level }))
+    runtime.block_on(run_agent(Settings::new(config, again, level)))
 }
 
 /// Runs `culvert ca` until SIGTERM or SIGINT.
@@ -144,7 +145,10 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     let mut stop = std::pin::pin!(stopped()?);
     let ready = readiness::Ready::default();
     let first_pass = ready.hold("first pass over the pods of the node");
-    let port = NodePort::bind(config.readiness_address, "readiness")?;
+    let ports = admin::Ports {
+        admin: NodePort::bind(config.admin_address, "operators (--admin-address)")?,
+        readiness: NodePort::bind(config.readiness_address, "readiness (--readiness-address)")?,
+    };
     let metrics_port = NodePort::bind(config.metrics_address, "metrics (--metrics-address)")?;
     let turn = tokio::select! {
         turn = turn(&config) => turn?,
@@ -183,7 +187,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     let registry = open::Registry::new(names.clone(), config.metrics_label_sets);
     let tallies = tally::Tallies::default();
     let (ask, questions) = mpsc::channel(8);
-    let _connections = open::Connections::new(registry.clone(), ask.clone());
+    let connections = open::Connections::new(registry.clone(), ask.clone());
     let sources = metrics::Sources { registry: registry.clone(), tallies: tallies.clone(), access: log.clone() };
     let until = |mut end: watch::Receiver<()>| async move {
         // Closed at the end; never sent to.
@@ -198,6 +202,25 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         sources,
         ask,
     )?;
+    let mut admin = admin::Server::start(ports, answers, until(until_relieved), ready.clone(), settings.level.clone())?;
+    if datapath.predecessor()? != Predecessor::Serving {
+        // Nobody else answers: what is missing can be asked for from now on.
+        answering.send_replace(true);
+    }
+    let (states, enrolled) = watch::channel(Arc::default());
+    admin.publish(admin::Handles {
+        node_name: config.node_name.clone(),
+        started_at: admin::dump::unix_now(),
+        snapshot: snapshot.clone(),
+        views: views.clone(),
+        nodes: nodes.clone(),
+        enrolled,
+        connections,
+        identities: identities.clone(),
+        ready: ready.clone(),
+        pin_dir: datapath.pin_dir().to_owned(),
+        settings: settings.shown.subscribe(),
+    });
     let (mut draining, drain) = drain::channel();
     let workers = (0..config.workers)
         .map(|number| {
@@ -233,6 +256,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         datapath,
         workers,
         enrollments: Enrollments::default(),
+        states,
         passed,
         registry,
         questions,
@@ -253,14 +277,13 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     };
 
     let (ended, until_end) = watch::channel(());
-    let serving = serve_node_port(port, answers, ready.clone(), until(until_relieved));
     let renewing = renewal.run(until(until_end));
-    let failed = exposition.failed();
+    let (failed, admin_failed) = (exposition.failed(), admin.failed());
     let mut others = std::pin::pin!(async {
         tokio::select! {
             result = reading => result.and_then(|()| Err(anyhow!("the source of manifests has ended"))),
-            result = serving => result.context("readiness").and_then(|()| Err(anyhow!("readiness has ended"))),
             error = failed => Err(error),
+            error = admin_failed => Err(error),
             () = renewing => Err(anyhow!("the renewal of certificates has ended")),
         }
     });
@@ -283,7 +306,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         deadline = deadline.saturating_sub(begun.elapsed());
     }
     let cause = *end.as_ref().unwrap_or(&Cause::End);
-    let _draining = ready.hold("draining");
+    let _draining = ready.hold("the agent is draining: it ends");
     match cause {
         Cause::HandedOver => {
             info!(?deadline, "another agent has taken over: draining");
@@ -318,6 +341,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     watcher.stop()?;
     drop(control);
     exposition.stop();
+    admin.stop();
     drop(log);
     let dropped = writer.finish(LAST_PATIENCE).context("finish the access log")?;
     if dropped > 0 {
@@ -327,27 +351,21 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     end.map(drop)
 }
 
-/// Answers on the readiness port from when this agent is the one to answer, until another one is.
-async fn serve_node_port(
-    port: NodePort,
-    mut answers: watch::Receiver<bool>,
-    ready: readiness::Ready,
-    relieved: impl Future<Output = ()>,
-) -> anyhow::Result<()> {
-    if answers.wait_for(|answers| *answers).await.is_ok() {
-        readiness::serve(port.listen()?, ready, relieved).await?;
-    }
-    std::future::pending().await
-}
-
 /// The configuration, and what it takes to change it while the agent runs.
 struct Settings {
     config: Config,
     again: Again,
     level: LogLevel,
+    /// For operators.
+    shown: watch::Sender<Arc<BTreeMap<&'static str, config::Given>>>,
 }
 
 impl Settings {
+    fn new(config: Config, again: Again, level: LogLevel) -> Self {
+        let shown = watch::Sender::new(Arc::new(config.given.clone()));
+        Self { config, again, level, shown }
+    }
+
     /// Reads the configuration again. What can change, changes; a configuration that is wrong changes nothing.
     fn reload(&mut self) {
         let next = match self.again.read() {
@@ -371,16 +389,17 @@ impl Settings {
         if !live.is_empty() {
             let values: Vec<String> = live
                 .iter()
-                .map(|name| format!("{name}={}", next.texts.get(name).map_or("(default)", String::as_str)))
+                .map(|name| format!("{name}={}", next.given.get(name).map_or("(default)", |given| &given.value)))
                 .collect();
             info!(settings = values.join(", "), "settings changed");
         }
         for name in live {
-            match next.texts.get(name) {
-                Some(text) => drop(self.config.texts.insert(name, text.clone())),
-                None => drop(self.config.texts.remove(name)),
+            match next.given.get(name) {
+                Some(given) => drop(self.config.given.insert(name, given.clone())),
+                None => drop(self.config.given.remove(name)),
             }
         }
+        self.shown.send_replace(Arc::new(self.config.given.clone()));
         self.config.log_level = next.log_level;
         self.config.drain_deadline = next.drain_deadline;
     }
@@ -409,6 +428,8 @@ struct Control {
     datapath: Datapath,
     workers: Vec<Worker>,
     enrollments: Enrollments,
+    /// Where each pod stands, for operators.
+    states: watch::Sender<Arc<BTreeMap<PodUid, enroll::State>>>,
     passed: Passed,
     registry: open::Registry,
     /// What operators and metrics want to know.
@@ -609,6 +630,7 @@ impl Control {
         let changes = self.enrollments.reconcile(&mut self.datapath, &self.workers, &snapshot, node);
         self.failed = changes.failed;
         self.retry |= changes.failed > 0;
+        self.states.send_replace(Arc::new(self.enrollments.states()));
         for uid in changes.changed {
             self.unjudged.entry(uid).or_default();
         }

@@ -34,6 +34,15 @@ pub struct Enrollments {
     failures: BTreeMap<PodUid, String>,
 }
 
+/// Where a pod of this node stands, for people to look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    /// In the mesh.
+    Enrolled(NetnsCookie),
+    /// To be in the mesh, refused until it is, and why it is not.
+    Failed(String),
+}
+
 struct Enrolled {
     pod: Arc<ServedPod>,
     policy: PodPolicy,
@@ -153,6 +162,14 @@ impl Enrollments {
     /// A pod that is in.
     pub fn pod(&self, uid: &PodUid) -> Option<&Arc<ServedPod>> {
         self.enrolled.get(uid).map(|enrolled| &enrolled.pod)
+    }
+
+    /// Where each pod stands that is in, or could not be brought in.
+    pub fn states(&self) -> BTreeMap<PodUid, State> {
+        let enrolled = self.enrolled.iter().map(|(uid, known)| (uid.clone(), State::Enrolled(known.pod.cookie)));
+        // The second wins: a pod that is in and whose change failed.
+        let failed = self.failures.iter().map(|(uid, why)| (uid.clone(), State::Failed(why.clone())));
+        enrolled.chain(failed).collect()
     }
 
     /// The identities of the pods that are in, or are to be.

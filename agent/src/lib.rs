@@ -28,6 +28,7 @@
 //! | [`worker`] | one thread that carries connections |
 //! | [`connections`] | connections that no worker carries: told, judged again, closed |
 //! | [`enroll`] | bring a pod in and out, in the right order, and again without harm |
+//! | [`admin`] | what an operator can ask a running agent: what it believes, its connections, its log level |
 //! | [`ca`] | the server side of the CA API: who may ask for which identity, and the signing |
 //! | [`cli`], [`config`] | what was typed; then what it means |
 //! | [`app`] | wiring, and nothing clever |
@@ -47,16 +48,20 @@
 //!
 //! | thread | does |
 //! |---|---|
-//! | main | reads the source, compiles, enrols, renews certificates, answers readiness, gives the sign of life |
+//! | main | reads the source, compiles, enrols, renews certificates, gives the sign of life |
 //! | `culvert-worker-N` | accepts and carries connections; nothing of a connection ever leaves its worker |
 //! | pods | follows the cgroup tree |
+//! | admin | answers readiness and operators |
 //! | access log | writes lines |
 //!
 //! # Ports
 //!
 //! In a pod: 15008 tunnels (by `sk_lookup`; the sockets themselves listen from 65000 on), 512 to 1023 the redirected
 //! connections of the pod to itself. On the node: 15021 readiness, 15012 the CA.
+//! In a pod: 15008 tunnels (by `sk_lookup`; the sockets themselves listen above 65096), 61000 to 65095 the redirected
+//! connections of the pod to itself. On the node: 15021 readiness, 15020 metrics, 15012 the CA, 15000 (loopback) operators.
 
+pub mod admin;
 pub mod app;
 pub mod ca;
 pub mod cli;

@@ -19,6 +19,8 @@ fn main() -> ExitCode {
     let result = cli::parse().and_then(|cli| match cli {
         cli::Cli::Agent(config, again) => app::agent(*config, again),
         cli::Cli::Ca(config) => app::ca(*config),
+        cli::Cli::Look(look) => look.run(),
+        cli::Cli::Print(print) => print.run(),
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Invalid, Setting, Values};
+use super::{Given, Invalid, Setting, Values};
 use crate::{
     dns,
     telemetry::{self, Format},
@@ -122,6 +122,12 @@ pub const SETTINGS: &[Setting] = &[
         default: Some("2000"),
         help: "Most label sets of the istio_tcp_* metrics; connections beyond are counted with unknown labels",
     },
+    Setting {
+        name: "admin-address",
+        value: "ADDRESS",
+        default: Some("127.0.0.1:15000"),
+        help: "Where the agent shows what it believes and takes another log level; loopback only",
+    },
     Setting { name: "log-format", value: "FORMAT", default: Some("text"), help: "text or json" },
     Setting {
         name: "log-level",
@@ -170,6 +176,8 @@ pub struct Config {
     pub metrics_label_sets: usize,
     /// `--readiness-address`
     pub readiness_address: SocketAddr,
+    /// `--admin-address`, of the loopback interface.
+    pub admin_address: SocketAddr,
     /// `--log-format`
     pub log_format: Format,
     /// `--log-level`
@@ -178,8 +186,8 @@ pub struct Config {
     pub drain_deadline: Duration,
     /// The file that `--config` names.
     pub file: Option<PathBuf>,
-    /// Every setting that has a value, as it was written.
-    pub texts: BTreeMap<&'static str, String>,
+    /// Every setting that has a value, as it was written, and where.
+    pub given: BTreeMap<&'static str, Given>,
 }
 
 /// Settings that take effect while the agent runs; all others need a new start.
@@ -188,7 +196,9 @@ pub const LIVE: &[&str] = &["drain-deadline", "log-level"];
 impl Config {
     /// Names of the settings that are other ones in `next`.
     pub fn differences(&self, next: &Self) -> Vec<&'static str> {
-        let differs = |name: &&'static str| self.texts.get(name) != next.texts.get(name);
+        let differs = |name: &&'static str| {
+            self.given.get(name).map(|given| &given.value) != next.given.get(name).map(|given| &given.value)
+        };
         SETTINGS.iter().map(|setting| setting.name).filter(differs).collect()
     }
 }
@@ -285,8 +295,9 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
         _ => Err("must be a number from 1 to 100000"),
     });
     let readiness_address = values.listen_address("readiness-address");
+    let admin_address = values.loopback_address("admin-address");
     let drain_deadline = values.duration("drain-deadline");
-    let (file, texts) = (values.file().map(Into::into), values.texts());
+    let (file, given) = (values.file().map(Into::into), values.given());
     let config = (|| {
         Some(Config {
             node_name: node_name?,
@@ -304,11 +315,12 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             metrics_address: metrics_address?,
             metrics_label_sets: metrics_label_sets?,
             readiness_address: readiness_address?,
+            admin_address: admin_address?,
             log_format: log_format?,
             log_level: log_level?,
             drain_deadline: drain_deadline?,
             file,
-            texts,
+            given,
         })
     })();
     values.finish(config)
@@ -364,6 +376,7 @@ mod tests {
             ("cluster-domain", ".local"),
             ("metrics-address", "15020"),
             ("metrics-label-sets", "0"),
+            ("admin-address", "0.0.0.0:15000"),
             ("log-format", "xml"),
             ("log-level", "=="),
             ("ca-address", "nowhere"),

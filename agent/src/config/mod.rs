@@ -58,6 +58,15 @@ enum Place {
     Default,
 }
 
+/// A setting that has a value, for people to look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Given {
+    /// What was written, not yet understood.
+    pub value: String,
+    /// Where: `--name`, a variable of the environment, a file and its key; or `default`.
+    pub origin: String,
+}
+
 /// The values of one run, not yet understood.
 #[derive(Debug)]
 pub struct Values {
@@ -179,6 +188,17 @@ impl Values {
         self.parse(name, parse_duration)
     }
 
+    /// `HOST:PORT` to listen on that only processes of this network namespace can reach.
+    pub fn loopback_address(&mut self, name: &'static str) -> Option<SocketAddr> {
+        self.parse(name, |text| match text.parse::<SocketAddr>() {
+            Ok(addr) if addr.ip().is_loopback() => Ok(addr),
+            _ => Err(
+                "must be an address of the loopback interface and a port, as in 127.0.0.1:15000: whoever reaches it \
+                      can read everything and change the log level",
+            ),
+        })
+    }
+
     /// `HOST:PORT` to listen on.
     pub fn listen_address(&mut self, name: &'static str) -> Option<SocketAddr> {
         self.parse(name, |text| {
@@ -197,11 +217,6 @@ impl Values {
         self.file.as_deref()
     }
 
-    /// Every setting that has a value, as it was written.
-    pub fn texts(&self) -> BTreeMap<&'static str, String> {
-        self.values.iter().map(|(name, (text, _))| (*name, text.clone())).collect()
-    }
-
     /// Notes a problem that concerns more than one value.
     pub fn problem(&mut self, text: impl Into<String>) {
         self.problems.push(text.into());
@@ -218,14 +233,26 @@ impl Values {
         }
     }
 
-    /// What is in force, for the log at start: every setting with its value and where it came from.
-    pub fn describe(&self) -> String {
-        let lines = self.values.iter().map(|(name, (text, place))| match place {
-            Place::Default => format!("{name}={text}"),
-            _ => format!("{name}={text} ({})", label(place, name)),
-        });
-        lines.collect::<Vec<_>>().join(", ")
+    /// Every setting that has a value.
+    pub fn given(&self) -> BTreeMap<&'static str, Given> {
+        let given = |(name, (value, place)): (&&'static str, &(String, Place))| {
+            let origin = match place {
+                Place::Default => "default".to_owned(),
+                Place::Flag | Place::Environment(_) | Place::File(_) => label(place, name),
+            };
+            (*name, Given { value: value.clone(), origin })
+        };
+        self.values.iter().map(given).collect()
     }
+}
+
+/// What is in force, for the log at start: every setting with its value, and where it came from.
+pub fn describe(settings: &BTreeMap<&'static str, Given>) -> String {
+    let one = |(name, given): (&&'static str, &Given)| match given.origin.as_str() {
+        "default" => format!("{name}={}", given.value),
+        origin => format!("{name}={} ({origin})", given.value),
+    };
+    settings.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 fn label(place: &Place, name: &str) -> String {
@@ -336,6 +363,12 @@ mod tests {
         assert_eq!(values.required::<String>("node-name").as_deref(), Some("from-flag"));
         assert_eq!(values.optional::<u32>("workers"), Some(2));
         assert_eq!(values.duration("drain-deadline"), Some(Duration::from_secs(7)));
+        assert_eq!(
+            describe(&values.given()),
+            format!(
+                "drain-deadline=7s ({file}: drain-deadline), node-name=from-flag (--node-name), workers=2 (CULVERT_WORKERS)"
+            )
+        );
         assert!(values.finish(Some(())).is_ok());
         assert_eq!(collect(&[], &[]).duration("drain-deadline"), Some(Duration::from_secs(5)));
     }

@@ -31,6 +31,7 @@ use culvert_common::{
 };
 use tracing::warn;
 
+pub mod inspect;
 pub mod measure;
 mod owner;
 mod sys;

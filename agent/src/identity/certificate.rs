@@ -83,6 +83,11 @@ impl Certificate {
         ))
     }
 
+    /// Leaf first, as sent to peers; no roots.
+    pub(super) fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.certified.cert
+    }
+
     /// The leaf, as sent to peers.
     pub(super) fn leaf(&self) -> Option<&CertificateDer<'static>> {
         self.certified.cert.first()

@@ -185,15 +185,17 @@ async fn read(path: &Path, what: &str) -> anyhow::Result<Vec<u8>> {
     tokio::fs::read(path).await.with_context(|| format!("read the {what} from {}", path.display()))
 }
 
-/// An error with all its causes, since the outermost of a transport says little.
+/// An error with its causes, since the outermost of a transport says little; one that only repeats a later one is left out.
 fn causes(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
+    let mut texts: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let text = error.to_string();
+        texts.retain(|earlier| !earlier.contains(&text));
+        texts.push(text);
+        next = error.source();
     }
-    text
+    texts.join(": ")
 }
 
 /// A fresh P-256 key and the PEM PKCS#10 for it: one URI SAN, no subject.

@@ -139,6 +139,40 @@ pub struct Status {
     pub failures: u32,
     /// Why the last one failed.
     pub last_error: Option<Arc<str>>,
+    /// What is sent to peers: the certificate first, then what leads to a root.
+    pub chain: Vec<Facts>,
+}
+
+/// What a certificate says, for people to look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Distinguished name; empty in a workload's certificate ([I.6]).
+    pub subject: String,
+    /// Distinguished name of whoever signed it.
+    pub issuer: String,
+    /// URI SANs.
+    pub uris: Vec<String>,
+    /// Hexadecimal.
+    pub serial: String,
+    /// First second of its validity, since the epoch.
+    pub not_before: u64,
+    /// Last second of its validity, since the epoch.
+    pub not_after: u64,
+}
+
+impl Facts {
+    fn of(der: &rustls::pki_types::CertificateDer<'_>) -> Option<Self> {
+        let leaf = trust::Leaf::parse(der).ok()?;
+        let (not_before, not_after) = (leaf.not_before, leaf.not_after);
+        Some(Self {
+            subject: leaf.subject,
+            issuer: leaf.issuer,
+            uris: leaf.uris,
+            serial: leaf.serial,
+            not_before,
+            not_after,
+        })
+    }
 }
 
 /// The identities of this node's pods. Cheap to clone; all clones are the same.
@@ -244,6 +278,11 @@ impl Identities {
         (self.table.fetched.load(Ordering::Relaxed), self.table.failed.load(Ordering::Relaxed))
     }
 
+    /// The roots that peers' certificates must chain to; empty while none is known.
+    pub fn roots(&self) -> Vec<Facts> {
+        self.trust.bundle().map_or_else(|_| Vec::new(), |bundle| bundle.roots().filter_map(Facts::of).collect())
+    }
+
     fn usable(&self, identity: &SpiffeId) -> Result<Arc<Certificate>, Unavailable> {
         let entries = self.table.read();
         let entry = entries.get(identity).ok_or_else(|| Unavailable::NotWanted(identity.clone()))?;
@@ -304,5 +343,6 @@ fn status(identity: &SpiffeId, entry: &Entry, now: u64) -> Status {
         serial: certificate.map(|certificate| certificate.serial.clone()),
         failures: entry.failures,
         last_error: entry.last_error.clone(),
+        chain: certificate.map_or_else(Vec::new, |own| own.chain().iter().filter_map(Facts::of).collect()),
     }
 }

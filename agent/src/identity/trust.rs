@@ -195,6 +195,10 @@ pub(super) struct Leaf {
     pub(super) not_after: u64,
     /// Serial number in hexadecimal.
     pub(super) serial: String,
+    /// Distinguished name as X.509 writes it; empty in a workload's certificate ([I.6]).
+    pub(super) subject: String,
+    /// Distinguished name of whoever signed it.
+    pub(super) issuer: String,
 }
 
 impl Leaf {
@@ -211,6 +215,8 @@ impl Leaf {
             not_before: seconds(cert.validity().not_before),
             not_after: seconds(cert.validity().not_after),
             serial: format!("{:x}", cert.tbs_certificate.serial),
+            subject: cert.subject().to_string(),
+            issuer: cert.issuer().to_string(),
         };
         for extension in cert.extensions() {
             match extension.parsed_extension() {
@@ -301,6 +307,11 @@ impl Bundle {
         Ok(bundle)
     }
 
+    /// Every root, valid now or not.
+    pub(super) fn roots(&self) -> impl Iterator<Item = &CertificateDer<'static>> {
+        self.roots.iter().map(|root| &root.der)
+    }
+
     /// How many roots it has, valid now or not.
     pub(super) fn len(&self) -> usize {
         self.roots.len()
@@ -366,7 +377,11 @@ impl Trust {
         changed
     }
 
-    fn bundle(&self) -> Result<Arc<Bundle>, Refusal> {
+    /// The bundle of the moment.
+    ///
+    /// # Errors
+    /// [`Refusal::NoTrustBundle`] while there is none.
+    pub(super) fn bundle(&self) -> Result<Arc<Bundle>, Refusal> {
         let now = self.clock.unix_seconds();
         let current = self.bundle.read().unwrap_or_else(PoisonError::into_inner).clone();
         let current = current.ok_or(Refusal::NoTrustBundle)?;

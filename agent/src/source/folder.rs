@@ -10,7 +10,7 @@ use std::{
 use crate::model::{Cluster, ObjectRef, PodUid};
 
 use super::{
-    Problem, View,
+    Place, Problem, View,
     decode::{self, Key, Object},
     yaml,
 };
@@ -190,6 +190,7 @@ impl Folder {
             }
         }
         let mut cluster = Cluster::default();
+        let mut policies = BTreeMap::new();
         for (key, given) in &in_force {
             let (object, name) = (key.object.clone(), key.object.name.clone());
             match &given.object {
@@ -199,7 +200,11 @@ impl Folder {
                 Object::Service(service) => drop(cluster.services.insert(object, service.clone())),
                 Object::EndpointSlice(slice) => drop(cluster.endpoint_slices.insert(object, slice.clone())),
                 Object::PeerAuthentication(policy) => {
-                    drop(cluster.peer_authentications.insert(object, policy.clone()));
+                    if let Some((file, document, line)) = places.get(key) {
+                        let (file, document, line) = ((*file).to_owned(), *document, *line);
+                        policies.insert(object.clone(), Place { file, document, line, stale: given.stale });
+                    }
+                    cluster.peer_authentications.insert(object, policy.clone());
                 }
                 Object::Mesh(mesh) => cluster.mesh = (**mesh).clone(),
                 Object::Inert => {}
@@ -210,7 +215,7 @@ impl Folder {
         problems.sort();
         problems.dedup();
         self.in_force = in_force;
-        View { cluster: Arc::new(cluster), problems, notices }
+        View { cluster: Arc::new(cluster), problems, notices, policies }
     }
 }
 

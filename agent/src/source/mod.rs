@@ -3,9 +3,9 @@
 //! [`mod@file`] reads a watched folder of manifests. Nothing after this module can tell which source it was; what the
 //! objects add up to is for `policy`.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
-use crate::model::Cluster;
+use crate::model::{Cluster, ObjectRef};
 
 mod convert;
 mod crd;
@@ -28,6 +28,27 @@ pub struct View {
     pub problems: Vec<Problem>,
     /// What is accepted, but without effect in this version; one line each.
     pub notices: Vec<String>,
+    /// Where the policies that are in force are written, by name.
+    pub policies: BTreeMap<ObjectRef, Place>,
+}
+
+/// Where an object is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Name of the file, within the folder.
+    pub file: String,
+    /// Which document of the file, from 1.
+    pub document: usize,
+    /// Line of the file, from 1.
+    pub line: usize,
+    /// The file says something else now, which is invalid or unreadable, and this is what is in force meanwhile ([C.6]).
+    pub stale: bool,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} document {} (line {})", self.file, self.document, self.line)
+    }
 }
 
 /// Something that a user wrote wrong, and the remedy.

@@ -60,6 +60,14 @@ pub struct LogLevel {
 }
 
 impl LogLevel {
+    /// The filter in force, as [`LogLevel::set`] takes it.
+    ///
+    /// # Errors
+    /// The log has ended.
+    pub fn get(&self) -> anyhow::Result<String> {
+        self.handle.with_current(ToString::to_string).context("read the log level")
+    }
+
     /// Puts another filter in force, written as for [`init`].
     ///
     /// # Errors
@@ -167,6 +175,7 @@ mod tests {
             tracing::debug!("one");
             level.set("debug").expect("a good filter");
             tracing::debug!("two");
+            assert_eq!(level.get().expect("the log runs"), "debug");
             assert!(level.set("loud").is_err());
             tracing::debug!("three");
             level.set("off").expect("a good filter");

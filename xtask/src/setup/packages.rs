@@ -58,6 +58,8 @@ pub(super) fn wanted(purpose: For) -> Vec<Package> {
             Package::new("busybox-static", "/bin/busybox", "the shell of those kernels' guests"),
             Package::new("xz-utils", "xz", "unpacks those kernels' modules"),
             Package::new("git", "git", "cargo-deny's advisory database"),
+            Package::new("zsh", "zsh", "tests the completions that are made for it"),
+            Package::new("fish", "fish", "tests the completions that are made for it"),
             Package::new("prometheus", "promtool", "checks what the agents expose; its server is not used")
                 .without_service("prometheus"),
             Package::new("postgresql", postgres_sign(), "PostgreSQL through the mesh, with pgbench")

@@ -240,8 +240,22 @@ async fn a_burst_of_files_is_read_whole() {
 #[tokio::test]
 async fn touching_a_file_publishes_nothing() {
     let mut watched = Watched::start(|path| fs::write(path.join("p.yaml"), policy("STRICT")).expect("write"));
-    watched.write("p.yaml", &format!("# a comment\n{}", policy("STRICT")));
+    watched.write("p.yaml", &format!("{}\n# a comment\n", policy("STRICT")));
     watched.quiet().await;
+    watched.stop().await;
+}
+
+/// Operators are told the place of the moment, also where nothing but the place has changed.
+#[tokio::test]
+async fn a_policy_is_known_with_its_place() {
+    let mut watched = Watched::start(|path| fs::write(path.join("p.yaml"), policy("STRICT")).expect("write"));
+    let line = |view: &Arc<View>| view.policies.values().map(|place| (place.line, place.stale)).collect::<Vec<_>>();
+    let (line_before, _) = line(&watched.views.borrow())[0];
+    watched.write("p.yaml", &format!("# a comment\n{}", policy("STRICT")));
+    watched.until("one line further down", |view| line(view) == [(line_before + 1, false)]).await;
+    // [C.6]: what is in force is not what the file says now.
+    watched.write("p.yaml", &policy("DISABLED"));
+    watched.until("from before", |view| line(view) == [(line_before, true)]).await;
     watched.stop().await;
 }
 

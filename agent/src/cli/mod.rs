@@ -1,9 +1,22 @@
 //! What was typed: one command of the binary, and its values.
+//!
+//! | room | its one job |
+//! |---|---|
+//! | [`look`] | the commands that look at a running agent, or change its log level |
+//! | `client` | one request to an agent |
+//! | `sheet` | rows as a table, JSON or YAML, once or again and again |
+//! | [`mod@reference`] | completions, man pages and the reference, made from the commands themselves |
 
 use anyhow::Context as _;
-use clap::Command;
+use clap::{Command, FromArgMatches as _, Subcommand as _};
 
 use crate::config::{self, Values, agent, ca};
+
+mod client;
+pub mod look;
+pub mod reference;
+mod rows;
+mod sheet;
 
 /// A command that was understood.
 #[derive(Debug)]
@@ -12,14 +25,20 @@ pub enum Cli {
     Agent(Box<agent::Config>, agent::Again),
     /// `culvert ca`
     Ca(Box<ca::Config>),
+    /// `culvert workloads` and the others that ask a running agent.
+    Look(look::Look),
+    /// `culvert completions` and `culvert man`.
+    Print(reference::Print),
 }
 
 /// The whole interface, for parsing and for documentation.
 pub fn command() -> Command {
-    Command::new("culvert")
-        .about("A sidecarless service mesh for Linux nodes")
+    let command = Command::new("culvert")
         .version(env!("CARGO_PKG_VERSION"))
-        .after_help("Every flag can be given in the environment or in the YAML file that --config names; flags win.")
+        .after_help(
+            "Every flag of agent and ca can be given in the environment or in the YAML file that --config names; flags \
+             win. The other commands ask the agent that runs on this node.",
+        )
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(config::clap_command(
@@ -31,7 +50,10 @@ pub fn command() -> Command {
             "ca",
             "A certificate authority that speaks Istio's API, fed from a folder of manifests",
             ca::SETTINGS,
-        ))
+        ));
+    reference::Print::augment_subcommands(look::Look::augment_subcommands(command))
+        // Last, since the groups of commands bring descriptions of their own.
+        .about("A sidecarless service mesh for Linux nodes")
 }
 
 /// Parses the command line; help and mistakes in flags end the process as is usual.
@@ -39,8 +61,8 @@ pub fn command() -> Command {
 /// # Errors
 /// Values that are wrong, all of them, one line each.
 pub fn parse() -> anyhow::Result<Cli> {
-    let matches = command().get_matches();
-    let (name, matches) = matches.subcommand().context("a command")?;
+    let all = command().get_matches();
+    let (name, matches) = all.subcommand().context("a command")?;
     let of = matches.clone();
     let flag = move |name: &str| of.get_one::<String>(name).cloned();
     match name {
@@ -50,7 +72,24 @@ pub fn parse() -> anyhow::Result<Cli> {
             let again = agent::Again::new(&config, read);
             Ok(Cli::Agent(Box::new(config), again))
         }
-        _ => Ok(Cli::Ca(Box::new(ca::understand(Values::collect(ca::SETTINGS, flag)?)?))),
+        "ca" => Ok(Cli::Ca(Box::new(ca::understand(Values::collect(ca::SETTINGS, flag)?)?))),
+        name if reference::Print::has_subcommand(name) => Ok(Cli::Print(reference::Print::from_arg_matches(&all)?)),
+        _ => Ok(Cli::Look(look::Look::from_arg_matches(&all)?)),
+    }
+}
+
+/// Writes all of `text` to standard output. False if whoever reads it has gone, which is no error: there is nothing more
+/// to do.
+///
+/// # Errors
+/// Anything else that kept it from being written.
+fn print(text: &str) -> anyhow::Result<bool> {
+    use std::io::Write as _;
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("write to standard output"),
     }
 }
 
@@ -61,6 +100,8 @@ mod tests {
     #[test]
     fn the_interface_is_consistent() {
         command().debug_assert();
+        let about = command().get_about().map(ToString::to_string).expect("a description");
+        assert!(about.contains("service mesh"), "{about}");
     }
 
     #[test]

@@ -1,0 +1,341 @@
+//! The answers on the loopback interface: one request per connection, few at a time, each within its time.
+//!
+//! A browser on the node could be made to ask by a page from anywhere. What a page sends carries `Origin` or says that it
+//! comes from another site, and a name that was made to lead to this node is in `Host`: all three are refused.
+
+use std::{
+    collections::VecDeque,
+    convert::Infallible,
+    io,
+    net::IpAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, StatusCode, header, uri::Authority};
+use http_body_util::Full;
+use hyper::{
+    body::{Body, Frame, Incoming, SizeHint},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
+use tokio::{
+    net::TcpListener,
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::{AbortHandle, JoinSet},
+};
+use tracing::{debug, info, warn};
+
+use super::{Handles, dump, printable};
+use crate::telemetry::{
+    LogLevel,
+    readiness::{self, Ready},
+};
+
+/// Connections at a time. One more costs the oldest its place.
+const CONNECTIONS: usize = 32;
+/// For the head of a request.
+const HEAD_PATIENCE: Duration = Duration::from_secs(5);
+/// For one connection, from accept to the last byte.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Request line and headers, bytes.
+const HEAD_BYTES: usize = 16 << 10;
+/// Large answers in memory at a time, and how long one more waits for its turn.
+const LARGE: usize = 2;
+const LARGE_PATIENCE: Duration = Duration::from_secs(10);
+
+const HELP: &str = "\
+culvert agent: what it believes, for the operators of this node
+
+GET  /config_dump           workloads, services, policies, certificates (never keys), the kernel's maps, settings; JSON
+GET  /connections           open connections of this node's pods with their bytes so far; JSON
+GET  /logging               the log level in force
+POST /logging?level=FILTER  another log level, at once: info, or info,culvert::tunnel=debug
+GET  /readyz                where each part of the agent stands; 503 while something is missing
+GET  /help                  this text
+";
+
+/// What the answers are made from. Clones are the same.
+#[derive(Clone)]
+pub struct State {
+    handles: watch::Receiver<Option<Arc<Handles>>>,
+    ready: Ready,
+    level: LogLevel,
+    large: Arc<Semaphore>,
+}
+
+impl State {
+    /// `handles` are `None` until the agent has started.
+    pub fn new(handles: watch::Receiver<Option<Arc<Handles>>>, ready: Ready, level: LogLevel) -> Self {
+        Self { handles, ready, level, large: Arc::new(Semaphore::new(LARGE)) }
+    }
+}
+
+/// Answers until `stop` completes, and then finishes the answers that are under way; dropping it gives them up.
+///
+/// # Errors
+/// The listener is broken; a shortage of descriptors or memory is waited for.
+pub async fn serve(listener: TcpListener, state: State, stop: impl Future<Output = ()>) -> io::Result<()> {
+    let mut connections = JoinSet::new();
+    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        tokio::select! {
+            () = &mut stop => break,
+            Some(_) = connections.join_next(), if !connections.is_empty() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    by_age.retain(|connection| !connection.is_finished());
+                    if by_age.len() >= CONNECTIONS
+                        && let Some(oldest) = by_age.pop_front()
+                    {
+                        oldest.abort();
+                    }
+                    let state = state.clone();
+                    by_age.push_back(connections.spawn(async move {
+                        let service = service_fn(|request| answer(request, state.clone()));
+                        let connection = http1::Builder::new()
+                            .timer(TokioTimer::new())
+                            .header_read_timeout(HEAD_PATIENCE)
+                            .max_buf_size(HEAD_BYTES)
+                            .keep_alive(false)
+                            .serve_connection(TokioIo::new(stream), service);
+                        // A client that went away or dawdled gets no answer, and nobody needs to know.
+                        let _ = tokio::time::timeout(PATIENCE, connection).await;
+                    }));
+                }
+                Err(error) if readiness::is_passing(&error) => tokio::time::sleep(Duration::from_millis(50)).await,
+                Err(error) => return Err(error),
+            },
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// A body that keeps its place among the large ones until it is sent or given up.
+struct Held {
+    bytes: Full<Bytes>,
+    _place: Option<OwnedSemaphorePermit>,
+}
+
+impl Body for Held {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Pin::new(&mut self.bytes).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.bytes.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.bytes.size_hint()
+    }
+}
+
+const TEXT: &str = "text/plain; charset=utf-8";
+const JSON: &str = "application/json";
+
+fn response(
+    status: StatusCode,
+    kind: &'static str,
+    bytes: Bytes,
+    place: Option<OwnedSemaphorePermit>,
+) -> Response<Held> {
+    let mut response = Response::new(Held { bytes: Full::new(bytes), _place: place });
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    headers.insert(header::CACHE_CONTROL, header::HeaderValue::from_static("no-store"));
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, header::HeaderValue::from_static("nosniff"));
+    response
+}
+
+/// One line, or several, for people. Names in it come from the cluster.
+fn text(status: StatusCode, text: &str) -> Response<Held> {
+    let lines: Vec<_> = text.lines().map(printable).collect();
+    response(status, TEXT, (lines.join("\n") + "\n").into(), None)
+}
+
+async fn answer(request: Request<Incoming>, state: State) -> Result<Response<Held>, Infallible> {
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let answer = route(request, state).await;
+    debug!(%method, path, status = answer.status().as_u16(), "an operator asked");
+    Ok(answer)
+}
+
+async fn route(request: Request<Incoming>, state: State) -> Response<Held> {
+    if let Err(why) = is_local(request.headers()) {
+        return text(StatusCode::FORBIDDEN, &why);
+    }
+    let reading = matches!(*request.method(), Method::GET | Method::HEAD);
+    match request.uri().path() {
+        "/" | "/help" if reading => text(StatusCode::OK, HELP),
+        "/readyz" if reading => {
+            let missing = state.ready.missing();
+            let handles = state.handles.borrow().clone();
+            let status = if missing.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+            text(status, &dump::readiness(&missing, handles.as_deref()))
+        }
+        "/logging" if reading => match state.level.get() {
+            Ok(level) => text(StatusCode::OK, &level),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error:#}")),
+        },
+        "/logging" if *request.method() == Method::POST => set_level(&state, request.uri().query()),
+        "/config_dump" if reading => {
+            large(&state, async |handles| Ok(handles), |handles| dump::Dump::of(&handles)).await
+        }
+        "/connections" if reading => {
+            let list =
+                async |handles: Arc<Handles>| match tokio::time::timeout(LARGE_PATIENCE, handles.connections.list())
+                    .await
+                {
+                    Ok(records) => records,
+                    Err(_) => anyhow::bail!("the agent did not look at its connections in time"),
+                };
+            large(&state, list, |records| records).await
+        }
+        path @ ("/" | "/help" | "/readyz" | "/logging" | "/config_dump" | "/connections") => {
+            let allow = if path == "/logging" { "GET, HEAD, POST" } else { "GET, HEAD" };
+            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, &format!("only {allow}"));
+            response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(allow));
+            response
+        }
+        _ => text(StatusCode::NOT_FOUND, "not here; GET /help lists what is"),
+    }
+}
+
+/// An answer whose size is the cluster's, few at a time: what `gather` finds, made into a document by `make` on a thread of
+/// the runtime's pool.
+async fn large<G: Send + 'static, T: Serialize>(
+    state: &State,
+    gather: impl AsyncFnOnce(Arc<Handles>) -> anyhow::Result<G>,
+    make: impl FnOnce(G) -> T + Send + 'static,
+) -> Response<Held> {
+    let Some(handles) = state.handles.borrow().clone() else {
+        let missing = state.ready.missing().join(", ");
+        return text(StatusCode::SERVICE_UNAVAILABLE, &format!("the agent is starting, waiting for: {missing}"));
+    };
+    let Ok(Ok(place)) = tokio::time::timeout(LARGE_PATIENCE, state.large.clone().acquire_owned()).await else {
+        return text(StatusCode::SERVICE_UNAVAILABLE, "others are reading large answers; try again");
+    };
+    let found = match gather(handles).await {
+        Ok(found) => found,
+        Err(error) => return text(StatusCode::SERVICE_UNAVAILABLE, &format!("{error:#}")),
+    };
+    let made = tokio::task::spawn_blocking(move || (serde_json::to_vec_pretty(&make(found)), place)).await;
+    match made {
+        Ok((Ok(mut json), place)) => {
+            json.push(b'\n');
+            response(StatusCode::OK, JSON, json.into(), Some(place))
+        }
+        Ok((Err(error), _)) => text(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+        Err(error) => {
+            // A panic while looking must not end the agent, and must not stay unseen.
+            warn!(%error, "an answer for operators could not be made");
+            text(StatusCode::INTERNAL_SERVER_ERROR, "the answer could not be made; the agent's log says more")
+        }
+    }
+}
+
+fn set_level(state: &State, query: Option<&str>) -> Response<Held> {
+    let level = query.unwrap_or_default().split('&').find_map(|pair| pair.strip_prefix("level="));
+    let Some(level) = level.and_then(decoded) else {
+        return text(
+            StatusCode::BAD_REQUEST,
+            "which level? POST /logging?level=info, or level=info,culvert::tunnel=debug",
+        );
+    };
+    let before = state.level.get().unwrap_or_default();
+    match state.level.set(&level).and_then(|()| state.level.get()) {
+        Ok(now) => {
+            info!(before, now, "log level changed");
+            text(StatusCode::OK, &now)
+        }
+        Err(error) => text(StatusCode::BAD_REQUEST, &format!("{error:#}").replace('\n', " ")),
+    }
+}
+
+/// A value of a query, percent-decoded; `None` if it is not.
+fn decoded(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'%' => {
+                let digits = [rest.next()?, rest.next()?];
+                u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
+            }
+            byte => byte,
+        });
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// Whether a request comes from a program of this node, and not from a page in a browser.
+fn is_local(headers: &HeaderMap) -> Result<(), String> {
+    let field = |name| headers.get(name).map(|value: &header::HeaderValue| String::from_utf8_lossy(value.as_bytes()));
+    if let Some(origin) = field("origin") {
+        return Err(format!("requests of web pages are refused (Origin: {origin})"));
+    }
+    if let Some(site) = field("sec-fetch-site").filter(|site| !matches!(&**site, "none" | "same-origin")) {
+        return Err(format!("requests of web pages are refused (Sec-Fetch-Site: {site})"));
+    }
+    let host = field("host").unwrap_or_default();
+    let name = host.parse::<Authority>().ok();
+    let name = name.as_ref().map_or("", |authority| authority.host().trim_start_matches('[').trim_end_matches(']'));
+    let local = name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
+    match local && headers.get_all(header::HOST).iter().count() == 1 {
+        true => Ok(()),
+        false => Err(format!("the host must be localhost or a loopback address, not {host:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        pairs
+            .iter()
+            .map(|(name, value)| (header::HeaderName::from_static(name), value.parse().expect("a value")))
+            .collect()
+    }
+
+    #[test]
+    fn only_programs_of_the_node_are_answered() {
+        for host in ["127.0.0.1:15000", "localhost:15000", "LOCALHOST", "[::1]:15000", "127.9.9.9"] {
+            is_local(&headers(&[("host", host)])).expect(host);
+            is_local(&headers(&[("host", host), ("sec-fetch-site", "none")])).expect(host);
+        }
+        for host in
+            ["", "evil.example:15000", "10.0.0.1:15000", "localhost.evil.example", "127.0.0.1.evil.example", "user@"]
+        {
+            assert!(is_local(&headers(&[("host", host)])).is_err(), "{host}");
+        }
+        assert!(is_local(&headers(&[])).is_err());
+        for page in [("origin", "http://127.0.0.1:15000"), ("origin", "null"), ("sec-fetch-site", "cross-site")] {
+            assert!(is_local(&headers(&[("host", "127.0.0.1:15000"), page])).is_err(), "{page:?}");
+        }
+    }
+
+    #[test]
+    fn queries_are_decoded() {
+        assert_eq!(decoded("info%2Cculvert%3A%3Atunnel=debug").as_deref(), Some("info,culvert::tunnel=debug"));
+        for wrong in ["%", "%4", "%zz", "%ff"] {
+            assert_eq!(decoded(wrong), None, "{wrong}");
+        }
+    }
+}

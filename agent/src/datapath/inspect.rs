@@ -1,0 +1,109 @@
+//! A look at the maps of a running agent, through their pins: nothing here changes anything, and the agent's own handles
+//! are not needed.
+
+use std::{collections::BTreeMap, path::Path};
+
+use anyhow::Context as _;
+use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapInfo, MapType, PerCpuHashMap, SockHash};
+use culvert_common::{
+    Addr, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue, SettingsValue,
+    VerdictKey,
+};
+
+use super::MAPS;
+
+/// What the maps hold at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Content {
+    /// Every map, in the order of their declaration.
+    pub maps: Vec<Fill>,
+    /// `PODS`, by netns cookie.
+    pub pods: BTreeMap<u64, PodValue>,
+    /// `POD_ADDRS`.
+    pub addrs: BTreeMap<Addr, PodAddrValue>,
+    /// `MODES`.
+    pub modes: BTreeMap<ModeKey, ModeValue>,
+    /// Sockets in `LISTENERS` by netns cookie.
+    pub listeners: BTreeMap<u64, usize>,
+    /// `VERDICTS`, summed over the CPUs.
+    pub verdicts: BTreeMap<VerdictKey, u64>,
+    /// `HEARTBEAT`.
+    pub heartbeat: HeartbeatValue,
+    /// `SETTINGS`.
+    pub settings: SettingsValue,
+}
+
+/// How full a map is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// As it is pinned.
+    pub name: &'static str,
+    /// Number that `bpftool` knows it by.
+    pub id: u32,
+    /// Entries in it; `None` where they cannot be counted: socket storage and the ring buffer.
+    pub entries: Option<usize>,
+    /// Entries that fit; bytes for the ring buffer; 0 where only memory is the limit.
+    pub capacity: u32,
+}
+
+/// Reads the maps that are pinned in `dir`.
+///
+/// # Errors
+/// A map is not there, or has another layout.
+pub fn read(dir: &Path) -> anyhow::Result<Content> {
+    let mut content = Content {
+        pods: hash::<u64, PodValue>(dir, "PODS")?,
+        addrs: hash(dir, "POD_ADDRS")?,
+        modes: hash(dir, "MODES")?,
+        ..Content::default()
+    };
+    let listeners: SockHash<MapData, ListenerKey> = Map::SockHash(open(dir, "LISTENERS")?).try_into()?;
+    for key in listeners.keys().filter_map(Result::ok) {
+        *content.listeners.entry(key.netns_cookie).or_default() += 1;
+    }
+    let flows: BpfHashMap<MapData, FlowKey, FlowValue> = Map::LruHashMap(open(dir, "FLOWS")?).try_into()?;
+    let flows = flows.keys().filter_map(Result::ok).count();
+    let verdicts: PerCpuHashMap<MapData, VerdictKey, u64> = Map::PerCpuHashMap(open(dir, "VERDICTS")?).try_into()?;
+    content.verdicts = verdicts.iter().filter_map(Result::ok).map(|(key, of)| (key, of.iter().sum())).collect();
+    content.heartbeat.at_ns = heartbeat(dir)?;
+    let settings: Array<MapData, SettingsValue> = Map::Array(open(dir, "SETTINGS")?).try_into()?;
+    content.settings = settings.get(&0, 0).context("read SETTINGS")?;
+    for name in MAPS {
+        let info = MapInfo::from_pin(dir.join(name)).with_context(|| format!("look at {name}"))?;
+        let entries = match name {
+            "PODS" => Some(content.pods.len()),
+            "POD_ADDRS" => Some(content.addrs.len()),
+            "MODES" => Some(content.modes.len()),
+            "LISTENERS" => Some(content.listeners.values().sum()),
+            "FLOWS" => Some(flows),
+            "VERDICTS" => Some(content.verdicts.len()),
+            "HEARTBEAT" | "SETTINGS" => Some(1),
+            _ => None,
+        };
+        let capacity = match info.map_type() {
+            Ok(MapType::SkStorage) => 0,
+            _ => info.max_entries(),
+        };
+        content.maps.push(Fill { name, id: info.id(), entries, capacity });
+    }
+    Ok(content)
+}
+
+/// `CLOCK_MONOTONIC` of the agent's last sign of life, in nanoseconds; 0 while there has been none.
+///
+/// # Errors
+/// As for [`read`].
+pub fn heartbeat(dir: &Path) -> anyhow::Result<u64> {
+    let heartbeat: Array<MapData, HeartbeatValue> = Map::Array(open(dir, "HEARTBEAT")?).try_into()?;
+    Ok(heartbeat.get(&0, 0).context("read HEARTBEAT")?.at_ns)
+}
+
+fn hash<K: aya::Pod + Ord, V: aya::Pod>(dir: &Path, name: &str) -> anyhow::Result<BTreeMap<K, V>> {
+    let map: BpfHashMap<MapData, K, V> =
+        Map::HashMap(open(dir, name)?).try_into().with_context(|| format!("map {name} has another layout"))?;
+    Ok(map.iter().filter_map(Result::ok).collect())
+}
+
+fn open(dir: &Path, name: &str) -> anyhow::Result<MapData> {
+    MapData::from_pin(dir.join(name)).with_context(|| format!("open {}", dir.join(name).display()))
+}
