@@ -255,12 +255,32 @@ fn keep(report: &Report, out: Option<&Path>, whole: bool) -> Result<()> {
     };
     write("bench.json", &format!("{}\n", serde_json::to_string_pretty(&report.json())?))?;
     write("bench.svg", &plot::svg(report))?;
-    if dir != docs {
+    if fs::canonicalize(&dir)? != fs::canonicalize(&docs)? {
         return write("bench.md", &report.markdown());
     }
-    let path = docs.join("performance.md");
-    let page = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    let (before, rest) = page.split_once(BEGIN).with_context(|| format!("{} has no line {BEGIN}", path.display()))?;
-    let (_, after) = rest.split_once(END).with_context(|| format!("{} has no line {END}", path.display()))?;
-    write("performance.md", &format!("{before}{BEGIN}\n\n{}\n{END}{after}", report.markdown()))
+    let page = fs::read_to_string(docs.join("performance.md")).context("read docs/performance.md")?;
+    write("performance.md", &put_into(&page, &report.markdown()).context("docs/performance.md")?)
+}
+
+/// The page with another text between its marks.
+fn put_into(page: &str, text: &str) -> Result<String> {
+    let (before, rest) = page.split_once(BEGIN).with_context(|| format!("there is no line {BEGIN}"))?;
+    let (_, after) = rest.split_once(END).with_context(|| format!("there is no line {END}"))?;
+    Ok(format!("{before}{BEGIN}\n\n{}\n\n{END}{after}", text.trim_end()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_has_the_place_for_the_table() {
+        let page =
+            fs::read_to_string(setup::root().join("docs/performance.md")).expect("the page is part of the checkout");
+        let once = put_into(&page, "a table\n").expect("the marks are there");
+        assert!(once.contains(&format!("{BEGIN}\n\na table\n\n{END}\n")), "{once}");
+        // Every run replaces the last one's.
+        assert_eq!(put_into(&once, "a table\n").expect("the marks are there"), once);
+        assert!(put_into("no marks", "a table").is_err());
+    }
 }
