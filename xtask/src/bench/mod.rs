@@ -49,6 +49,9 @@ pub(crate) struct Arguments {
     /// Folder for bench.json, bench.svg and bench.md; without it a whole run is kept in docs/, any other in target/bench
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Folder with another build's `culvert` and `culvert-load`, measured instead of this checkout's
+    #[arg(long)]
+    binaries: Option<PathBuf>,
     /// Before each measure wait, at most this many seconds, until the machine has nothing else to do
     #[arg(long, default_value_t = 10)]
     quiet: u64,
@@ -92,7 +95,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     }
     let mut peers = arguments.peers.clone();
     peers.dedup();
-    let tools = tools(&peers)?;
+    let tools = tools(&peers, arguments.binaries.as_deref())?;
     allow_open_files()?;
     let begun = Instant::now();
     let mut samples = Vec::new();
@@ -108,7 +111,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
             step.done();
         }
     }
-    let machine = machine(&tools, &peers, begun.elapsed())?;
+    let machine = machine(&tools, arguments.binaries.as_deref(), &peers, begun.elapsed())?;
     let report = Report::of(&samples, &peers, arguments.rounds, machine);
     println!("\n{}", report.table());
     for row in report.below_goal() {
@@ -122,21 +125,24 @@ impl Peer {
     const ALL: [Self; 3] = [Self::Plain, Self::Culvert, Self::Envoy];
 }
 
-/// The programs, built with optimisation or fetched.
-fn tools(peers: &[Peer]) -> Result<Tools> {
+/// The programs, built with optimisation unless they are given, or fetched.
+fn tools(peers: &[Peer], binaries: Option<&Path>) -> Result<Tools> {
     let ready = setup::run(setup::For::Run)?;
     build::run(&ready)?;
-    let step = say::step("build culvert and the load generator with optimisation (a first build takes many minutes)");
-    // One by one: together, what one asks of a dependency the other would get too, and culvert is measured as it is
-    // built for use.
-    for (package, binary) in [("culvert", "culvert"), ("culvert-tests", "culvert-load")] {
-        ready.cargo(&["build", "--release", "--package", package, "--bin", binary])?;
+    if binaries.is_none() {
+        let step =
+            say::step("build culvert and the load generator with optimisation (a first build takes many minutes)");
+        // One by one: together, what one asks of a dependency the other would get too, and culvert is measured as it is
+        // built for use.
+        for (package, binary) in [("culvert", "culvert"), ("culvert-tests", "culvert-load")] {
+            ready.cargo(&["build", "--release", "--package", package, "--bin", binary])?;
+        }
+        step.done();
     }
-    step.done();
     let envoy = if peers.contains(&Peer::Envoy) { Some(envoy::fetch()?) } else { None };
     let built = |name: &str| -> Result<PathBuf> {
-        let path = target().join("release").join(name);
-        ensure!(path.is_file(), "{} was not built", path.display());
+        let path = binaries.map_or_else(|| target().join("release"), Path::to_owned).join(name);
+        ensure!(path.is_file(), "there is no {}", path.display());
         Ok(path)
     };
     Ok(Tools { culvert: built("culvert")?, load: built("culvert-load")?, envoy })
@@ -192,19 +198,17 @@ fn wait_quiet(limit: Duration) -> Result<()> {
     }
 }
 
-fn machine(tools: &Tools, peers: &[Peer], took: Duration) -> Result<Machine> {
+fn machine(tools: &Tools, binaries: Option<&Path>, peers: &[Peer], took: Duration) -> Result<Machine> {
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("the kernel's version")?;
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").context("read /proc/cpuinfo")?;
     let processor = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ")).map(|(_, m)| m);
-    let commit = command::run("git", &["-C", &setup::root().display().to_string(), "describe", "--always", "--dirty"]);
     let culvert = command::finish(Command::new(&tools.culvert).arg("--version"), None)?;
     let versions = peers
         .iter()
         .map(|&peer| {
             let version = match peer {
                 Peer::Plain => format!("Linux {}", kernel.trim()),
-                // A checkout without git still has a version.
-                Peer::Culvert => format!("{} ({})", culvert.trim(), commit.as_deref().unwrap_or("no commit").trim()),
+                Peer::Culvert => format!("{} ({})", culvert.trim(), built_from(binaries)),
                 Peer::Envoy => envoy::shown_version(),
             };
             (peer, version)
@@ -218,6 +222,17 @@ fn machine(tools: &Tools, peers: &[Peer], took: Duration) -> Result<Machine> {
         minutes: took.as_secs_f64() / 60.0,
         versions,
     })
+}
+
+/// What the measured binary was built from.
+fn built_from(binaries: Option<&Path>) -> String {
+    if let Some(dir) = binaries {
+        return format!("of {}", dir.display());
+    }
+    let root = setup::root().display().to_string();
+    let commit = command::run("git", &["-C", &root, "describe", "--always", "--dirty"]);
+    // A checkout without git still has a version.
+    commit.map_or_else(|_| "no commit".to_owned(), |commit| commit.trim().to_owned())
 }
 
 const BEGIN: &str = "<!-- bench: begin; written by `cargo xtask bench` -->";
@@ -240,12 +255,32 @@ fn keep(report: &Report, out: Option<&Path>, whole: bool) -> Result<()> {
     };
     write("bench.json", &format!("{}\n", serde_json::to_string_pretty(&report.json())?))?;
     write("bench.svg", &plot::svg(report))?;
-    if dir != docs {
+    if fs::canonicalize(&dir)? != fs::canonicalize(&docs)? {
         return write("bench.md", &report.markdown());
     }
-    let path = docs.join("performance.md");
-    let page = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    let (before, rest) = page.split_once(BEGIN).with_context(|| format!("{} has no line {BEGIN}", path.display()))?;
-    let (_, after) = rest.split_once(END).with_context(|| format!("{} has no line {END}", path.display()))?;
-    write("performance.md", &format!("{before}{BEGIN}\n\n{}\n{END}{after}", report.markdown()))
+    let page = fs::read_to_string(docs.join("performance.md")).context("read docs/performance.md")?;
+    write("performance.md", &put_into(&page, &report.markdown()).context("docs/performance.md")?)
+}
+
+/// The page with another text between its marks.
+fn put_into(page: &str, text: &str) -> Result<String> {
+    let (before, rest) = page.split_once(BEGIN).with_context(|| format!("there is no line {BEGIN}"))?;
+    let (_, after) = rest.split_once(END).with_context(|| format!("there is no line {END}"))?;
+    Ok(format!("{before}{BEGIN}\n\n{}\n\n{END}{after}", text.trim_end()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_has_the_place_for_the_table() {
+        let page =
+            fs::read_to_string(setup::root().join("docs/performance.md")).expect("the page is part of the checkout");
+        let once = put_into(&page, "a table\n").expect("the marks are there");
+        assert!(once.contains(&format!("{BEGIN}\n\na table\n\n{END}\n")), "{once}");
+        // Every run replaces the last one's.
+        assert_eq!(put_into(&once, "a table\n").expect("the marks are there"), once);
+        assert!(put_into("no marks", "a table").is_err());
+    }
 }
