@@ -209,7 +209,7 @@ impl Passed {
             .map(|(flow, _)| *flow)
             .collect();
         for flow in ended {
-            let Some(tracked) = self.tracked.remove(&flow) else { continue };
+            let Some(tracked) = self.tracked.get(&flow) else { continue };
             let (received_bytes, sent_bytes) = tracked.counters.read(tracked.facts.direction);
             let event = Event {
                 src: flow.1.ip().into(),
