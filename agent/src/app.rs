@@ -46,7 +46,10 @@ use crate::{
     policy::{self, Snapshot},
     proxy::Context,
     source::{self, View},
-    telemetry::{self, LogLevel, access, exposition, metrics, open, panics, readiness, tally, traffic::Names},
+    telemetry::{
+        self, LogLevel, access, exposition, limit::Limit, metrics, open, panics, readiness, tally, trace,
+        traffic::Names,
+    },
     tunnel,
     worker::Worker,
 };
@@ -188,7 +191,23 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     let tallies = tally::Tallies::default();
     let (ask, questions) = mpsc::channel(8);
     let connections = open::Connections::new(registry.clone(), ask.clone());
-    let sources = metrics::Sources { registry: registry.clone(), tallies: tallies.clone(), access: log.clone() };
+    let limit = Limit::new(config.log_limit, config.workers);
+    let (tracer, exporter) = match &config.otlp_endpoint {
+        Some(endpoint) => {
+            let (endpoint, node_name) = (endpoint.clone(), config.node_name.clone());
+            let (tracer, exporter) =
+                trace::Exporter::start(trace::Config { endpoint, node_name, names: names.clone() })?;
+            (tracer, Some(exporter))
+        }
+        None => (trace::Tracer::default(), None),
+    };
+    let sources = metrics::Sources {
+        registry: registry.clone(),
+        tallies: tallies.clone(),
+        access: log.clone(),
+        limit: limit.clone(),
+        spans: tracer.counts(),
+    };
     let until = |mut end: watch::Receiver<()>| async move {
         // Closed at the end; never sent to.
         let _ = end.changed().await;
@@ -227,7 +246,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
             let sockets = datapath.sockets()?;
             let (snapshot, identities, log) = (snapshot.clone(), identities.clone(), log.clone());
             let (names, drained, open) = (names.clone(), drain.clone(), registry.shard());
-            let tally = tallies.tally();
+            let (tally, tracer, limiter) = (tallies.tally(), tracer.clone(), limit.limiter());
             Worker::start(number, drain.clone(), move || {
                 let limits = tunnel::Config::default();
                 Ok(Context {
@@ -238,6 +257,8 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
                     sockets: sockets.into(),
                     open,
                     tally,
+                    tracer,
+                    limiter: limiter.into(),
                     access: log,
                     names,
                     drain: drained,
@@ -246,7 +267,8 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     drop(drain);
-    let passed = Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), registry.shard(), names);
+    let passed =
+        Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), registry.shard(), names, limit.limiter());
     let mut control = Control {
         settings,
         hangup: signal(SignalKind::hangup()).context("listen for SIGHUP")?,
@@ -342,6 +364,10 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     drop(control);
     exposition.stop();
     admin.stop();
+    drop(tracer);
+    if let Some(exporter) = exporter {
+        exporter.stop();
+    }
     drop(log);
     let dropped = writer.finish(LAST_PATIENCE).context("finish the access log")?;
     if dropped > 0 {
@@ -530,6 +556,7 @@ impl Control {
                     let (view, node) = (self.views.borrow_and_update().clone(), self.nodes.borrow().clone());
                     self.compile(&view, &node);
                 }
+                Some(question) = self.questions.recv() => self.answer(question),
                 _ = tick.tick() => self.tell(),
             }
         }

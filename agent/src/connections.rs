@@ -32,16 +32,13 @@ use crate::{
     proxy::ServedPod,
     telemetry::{
         access::{self, Access, AccessLog, End},
+        limit::Limiter,
         metrics,
         open::{Carried, Counters, Facts, Open, Shard},
         traffic::{Flag, Names, UNKNOWN},
     },
 };
 
-/// Refusals told one by one in each interval; more are counted, and one line says how many. A pod can cause them at
-/// the speed of its connects.
-const TOLD_PER_INTERVAL: u32 = 100;
-const INTERVAL: Duration = Duration::from_secs(1);
 /// How long the reason of a close is kept for the end that the kernel reports.
 const KEEP_REASON: Duration = Duration::from_secs(10);
 /// How often pods with connections that are older than enrolment are looked at.
@@ -61,9 +58,7 @@ pub struct Passed {
     open: Shard,
     tracked: HashMap<Flow, Tracked>,
     watched: Instant,
-    interval: Instant,
-    told: u32,
-    untold: u32,
+    limiter: Limiter,
 }
 
 /// The pod's namespace, the client and the server: between two pods of one node a connection is told by both.
@@ -83,8 +78,16 @@ struct Tracked {
 }
 
 impl Passed {
-    /// `storage` is the map of socket storage; `open` is where open connections are entered.
-    pub fn new(events: Events, storage: OwnedFd, access: AccessLog, open: Shard, names: Names) -> Self {
+    /// `storage` is the map of socket storage; `open` is where open connections are entered; `limiter` bounds the lines
+    /// that a pod can cause.
+    pub fn new(
+        events: Events,
+        storage: OwnedFd,
+        access: AccessLog,
+        open: Shard,
+        names: Names,
+        limiter: Limiter,
+    ) -> Self {
         Self {
             events,
             storage,
@@ -94,9 +97,7 @@ impl Passed {
             open,
             tracked: HashMap::new(),
             watched: Instant::now(),
-            interval: Instant::now(),
-            told: 0,
-            untold: 0,
+            limiter,
         }
     }
 
@@ -108,13 +109,8 @@ impl Passed {
     /// Tells what the kernel has reported, and ends what a policy has overtaken. `pods` finds a pod by its namespace.
     pub fn tell<'a>(&mut self, snapshot: &Snapshot, pods: impl Fn(NetnsCookie) -> Option<&'a Arc<ServedPod>>) {
         let now = Instant::now();
-        if now.duration_since(self.interval) >= INTERVAL {
-            if self.untold > 0 {
-                warn!(refusals = self.untold, "further refusals of this second were counted, not told");
-            }
-            (self.interval, self.told, self.untold) = (now, 0, 0);
-            self.closed_by_us.retain(|_, (at, _, _)| now.duration_since(*at) < KEEP_REASON);
-        }
+        self.limiter.tell(now);
+        self.closed_by_us.retain(|_, (at, _, _)| now.duration_since(*at) < KEEP_REASON);
         while let Some(event) = self.events.next() {
             let pod = pods(NetnsCookie(event.netns_cookie));
             if event.kind == EventKind::Closed as u8 {
@@ -128,12 +124,7 @@ impl Passed {
                 continue;
             }
             self.count_refused(snapshot, &event);
-            if self.told < TOLD_PER_INTERVAL {
-                self.told += 1;
-                self.refused(snapshot, &event);
-            } else {
-                self.untold += 1;
-            }
+            self.refused(snapshot, &event);
         }
     }
 
@@ -218,7 +209,7 @@ impl Passed {
             .map(|(flow, _)| *flow)
             .collect();
         for flow in ended {
-            let Some(tracked) = self.tracked.remove(&flow) else { continue };
+            let Some(tracked) = self.tracked.get(&flow) else { continue };
             let (received_bytes, sent_bytes) = tracked.counters.read(tracked.facts.direction);
             let event = Event {
                 src: flow.1.ip().into(),
@@ -286,7 +277,7 @@ impl Passed {
             if verdict.answer != Answer::Refuse {
                 continue;
             }
-            match self.close(&mut diag, &socket.id, verdict, snapshot.explain(&verdict)) {
+            match self.close(Some(own), &mut diag, &socket.id, verdict, snapshot.explain(&verdict)) {
                 // The kernel reports the end of what it has noted; of others this is all that will be known.
                 Ok(true) if !noted && socket.state != SYN_RECV => {
                     self.ended(snapshot, &last_seen(pod, socket, &verdict))
@@ -309,19 +300,30 @@ impl Passed {
             return;
         };
         if !self.tracked.contains_key(&flow) {
-            info!(pod = %own.object, src = %flow.1, dst = %flow.2, "pre-enrolment connection");
+            if self.limiter.admits(Some(own), "pre-enrolment", Instant::now()) {
+                info!(pod = %own.object, src = %flow.1, dst = %flow.2, "pre-enrolment connection");
+            }
             let facts = self.facts(snapshot, direction, flow, Carried::PreEnrolment);
             self.track(socket, flow, facts, None);
         }
     }
 
     /// False if it had ended by itself.
-    fn close(&mut self, diag: &mut SockDiag, id: &SocketId, verdict: Verdict, detail: String) -> anyhow::Result<bool> {
+    fn close(
+        &mut self,
+        own: Option<&Workload>,
+        diag: &mut SockDiag,
+        id: &SocketId,
+        verdict: Verdict,
+        detail: String,
+    ) -> anyhow::Result<bool> {
         let was_open =
             diag.destroy(id).with_context(|| format!("close {} → {}, which policy forbids", id.remote, id.local))?;
         if was_open {
-            info!(src = %id.remote, dst = %id.local, reason = verdict.reason.as_str(), detail,
-                "closed an open connection that policy no longer allows");
+            if self.limiter.admits(own, "closed-by-policy", Instant::now()) {
+                info!(src = %id.remote, dst = %id.local, reason = verdict.reason.as_str(), detail,
+                    "closed an open connection that policy no longer allows");
+            }
             self.closed_by_us.insert((id.remote, id.local), (Instant::now(), verdict, detail));
         }
         Ok(was_open)
@@ -332,10 +334,19 @@ impl Passed {
             let id = SocketId { local: dst(event), remote: src(event), ifindex: 0, cookie: 0 };
             let reason = Reason::from_u8(event.reason).unwrap_or(Reason::KernelCapacity);
             let verdict = Verdict { answer: Answer::Refuse, reason, rule: event.rule, generation: event.generation };
-            self.close(&mut diag, &id, verdict, snapshot.explain(&verdict))
+            self.close(
+                snapshot.workload(&pod.uid).map(Arc::as_ref),
+                &mut diag,
+                &id,
+                verdict,
+                snapshot.explain(&verdict),
+            )
         });
         if let Err(error) = result {
-            warn!(error = format!("{error:#}"), "could not close a connection that policy forbids");
+            let own = snapshot.workload(&pod.uid).map(Arc::as_ref);
+            if self.limiter.admits(own, "not-closed", Instant::now()) {
+                warn!(error = format!("{error:#}"), "could not close a connection that policy forbids");
+            }
         }
     }
 
@@ -387,13 +398,24 @@ impl Passed {
     }
 
     fn line(
-        &self,
+        &mut self,
         snapshot: &Snapshot,
         event: &Event,
         kind: access::Event,
         reason: &'static str,
         error: Option<&dyn fmt::Display>,
     ) {
+        let own = match direction(event) {
+            access::Direction::Outbound => src(event),
+            access::Direction::Inbound => dst(event),
+        };
+        let own = match snapshot.workload_by_ip(own.ip()) {
+            Some(Occupant::One(workload)) => Some(&**workload),
+            Some(Occupant::Ambiguous) | None => None,
+        };
+        if !self.limiter.admits(own, reason, Instant::now()) {
+            return;
+        }
         let (sent, received) = by_side(event);
         self.access.record(&Access {
             event: kind,
@@ -410,6 +432,7 @@ impl Passed {
             }),
             error,
             reason: Some(&reason),
+            trace_id: None,
         });
     }
 

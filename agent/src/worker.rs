@@ -146,7 +146,10 @@ async fn run(
     let order = loop {
         tokio::select! {
             order = drain.order() => break order,
-            _ = tick.tick() => seen_ns.store(monotonic_ns(), Ordering::Relaxed),
+            _ = tick.tick() => {
+                seen_ns.store(monotonic_ns(), Ordering::Relaxed);
+                context.limiter.borrow_mut().tell(std::time::Instant::now());
+            }
             Some(ended) = loops.join_next() => told(ended),
             order = orders.recv() => match order {
                 Some(Command::Serve(pod, listeners)) => {

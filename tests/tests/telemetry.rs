@@ -6,17 +6,24 @@ use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use culvert_tests::command;
-use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, built, own_name};
+use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, ServicePlan, built, own_name};
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTraceServiceRequest, ExportTraceServiceResponse,
+    trace_service_server::{TraceService, TraceServiceServer},
+};
+use opentelemetry_proto::tonic::trace::v1::Span;
 
 const CLIENT: &str = "test/client";
 const OUTSIDER: &str = "test/outsider";
 const SERVER: &str = "default/server";
-/// How long the end of a connection may take to be counted.
-const LIMIT: Duration = Duration::from_secs(5);
+/// How long the end of a connection may take to be counted; a socket that the kernel does not report is looked at every two
+/// seconds.
+const LIMIT: Duration = Duration::from_secs(10);
 
 /// A client and an outsider on node a, a server on node b.
 fn plan(test: &str) -> Plan {
@@ -28,7 +35,7 @@ fn plan(test: &str) -> Plan {
                 .label("app.kubernetes.io/version", "v2")
                 .program(&["exchange-serve", "--port=7000"]),
         )
-        .service(culvert_tests::sandbox::ServicePlan::new("default", "server", &[("exchange", 7000)]))
+        .service(ServicePlan::new("default", "server", &[("exchange", 7000)]))
 }
 
 fn mesh(test: &str, agent_arguments: &[&str]) -> Result<Sandbox> {
@@ -260,6 +267,38 @@ fn plaintext_that_the_kernel_passes_is_reported_by_the_destination() -> Result<(
     Ok(())
 }
 
+/// A connection that is older than enrolment, which the kernel will not report, is counted and told when it ends.
+#[test]
+fn a_connection_older_than_enrolment_is_counted_and_its_end_is_told() -> Result<()> {
+    let mut sandbox = Sandbox::build(plan("t-older"))?;
+    let to = sandbox.pod(SERVER)?.at(Family::V4, 7000);
+    sandbox.start_in_pod("held", OUTSIDER, &["hold", "--to", &to.to_string()])?;
+    let log = sandbox.log_path("held");
+    command::wait_for("the connection stands", LIMIT, || {
+        Ok(fs::read_to_string(&log)?.contains("\"rounds\":3,").then_some(()))
+    })?;
+    sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
+    let older = [("reporter", "destination"), ("carried", "pre-enrolment")];
+    let scrape = wait_for(&sandbox, Node::B, "the older connection", |scrape| {
+        scrape.sum("culvert_open_connections", &older) == 1.0
+    })?;
+    ensure!(scrape.sum(RECEIVED, &[("source_workload", "outsider")]) > 0.0, "{scrape:?}");
+    sandbox.stop("held")?;
+    let line = command::wait_for("its line", LIMIT, || {
+        let (lines, _) = sandbox.agent_log(Node::B, 0)?;
+        Ok(lines.into_iter().find(|line| {
+            line.message() == "connection complete" && line.field("src.workload").as_deref() == Some("outsider")
+        }))
+    })?;
+    ensure!(line.field("dst.addr") == Some(to.to_string()), "{line:?}");
+    ensure!(line.field("bytes_recv").is_some_and(|bytes| bytes != "0"), "{line:?}");
+    wait_for(&sandbox, Node::B, "its end", |scrape| {
+        scrape.sum(CLOSED, &[("source_workload", "outsider")]) == 1.0
+            && scrape.sum("culvert_open_connections", &older) == 0.0
+    })?;
+    Ok(())
+}
+
 /// [M.2]: what policy refuses has DENY, what cannot be reached has CONNECT, on both sides where both know of it.
 #[test]
 fn refused_and_failed_connections_carry_their_flags() -> Result<()> {
@@ -379,4 +418,90 @@ fn promtool(text: &str) -> Result<()> {
         Ok(_) => Ok(()),
         Err(error) => bail!("{error:#}"),
     }
+}
+
+/// However fast a pod connects, the log grows at a bounded speed, says how much it leaves out, and metrics count all.
+#[test]
+fn lines_that_a_pod_causes_are_limited_and_the_rest_is_told() -> Result<()> {
+    let sandbox = mesh("t-limit", &["--log-limit", "10"])?;
+    let to = sandbox.pod(SERVER)?.at(Family::V4, 7000).to_string();
+    let short: serde_json::Value =
+        sandbox.call(CLIENT, &["short", "--to", &to, "--count", "500", "--parallel", "4"])?;
+    let scrape = wait_for(&sandbox, Node::A, "all ends", |scrape| scrape.sum(CLOSED, &[]) == 500.0)
+        .with_context(|| format!("{short}"))?;
+    let suppressed = scrape.sum("culvert_log_lines_suppressed_total", &[]);
+    ensure!(suppressed > 0.0, "{short}: nothing was held back");
+    let told = command::wait_for("what was held back is told", LIMIT, || {
+        let (lines, _) = sandbox.agent_log(Node::A, 0)?;
+        let number = |field: Option<String>| field.and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+        let told: u64 = lines.iter().map(|line| number(line.field("suppressed"))).sum();
+        let written = lines.iter().filter(|line| line.message().starts_with("connection ")).count();
+        // The last of them are told within a second.
+        Ok((told as usize + written >= 500).then_some((told, written)))
+    })?;
+    ensure!(told.0 > 0 && told.0 as usize + told.1 == 500, "{told:?}: told and written are all there are");
+    let (lines, _) = sandbox.agent_log(Node::A, 0)?;
+    let held = lines.iter().find(|line| line.field("suppressed").is_some()).context("it was just there")?;
+    ensure!(held.field("pod").as_deref() == Some(CLIENT), "{held:?}");
+    ensure!(held.field("reason").as_deref() == Some("tunnelled"), "{held:?}");
+    Ok(())
+}
+
+/// A receiver of spans: what an OpenTelemetry collector is to the agents.
+#[derive(Clone, Default)]
+struct Collector(Arc<Mutex<Vec<Span>>>);
+
+#[tonic::async_trait]
+impl TraceService for Collector {
+    async fn export(
+        &self,
+        request: tonic::Request<ExportTraceServiceRequest>,
+    ) -> Result<tonic::Response<ExportTraceServiceResponse>, tonic::Status> {
+        let of_resources = request.into_inner().resource_spans.into_iter();
+        let spans = of_resources.flat_map(|of| of.scope_spans).flat_map(|scope| scope.spans);
+        self.0.lock().map_err(|_| tonic::Status::internal("a test panicked"))?.extend(spans);
+        Ok(tonic::Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+/// §14.2: the server's side joins the client's trace; both sides' spans, and both sides' lines, have the same id.
+#[test]
+fn both_sides_of_a_connection_are_spans_of_one_trace() -> Result<()> {
+    let collector = Collector::default();
+    let mut sandbox = Sandbox::build(plan("t-trace"))?;
+    let listener = sandbox.node_place(Node::A).inside(|| Ok(std::net::TcpListener::bind("0.0.0.0:4317")?))?;
+    listener.set_nonblocking(true)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let service = TraceServiceServer::new(collector.clone());
+    let _entered = runtime.enter();
+    let incoming = tonic::transport::server::TcpIncoming::from(tokio::net::TcpListener::from_std(listener)?);
+    let server = runtime.spawn(tonic::transport::Server::builder().serve_with_incoming(service, incoming));
+    let mut mesh = MeshPlan::new(built("culvert")?);
+    mesh.agent_arguments = vec!["--otlp-endpoint".to_owned(), format!("http://{}:4317", Node::A.v4())];
+    sandbox.start_mesh(&mesh)?;
+    let to = SocketAddr::new(sandbox.cluster_ip(SERVER, Family::V4)?, 7000);
+    let moved = exchange(&sandbox, CLIENT, to, "up", 1000)?;
+    ensure!(moved["failure"].is_null(), "{moved}");
+    let spans = command::wait_for("both sides' spans", LIMIT, || {
+        let spans = collector.0.lock().map_err(|_| anyhow::anyhow!("a test panicked"))?;
+        Ok((spans.len() >= 2).then(|| spans.clone()))
+    })?;
+    ensure!(spans.len() == 2, "{spans:#?}");
+    let of = |name: &str| spans.iter().find(|span| span.name == name).with_context(|| format!("{name}: {spans:#?}"));
+    let (client, server_side) = (of("tcp outbound")?, of("tcp inbound")?);
+    ensure!(client.trace_id == server_side.trace_id && client.trace_id.len() == 16, "{spans:#?}");
+    ensure!(server_side.parent_span_id == client.span_id && client.parent_span_id.is_empty(), "{spans:#?}");
+    let id: String = client.trace_id.iter().map(|byte| format!("{byte:02x}")).collect();
+    for node in Node::ALL {
+        command::wait_for(&format!("a line of {node}'s agent with the trace"), LIMIT, || {
+            let (lines, _) = sandbox.agent_log(node, 0)?;
+            Ok(lines.iter().any(|line| line.field("trace_id").as_ref() == Some(&id)).then_some(()))
+        })?;
+        wait_for(&sandbox, node, "the span is counted", |scrape| {
+            scrape.sum("culvert_spans_exported_total", &[]) == 1.0
+                && scrape.sum("culvert_spans_dropped_total", &[]) == 0.0
+        })?;
+    }
+    server.abort();
+    Ok(())
 }

@@ -12,7 +12,7 @@ use std::{
 use super::{Given, Invalid, Setting, Values};
 use crate::{
     dns,
-    telemetry::{self, Format},
+    telemetry::{self, Format, trace},
 };
 
 /// The table.
@@ -136,6 +136,19 @@ pub const SETTINGS: &[Setting] = &[
         help: "error, warn, info, debug or trace, or per module as in info,culvert::tunnel=debug",
     },
     Setting {
+        name: "log-limit",
+        value: "N",
+        default: Some("1000"),
+        help: "Most lines per second for each pod and reason, in the access log and of warnings that a pod can cause; \
+               more are counted, and told in one line as suppressed=N; 0 for no limit",
+    },
+    Setting {
+        name: "otlp-endpoint",
+        value: "URL",
+        default: None,
+        help: "Collector that gets a span of every connection by OTLP over gRPC, as in http://otel-collector.monitoring:4317",
+    },
+    Setting {
         name: "drain-deadline",
         value: "TIME",
         default: Some("5s"),
@@ -182,6 +195,10 @@ pub struct Config {
     pub log_format: Format,
     /// `--log-level`
     pub log_level: String,
+    /// `--log-limit`; 0 for none.
+    pub log_limit: u32,
+    /// `--otlp-endpoint`
+    pub otlp_endpoint: Option<String>,
     /// `--drain-deadline`
     pub drain_deadline: Duration,
     /// The file that `--config` names.
@@ -296,6 +313,8 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     });
     let readiness_address = values.listen_address("readiness-address");
     let admin_address = values.loopback_address("admin-address");
+    let log_limit = values.optional("log-limit");
+    let otlp_endpoint = values.parse("otlp-endpoint", trace::endpoint);
     let drain_deadline = values.duration("drain-deadline");
     let (file, given) = (values.file().map(Into::into), values.given());
     let config = (|| {
@@ -318,6 +337,8 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             admin_address: admin_address?,
             log_format: log_format?,
             log_level: log_level?,
+            log_limit: log_limit?,
+            otlp_endpoint,
             drain_deadline: drain_deadline?,
             file,
             given,
@@ -377,6 +398,8 @@ mod tests {
             ("metrics-address", "15020"),
             ("metrics-label-sets", "0"),
             ("admin-address", "0.0.0.0:15000"),
+            ("log-limit", "-1"),
+            ("otlp-endpoint", "collector:4317"),
             ("log-format", "xml"),
             ("log-level", "=="),
             ("ca-address", "nowhere"),

@@ -23,6 +23,7 @@ use crate::{
         access::Direction,
         open::Carried,
         tally::{Handshake, Side, Standing},
+        trace::Trace,
     },
     tunnel::{headers, server},
 };
@@ -114,9 +115,12 @@ fn tell_mismatch(context: &Context, remote: SocketAddr, proved: &Result<SpiffeId
     let (Ok(proved), snapshot) = (proved, context.snapshot()) else { return };
     let remote = canonical(remote);
     if let Some(known) = workload_at(&snapshot, remote.ip()).filter(|known| known.identity != *proved) {
+        const REASON: &str = "identity-address-mismatch";
         context.tally.mismatch();
-        warn!(reason = "identity-address-mismatch", src = %remote, %proved, known = %known.identity,
-            "a tunnel comes from the address of a pod with another identity");
+        if context.limiter.borrow_mut().admits(Some(known), REASON, std::time::Instant::now()) {
+            warn!(reason = REASON, src = %remote, %proved, known = %known.identity,
+                "a tunnel comes from the address of a pod with another identity");
+        }
     }
 }
 
@@ -143,6 +147,9 @@ async fn judge(
     proved: &Result<SpiffeId, Refusal>,
     story: &mut Story,
 ) -> Outcome {
+    if let Some((id, parent)) = incoming.header("traceparent").and_then(headers::trace_and_span) {
+        story.trace = Trace::join(id, parent);
+    }
     let refuse = |incoming: server::Incoming, status: u16, outcome: Outcome| {
         let word = match &outcome {
             Outcome::Complete(word) => word,

@@ -26,7 +26,7 @@ use crate::{
     model::PodUid,
     netns::NetnsHandle,
     policy::{Occupant, Snapshot, Workload},
-    telemetry::{access::AccessLog, open::Shard, tally::Tally, traffic::Names},
+    telemetry::{access::AccessLog, limit::Limiter, open::Shard, tally::Tally, trace::Tracer, traffic::Names},
     tunnel,
 };
 
@@ -69,6 +69,10 @@ pub struct Context {
     pub open: Shard,
     /// Where this worker's handshakes and tunnels are counted.
     pub tally: Arc<Tally>,
+    /// Where spans go.
+    pub tracer: Tracer,
+    /// Bounds the lines that a pod can cause.
+    pub limiter: RefCell<Limiter>,
     /// Where ends of connections are told.
     pub access: AccessLog,
     /// Names of this cluster.

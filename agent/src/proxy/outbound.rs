@@ -16,7 +16,7 @@ use crate::{
     identity::Unavailable,
     model::ObjectRef,
     policy::{Choice, Route, Snapshot, Workload},
-    telemetry::{access::Direction, open::Carried, traffic},
+    telemetry::{access::Direction, open::Carried, trace::Trace, traffic},
     tunnel::{Authority, Connect, Host, OpenError, PoolKey, Stream, headers},
 };
 
@@ -83,7 +83,8 @@ async fn route(
                 facts.carried = Carried::Tunnel;
                 story.open(context);
                 let opened =
-                    open(context, pod, own, &workload, client, target, service.as_ref(), &snapshot, until).await;
+                    open(context, pod, own, &workload, client, target, service.as_ref(), &snapshot, until, story.trace)
+                        .await;
                 return match opened {
                     Opened::Stream(stream) => {
                         tokio::select! {
@@ -161,6 +162,7 @@ async fn open(
     service: Option<&ObjectRef>,
     snapshot: &Snapshot,
     until: Instant,
+    trace: Trace,
 ) -> Opened {
     let key = PoolKey {
         source: own.identity.clone(),
@@ -172,7 +174,7 @@ async fn open(
         authority: Authority { host: Host::Ip(target.ip()), port: target.port() },
         forwarded: Some(headers::forwarded(client, service.map(|service| context.names.hostname(service)).as_deref())),
         baggage: Some(baggage(own, &context.names.cluster)),
-        traceparent: Some(headers::traceparent(rand::random(), rand::random())),
+        traceparent: Some(headers::traceparent(trace.id, trace.span)),
     };
     let patience = snapshot.mesh.connect_timeout;
     let dial = || {

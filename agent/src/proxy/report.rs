@@ -4,7 +4,7 @@ use std::{
     fmt,
     net::SocketAddr,
     sync::{Arc, atomic::Ordering},
-    time::Instant,
+    time::{Instant, SystemTime},
 };
 
 use super::{
@@ -17,6 +17,7 @@ use crate::{
     telemetry::{
         access::{Access, Direction, End, Event},
         open::{Carried, Facts, Open},
+        trace::{Span, Trace},
         traffic,
     },
     tunnel::OpenError,
@@ -185,6 +186,7 @@ pub(super) struct Story {
     pub(super) counters: Arc<Counters>,
     facts: Arc<Facts>,
     open: Option<Open>,
+    pub(super) trace: Trace,
     /// It is an application's connection, and not the tunnel that carries such connections.
     counts: bool,
 }
@@ -196,6 +198,7 @@ impl Story {
             counters: Arc::default(),
             facts: Arc::new(Facts::new(direction, src, dst)),
             open: None,
+            trace: Trace::begin(),
             counts: true,
         }
     }
@@ -240,22 +243,45 @@ impl Story {
         if self.counts && self.open.is_none() {
             self.open(context);
         }
+        let flag = outcome.response_flag();
         if let Some(open) = self.open.take() {
-            open.close(outcome.response_flag());
+            open.close(flag);
         }
+        let facts = &*self.facts;
         if let Some(reason) = outcome.refusal() {
-            context.open.refused((self.facts.direction, reason));
+            context.open.refused((facts.direction, reason));
         }
-        let (reason, error): (&dyn fmt::Display, Option<&dyn fmt::Display>) = match outcome {
+        let (reason, error): (&'static str, Option<&dyn fmt::Display>) = match outcome {
             Outcome::Complete(word) => (word, None),
             Outcome::Denied { reason, detail } => (reason, Some(detail)),
-            Outcome::Failed { flag, detail } => (flag, Some(detail)),
+            Outcome::Failed { flag, detail } => (flag.as_str(), Some(detail)),
         };
+        if self.counts {
+            context.tracer.end(|| {
+                let ended = SystemTime::now();
+                Span {
+                    trace: self.trace,
+                    facts: self.facts.clone(),
+                    begun: ended.checked_sub(self.started.elapsed()).unwrap_or(ended),
+                    ended,
+                    bytes: self.counters.read(facts.direction),
+                    flag,
+                    reason,
+                    error: error.map(ToString::to_string),
+                }
+            });
+        }
+        let own = match facts.direction {
+            Direction::Outbound => facts.src_workload.as_deref(),
+            Direction::Inbound => facts.dst_workload.as_deref(),
+        };
+        if !context.limiter.borrow_mut().admits(own, reason, Instant::now()) {
+            return;
+        }
         let event = match outcome {
             Outcome::Failed { flag: Flag::UnknownWorkload, .. } => Event::Failed,
             _ => Event::Complete,
         };
-        let facts = &*self.facts;
         let service = facts.service.as_ref().map(|service| context.names.hostname(service));
         context.access.record(&Access {
             event,
@@ -268,7 +294,8 @@ impl Story {
             bytes_recv: self.counters.backward.load(Ordering::Relaxed),
             duration: self.started.elapsed(),
             error,
-            reason: Some(reason),
+            reason: Some(&reason),
+            trace_id: self.counts.then_some(&format_args!("{:032x}", self.trace.id) as &dyn fmt::Display),
         });
     }
 }

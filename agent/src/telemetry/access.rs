@@ -79,6 +79,8 @@ pub struct Access<'a> {
     pub error: Option<&'a dyn fmt::Display>,
     /// `reason`: how it ended, one of a closed list of words.
     pub reason: Option<&'a dyn fmt::Display>,
+    /// `trace_id`: trace that the connection belongs to, 32 hexadecimal digits; the same on both sides.
+    pub trace_id: Option<&'a dyn fmt::Display>,
 }
 
 /// Which lines are written.
@@ -344,6 +346,7 @@ fn line(format: Format, at: SystemTime, access: &Access<'_>) -> String {
         line.number("bytes_recv", access.bytes_recv);
         line.text("duration", Some(&format_args!("{}ms", access.duration.as_millis())));
     }
+    line.text("trace_id", access.trace_id);
     line.text("reason", access.reason);
     line.text("error", access.error);
     match format {
@@ -495,6 +498,7 @@ mod tests {
             duration: Duration::from_micros(12_900),
             error: None,
             reason: None,
+            trace_id: None,
         }
     }
 

@@ -16,8 +16,11 @@ use tokio::sync::oneshot;
 
 use super::{
     access::{AccessLog, Direction},
+    limit::Limit,
     open::{Carried, Registry, Traffic},
+    panics,
     tally::{Handshake, Side, Sums, Tallies},
+    trace,
     traffic::{self, Flag, Labels},
 };
 
@@ -121,11 +124,19 @@ pub const METRICS: &[Metric] = &[
         "1 if the thread that controls answered this scrape in time; 0 leaves its metrics out",
         &[],
     ),
+    counter("culvert_panics", "Panics of the agent's tasks; each ended one connection at most", &[]),
     counter(
         "culvert_access_log_lines_dropped",
         "Lines of the access log that were lost: their reader was too slow",
         &[],
     ),
+    counter(
+        "culvert_log_lines_suppressed",
+        "Lines that a pod caused beyond --log-limit, and that were not written",
+        &[],
+    ),
+    counter("culvert_spans_exported", "Spans of connections that the collector has taken", &[]),
+    counter("culvert_spans_dropped", "Spans that were lost: the collector was slow, or not there", &[]),
     gauge("culvert_metrics_label_sets", "Label sets of the istio_tcp metrics", &[]),
     counter("culvert_metrics_label_set_overflows", "Times that a label set found no room and unknown was counted", &[]),
     counter("process_cpu_seconds", "User and system time", &[]),
@@ -227,6 +238,10 @@ pub struct Sources {
     pub tallies: Tallies,
     /// The access log.
     pub access: AccessLog,
+    /// Lines that a pod can cause.
+    pub limit: Limit,
+    /// Spans.
+    pub spans: Arc<trace::Counts>,
 }
 
 /// Labels of one sample.
@@ -348,7 +363,11 @@ pub fn collect(sources: &Sources, node: Option<&Node>) -> Samples {
         vec![("release", kernel_release().into()), ("layout", LAYOUT_VERSION.to_string().into())],
         1.0,
     );
+    samples.one("culvert_panics", panics::count() as f64);
     samples.one("culvert_access_log_lines_dropped", sources.access.dropped() as f64);
+    samples.one("culvert_log_lines_suppressed", sources.limit.suppressed() as f64);
+    samples.one("culvert_spans_exported", sources.spans.exported() as f64);
+    samples.one("culvert_spans_dropped", sources.spans.dropped() as f64);
     samples.one("culvert_metrics_label_sets", traffic.sets.len() as f64);
     samples.one("culvert_metrics_label_set_overflows", traffic.overflowed as f64);
     process(&mut samples);
@@ -512,7 +531,8 @@ mod tests {
 
     fn sources() -> (Sources, access::Writer) {
         let (access, writer) = access::start_on(access::Config::default(), std::io::sink()).expect("a thread");
-        (Sources { registry: Registry::default(), tallies: Tallies::default(), access }, writer)
+        let (registry, tallies) = (Registry::default(), Tallies::default());
+        (Sources { registry, tallies, access, limit: Limit::new(0, 1), spans: Arc::default() }, writer)
     }
 
     /// Names come from manifests; [M.1] what is missing is `unknown`.

@@ -15,11 +15,13 @@ use tracing_subscriber::{
 
 pub mod access;
 pub mod exposition;
+pub mod limit;
 pub mod metrics;
 pub mod open;
 pub mod panics;
 pub mod readiness;
 pub mod tally;
+pub mod trace;
 pub mod traffic;
 
 /// How lines look, of the log and of the access log.

@@ -1,6 +1,6 @@
 //! Istio's TCP metrics (specification §16): which labels a connection has, and their totals.
 //!
-//! A worker counts into its own [`Shard`](super::open::Shard), which holds differences only; [`Totals`] gathers them when
+//! A worker counts into its own [`Shard`](super::open::Shard), which holds differences only; `Totals` gathers them when
 //! somebody scrapes. A label set that a worker meets for the first time is looked up here, under a lock that all share;
 //! from then on the worker knows it. The number of label sets is bounded: what comes after is counted under one label set
 //! whose values are `unknown`, and is itself counted.

@@ -83,6 +83,22 @@ pub fn traceparent(trace: u128, span: u64) -> String {
     format!("00-{:032x}-{:016x}-00", trace.max(1), span.max(1))
 }
 
+/// The trace and the span that a `traceparent` names, or `None` if it is not one (W3C Trace Context §3.2).
+pub fn trace_and_span(header: &str) -> Option<(u128, u64)> {
+    let mut parts = header.trim().split('-');
+    let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    let hex = |text: &str, length| {
+        text.len() == length && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+    };
+    // A later version may have more parts; the first one has not.
+    let form = hex(version, 2) && version != "ff" && (version != "00" || parts.next().is_none());
+    if !form || !hex(trace, 32) || !hex(span, 16) || !hex(flags, 2) {
+        return None;
+    }
+    let (trace, span) = (u128::from_str_radix(trace, 16).ok()?, u64::from_str_radix(span, 16).ok()?);
+    (trace != 0 && span != 0).then_some((trace, span))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,6 +113,29 @@ mod tests {
         assert_eq!(traceparent(0xab, 0xcd), "00-000000000000000000000000000000ab-00000000000000cd-00");
         let pairs = [("k8s.cluster.name", "c"), ("cloud.region", ""), ("service.name", "a,b\"ü%")];
         assert_eq!(baggage(pairs), "k8s.cluster.name=c,service.name=a%2Cb%22%C3%BC%25");
+    }
+
+    /// §14.2; W3C Trace Context §3.2.
+    #[test]
+    fn a_trace_is_read_back_and_nothing_else_is_taken_for_one() {
+        let (trace, span) = ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331");
+        assert_eq!(trace_and_span(&traceparent(0xab, 0xcd)), Some((0xab, 0xcd)));
+        let right = |text: String| assert!(trace_and_span(&text).is_some(), "{text}");
+        right(format!("00-{trace}-{span}-01"));
+        right(format!("cc-{trace}-{span}-01-later"));
+        for wrong in [
+            String::new(),
+            format!("00-{trace}-{span}"),
+            format!("00-{trace}-{span}-01-more"),
+            format!("ff-{trace}-{span}-01"),
+            format!("00-{}-{span}-01", trace.to_uppercase()),
+            format!("00-{}-{span}-01", "0".repeat(32)),
+            format!("00-{trace}-{}-01", "0".repeat(16)),
+            format!("00-{trace}+-{span}-01"),
+            format!("00-+{}-{span}-01", &trace[1..]),
+        ] {
+            assert_eq!(trace_and_span(&wrong), None, "{wrong}");
+        }
     }
 
     #[test]
