@@ -39,6 +39,7 @@ use crate::{
     drain::{self, Cause},
     enroll::{self, Enrollments},
     identity::{self, Identities},
+    limits::{self, Limits},
     listen::NodePort,
     model::{ObjectRef, PodUid, TrustDomain},
     netns::NetnsHandle,
@@ -183,6 +184,9 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         .context("start the access log")?;
     let names =
         Names { cluster: config.cluster_id.as_str().into(), cluster_domain: config.cluster_domain.as_str().into() };
+    let files = limits::raise_open_files(config.max_open_files).context("raise the limit of open files")?;
+    info!(open_files = files, "limit of open files");
+    let limits = Limits::new(config.limits, files);
 
     let mut first = policy::compile(&views.borrow().cluster, &options, None);
     first.generation = datapath.first_generation();
@@ -247,13 +251,15 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
             let (snapshot, identities, log) = (snapshot.clone(), identities.clone(), log.clone());
             let (names, drained, open) = (names.clone(), drain.clone(), registry.shard());
             let (tally, tracer, limiter) = (tallies.tally(), tracer.clone(), limit.limiter());
+            let pods_limits = limits.clone();
             Worker::start(number, drain.clone(), move || {
-                let limits = tunnel::Config::default();
+                let tunnels = tunnel::Config::default();
                 Ok(Context {
                     snapshot,
                     identities,
-                    pool: tunnel::Pool::counted(limits, tally.clone()),
-                    tunnel: limits,
+                    pool: tunnel::Pool::counted(tunnels, tally.clone()),
+                    tunnel: tunnels,
+                    limits: pods_limits,
                     sockets: sockets.into(),
                     open,
                     tally,
@@ -277,7 +283,8 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         options,
         datapath,
         workers,
-        enrollments: Enrollments::default(),
+        enrollments: Enrollments::new(limits.clone()),
+        limits,
         states,
         passed,
         registry,
@@ -393,7 +400,7 @@ impl Settings {
     }
 
     /// Reads the configuration again. What can change, changes; a configuration that is wrong changes nothing.
-    fn reload(&mut self) {
+    fn reload(&mut self, limits: &Limits) {
         let next = match self.again.read() {
             Ok(next) => next,
             Err(error) => {
@@ -428,6 +435,8 @@ impl Settings {
         self.shown.send_replace(Arc::new(self.config.given.clone()));
         self.config.log_level = next.log_level;
         self.config.drain_deadline = next.drain_deadline;
+        self.config.limits = next.limits;
+        limits.set(next.limits);
     }
 }
 
@@ -454,6 +463,7 @@ struct Control {
     datapath: Datapath,
     workers: Vec<Worker>,
     enrollments: Enrollments,
+    limits: Arc<Limits>,
     /// Where each pod stands, for operators.
     states: watch::Sender<Arc<BTreeMap<PodUid, enroll::State>>>,
     passed: Passed,
@@ -527,7 +537,7 @@ impl Control {
                 }
                 _ = self.hangup.recv() => {
                     info!("SIGHUP: reading configuration and certificates again");
-                    self.settings.reload();
+                    self.settings.reload(&self.limits);
                     self.identities.reload();
                 }
                 Some(question) = self.questions.recv() => self.answer(question),
@@ -574,7 +584,7 @@ impl Control {
             self.looked_at_file = Instant::now();
             if self.settings.again.file_changed() {
                 info!("the configuration's file has changed: reading it again");
-                self.settings.reload();
+                self.settings.reload(&self.limits);
             }
         }
     }

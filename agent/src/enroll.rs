@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use crate::{
     connections,
     datapath::{Datapath, NetnsCookie, PodPolicy},
+    limits::Limits,
     listen,
     model::{PodUid, SpiffeId},
     netns::NetnsHandle,
@@ -27,8 +28,8 @@ use crate::{
 };
 
 /// The pods of this node that are in the mesh.
-#[derive(Default)]
 pub struct Enrollments {
+    limits: Arc<Limits>,
     enrolled: BTreeMap<PodUid, Enrolled>,
     by_cookie: BTreeMap<NetnsCookie, Arc<ServedPod>>,
     failures: BTreeMap<PodUid, String>,
@@ -60,6 +61,11 @@ pub struct Changes {
 }
 
 impl Enrollments {
+    /// None yet. Each gets its part of `limits`.
+    pub fn new(limits: Arc<Limits>) -> Self {
+        Self { limits, enrolled: BTreeMap::new(), by_cookie: BTreeMap::new(), failures: BTreeMap::new() }
+    }
+
     /// Makes the kernel and the workers equal to what the snapshot says of the pods that are on the node.
     pub fn reconcile(
         &mut self,
@@ -86,7 +92,7 @@ impl Enrollments {
                     changes.changed.push(uid.clone());
                     None
                 }),
-                None => enter(datapath, workers, workload, netns, &policy).map(Some),
+                None => enter(datapath, workers, &self.limits, workload, netns, &policy).map(Some),
             };
             match result {
                 Ok(entered) => {
@@ -111,6 +117,7 @@ impl Enrollments {
             }
         }
         self.failures.retain(|uid, _| wanted.contains_key(uid));
+        self.limits.share_among(self.enrolled.len());
         changes
     }
 
@@ -226,6 +233,7 @@ fn wanted(snapshot: &Snapshot, node: &pods::Node) -> BTreeMap<PodUid, (Arc<Workl
 fn enter(
     datapath: &mut Datapath,
     workers: &[Worker],
+    limits: &Arc<Limits>,
     workload: &Workload,
     netns: &Arc<NetnsHandle>,
     policy: &PodPolicy,
@@ -237,8 +245,13 @@ fn enter(
     datapath.prepare(cookie, netns.as_fd(), &workload.ips)?;
     let count = u32::try_from(workers.len()).context("number of workers")?;
     let listeners = listen::open(netns, count)?;
-    let pod =
-        Arc::new(ServedPod { uid: workload.uid.clone(), netns: netns.clone(), cookie, ips: workload.ips.clone() });
+    let pod = Arc::new(ServedPod {
+        uid: workload.uid.clone(),
+        netns: netns.clone(),
+        cookie,
+        ips: workload.ips.clone(),
+        load: limits.load(),
+    });
     for ((number, worker), listeners) in (0..count).zip(workers).zip(listeners) {
         for kind in [ListenerKind::Outbound, ListenerKind::Tunnel, ListenerKind::Plaintext] {
             datapath.listener(cookie, kind, number, listeners.of(kind))?;

@@ -23,6 +23,7 @@
 //! | [`datapath`] | load, attach, and make the maps equal to what is wanted; the only place that imports aya |
 //! | [`identity`] | keys, certificates, trust bundle, rotation; from a peer's certificate to its SPIFFE ID |
 //! | [`tunnel`] | one CONNECT stream over mTLS, and the pool; knows HTTP/2 and rustls, not pods, policy or Kubernetes |
+//! | [`limits`] | what one pod, and one peer, may take of the agent |
 //! | [`listen`] | bind inside a pod |
 //! | [`proxy`] | the story of one connection: `outbound.rs`, `inbound.rs`, `copy.rs` |
 //! | [`worker`] | one thread that carries connections |
@@ -72,6 +73,7 @@ pub mod dns;
 pub mod drain;
 pub mod enroll;
 pub mod identity;
+pub mod limits;
 pub mod listen;
 pub mod model;
 pub mod netns;

@@ -9,9 +9,10 @@ use std::{
     time::Duration,
 };
 
-use super::{Given, Invalid, Setting, Values};
+use super::{Given, Invalid, Setting, Values, parse_size};
 use crate::{
     dns,
+    limits::Numbers,
     telemetry::{self, Format, trace},
 };
 
@@ -152,7 +153,38 @@ pub const SETTINGS: &[Setting] = &[
         name: "drain-deadline",
         value: "TIME",
         default: Some("5s"),
-        help: "How long open connections may go on after SIGTERM before they are reset",
+        help: "How long open connections may go on after SIGTERM, or after another agent has taken over, before they are reset",
+    },
+    Setting {
+        name: "max-connections-per-pod",
+        value: "N",
+        default: Some("16384"),
+        help: "Connections that a pod may have open; also those to a pod, counted for each client address",
+    },
+    Setting {
+        name: "max-memory-per-pod",
+        value: "SIZE",
+        default: Some("256MiB"),
+        help: "Memory for a pod: 8 KiB for each connection, and what arrived in tunnels and the other side does not read; above it \
+               new connections are refused, and those that hold more than 64 KiB are reset when they get more",
+    },
+    Setting {
+        name: "max-handshakes-per-peer",
+        value: "N",
+        default: Some("256"),
+        help: "Tunnels from one address in which nothing has been asked for yet",
+    },
+    Setting {
+        name: "max-open-files",
+        value: "N",
+        default: None,
+        help: "Descriptors that the agent may have, at least 64; the hard limit unless set",
+    },
+    Setting {
+        name: "open-files-reserve",
+        value: "N",
+        default: Some("256"),
+        help: "The last descriptors, at most a quarter of all, which only pods with less than their share of connections get",
     },
 ];
 
@@ -201,6 +233,10 @@ pub struct Config {
     pub otlp_endpoint: Option<String>,
     /// `--drain-deadline`
     pub drain_deadline: Duration,
+    /// `--max-connections-per-pod` and the others of their kind.
+    pub limits: Numbers,
+    /// `--max-open-files`
+    pub max_open_files: Option<usize>,
     /// The file that `--config` names.
     pub file: Option<PathBuf>,
     /// Every setting that has a value, as it was written, and where.
@@ -208,7 +244,14 @@ pub struct Config {
 }
 
 /// Settings that take effect while the agent runs; all others need a new start.
-pub const LIVE: &[&str] = &["drain-deadline", "log-level"];
+pub const LIVE: &[&str] = &[
+    "drain-deadline",
+    "log-level",
+    "max-connections-per-pod",
+    "max-handshakes-per-peer",
+    "max-memory-per-pod",
+    "open-files-reserve",
+];
 
 impl Config {
     /// Names of the settings that are other ones in `next`.
@@ -316,6 +359,8 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let log_limit = values.optional("log-limit");
     let otlp_endpoint = values.parse("otlp-endpoint", trace::endpoint);
     let drain_deadline = values.duration("drain-deadline");
+    let max_open_files = values.parse("max-open-files", |text| number(text, 64));
+    let limits = limits(&mut values);
     let (file, given) = (values.file().map(Into::into), values.given());
     let config = (|| {
         Some(Config {
@@ -340,6 +385,8 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             log_limit: log_limit?,
             otlp_endpoint,
             drain_deadline: drain_deadline?,
+            limits: limits?,
+            max_open_files,
             file,
             given,
         })
@@ -357,6 +404,26 @@ fn domain(text: &str) -> Result<String, &'static str> {
     match text.split('.').all(label) && text.len() <= 200 {
         true => Ok(text.to_owned()),
         false => Err("must be a DNS domain in lower case, as in cluster.local"),
+    }
+}
+
+fn limits(values: &mut Values) -> Option<Numbers> {
+    let connections_per_pod = values.parse("max-connections-per-pod", |text| number(text, 1));
+    let memory_per_pod = values.parse("max-memory-per-pod", parse_size);
+    let handshakes_per_peer = values.parse("max-handshakes-per-peer", |text| number(text, 1));
+    let open_files_reserve = values.parse("open-files-reserve", |text| number(text, 0));
+    Some(Numbers {
+        connections_per_pod: connections_per_pod?,
+        memory_per_pod: memory_per_pod?,
+        handshakes_per_peer: handshakes_per_peer?,
+        open_files_reserve: open_files_reserve?,
+    })
+}
+
+fn number(text: &str, least: usize) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number >= least => Ok(number),
+        _ => Err(format!("must be a number, at least {least}")),
     }
 }
 

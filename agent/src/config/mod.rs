@@ -290,6 +290,24 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     number.checked_mul(millis).map(Duration::from_millis).ok_or_else(expected)
 }
 
+/// Parses a number of bytes: `65536`, `64KiB`, `256MiB`, `1GiB`.
+///
+/// # Errors
+/// One line that says what is expected.
+pub fn parse_size(text: &str) -> Result<usize, String> {
+    let expected = || "must be a number of bytes, as in 65536, 64KiB, 256MiB or 1GiB".to_owned();
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let number: usize = text[..digits].parse().map_err(|_| expected())?;
+    let unit = match &text[digits..] {
+        "" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return Err(expected()),
+    };
+    number.checked_mul(unit).ok_or_else(expected)
+}
+
 /// The command-line interface of one command, made from its table.
 pub fn clap_command(name: &'static str, about: &'static str, settings: &'static [Setting]) -> clap::Command {
     let arg = |setting: &Setting| {
@@ -394,6 +412,16 @@ mod tests {
             "--drain-deadline: \"5 parsecs\": must be a number with a unit",
         ] {
             assert!(text.contains(part), "{part} in:\n{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_in_bytes_or_have_a_unit() {
+        for (text, bytes) in [("0", 0), ("65536", 65536), ("64KiB", 65536), ("256MiB", 256 << 20), ("1GiB", 1 << 30)] {
+            assert_eq!(parse_size(text), Ok(bytes));
+        }
+        for wrong in ["", "KiB", "-1", "1KB", "1.5GiB", "99999999999999999999", "99999999999GiB"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
         }
     }
 

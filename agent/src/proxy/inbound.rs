@@ -1,7 +1,7 @@
 //! A connection to a pod of this node: by a tunnel, judged and delivered with the client's address; or plaintext whose
 //! verdict needs the agent.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{net::SocketAddr, os::fd::AsRawFd as _, rc::Rc, sync::Arc, time::Duration};
 
 use culvert_common::{Answer, PORT_HBONE, Peer, Reason};
 use tokio::{net::TcpStream, time::Instant};
@@ -48,6 +48,15 @@ pub async fn tunnel(
         return reset_on_close(&socket);
     }
     let story = || Story::of_tunnel(remote, local);
+    let waiting = match context.limits.handshake(remote.ip()) {
+        Ok(waiting) => waiting,
+        Err(limit) => {
+            reset_on_close(&socket);
+            let mut refused = story();
+            refused.facts().dst_workload = context.snapshot().workload(&pod.uid).cloned();
+            return refused.end(&context, &Outcome::limited(limit));
+        }
+    };
     let Some(workload) = context.snapshot().workload(&pod.uid).cloned() else {
         reset_on_close(&socket);
         let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");
@@ -75,7 +84,9 @@ pub async fn tunnel(
             }
         }
     };
+    let mut waiting = Some(waiting);
     let served = server::serve(socket, tls, context.tunnel, drain, |incoming| {
+        waiting = None;
         let (proved, _) = established.get_or_insert_with(|| {
             let proved = identity::peer_identity(&incoming.peer().certificates);
             tell_mismatch(&context, incoming.peer().remote, &proved);
@@ -205,6 +216,10 @@ async fn judge(
         Err(Unavailable::NotWanted(_)) if !own.enrollment.enrolled => {}
         Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::IdentityError, error)),
     }
+    let _place = match pod.load.inbound(remote.ip(), None) {
+        Ok(place) => place,
+        Err(limit) => return refuse(incoming, 503, Outcome::limited(limit)),
+    };
     // [H.2], [H.5]: the address is the TCP source; the header gives the port at most.
     let forwarded = incoming.header("forwarded").and_then(headers::forwarded_client);
     let client = forwarded.filter(|client| client.ip() == remote.ip()).unwrap_or(remote);
@@ -216,13 +231,15 @@ async fn judge(
         Ok(leg) => leg,
         Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::Connect, error)),
     };
-    let stream = match incoming.accept(Some(&baggage(own, &context.names.cluster))) {
+    let mut stream = match incoming.accept(Some(&baggage(own, &context.names.cluster))) {
         Ok(stream) => stream,
         Err(error) => return Outcome::failed(Flag::Reset, format_args!("the client gave up: {error:?}")),
     };
     let word = verdict.reason.as_str();
+    let charge = Arc::new(pod.load.charge());
+    stream.charge(charge.clone());
     let copied = copy::bidirectional(leg, stream, &story.counters);
-    watched(context, pod, Peer::Tunnel, target.port(), word, copied).await
+    watched(context, pod, Peer::Tunnel, target.port(), word, copied).await.or_limited(&charge)
 }
 
 fn tell_source(story: &mut Story, snapshot: &Snapshot, remote: SocketAddr, proved: SpiffeId) {
@@ -317,6 +334,10 @@ async fn deliver(
     if verdict.answer == Answer::Refuse {
         return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
     }
+    let _place = match pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())) {
+        Ok(place) => place,
+        Err(limit) => return Outcome::limited(limit),
+    };
     story.admitted(verdict.reason.as_str());
     let leg = match context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await {
         Ok(leg) => leg,

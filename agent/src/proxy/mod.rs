@@ -23,6 +23,7 @@ use crate::{
     datapath::{Leg, NetnsCookie, Sockets},
     drain,
     identity::Identities,
+    limits::{Limits, Load},
     model::PodUid,
     netns::NetnsHandle,
     policy::{Occupant, Snapshot, Workload},
@@ -51,6 +52,8 @@ pub struct ServedPod {
     pub cookie: NetnsCookie,
     /// Its addresses.
     pub ips: Vec<IpAddr>,
+    /// What it has of the agent.
+    pub load: Arc<Load>,
 }
 
 /// What all connections of one worker share.
@@ -63,6 +66,8 @@ pub struct Context {
     pub pool: tunnel::Pool,
     /// Limits of tunnels.
     pub tunnel: tunnel::Config,
+    /// What pods and peers may take.
+    pub limits: Arc<Limits>,
     /// This worker's view of the kernel's maps.
     pub sockets: RefCell<Sockets>,
     /// Where this worker's open connections are entered.

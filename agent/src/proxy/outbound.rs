@@ -1,6 +1,6 @@
 //! A pod's own connection: captured, routed, and carried through a tunnel or, out of the mesh, as it is.
 
-use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, os::fd::AsRawFd as _, rc::Rc, sync::Arc, time::Duration};
 
 use culvert_common::{PORT_HBONE, Peer};
 use tokio::{net::TcpStream, time::Instant};
@@ -36,7 +36,14 @@ pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream,
     };
     let client = canonical(client);
     let mut story = Story::new(Direction::Outbound, client, dst);
-    let outcome = route(&context, &pod, socket, client, dst, &mut story).await;
+    let outcome = match pod.load.outbound(socket.get().as_raw_fd()) {
+        Ok(_place) => route(&context, &pod, socket, client, dst, &mut story).await,
+        Err(limit) => {
+            story.facts().src_workload = context.snapshot().workload(&pod.uid).cloned();
+            story.open(&context);
+            Outcome::limited(limit)
+        }
+    };
     story.end(&context, &outcome);
 }
 
@@ -86,10 +93,12 @@ async fn route(
                     open(context, pod, own, &workload, client, target, service.as_ref(), &snapshot, until, story.trace)
                         .await;
                 return match opened {
-                    Opened::Stream(stream) => {
+                    Opened::Stream(mut stream) => {
+                        let charge = Arc::new(pod.load.charge());
+                        stream.charge(charge.clone());
                         tokio::select! {
                             ended = copy::bidirectional(socket, stream, &story.counters) => {
-                                Outcome::of_copy(ended, "tunnelled", "the client", "the server")
+                                Outcome::of_copy(ended, "tunnelled", "the client", "the server").or_limited(&charge)
                             }
                             () = context.cut() => drained(),
                         }

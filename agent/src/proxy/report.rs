@@ -12,6 +12,7 @@ use super::{
     copy::{Cause, CopyOutcome, Counters, Side},
 };
 use crate::{
+    limits::Limit,
     model::{ObjectRef, SpiffeId},
     policy::{RouteRefusal, Workload},
     telemetry::{
@@ -20,7 +21,7 @@ use crate::{
         trace::{Span, Trace},
         traffic,
     },
-    tunnel::OpenError,
+    tunnel::{Charge, OpenError},
 };
 
 /// How a connection ended; the closed list of words that follow `reason=`.
@@ -65,6 +66,8 @@ pub(super) enum Flag {
     Reset,
     /// The tunnel was lost.
     TunnelLost,
+    /// The pod, or the peer, has as much of the agent as it may.
+    Limit(Limit),
     /// The connection outlived the drain deadline.
     Drained,
     /// The client asks for what there is not, or must not be reached.
@@ -84,6 +87,7 @@ impl Flag {
             Self::Refused | Self::Denied => "refused-by-peer",
             Self::Reset => "reset",
             Self::TunnelLost => "tunnel-lost",
+            Self::Limit(limit) => limit.as_str(),
             Self::Drained => "drained",
             Self::NoRoute(refusal) => refusal.as_str(),
             Self::UnknownWorkload => "unknown-workload",
@@ -100,7 +104,7 @@ impl Flag {
             Self::TlsFailure => traffic::Flag::TlsFailure,
             Self::H2HandshakeFailure => traffic::Flag::H2HandshakeFailure,
             Self::IdentityError => traffic::Flag::IdentityError,
-            Self::Denied => traffic::Flag::Deny,
+            Self::Denied | Self::Limit(_) => traffic::Flag::Deny,
             Self::NoRoute(refusal) => match refusal {
                 RouteRefusal::NotInRegistry | RouteRefusal::Loop => traffic::Flag::Deny,
                 RouteRefusal::NoSuchServicePort | RouteRefusal::NoEndpoint | RouteRefusal::AmbiguousAddress => {
@@ -151,16 +155,27 @@ impl Outcome {
         }
     }
 
-    /// The word, if policy or routing refused it here.
+    /// The word, if policy, routing or a limit refused it here.
     fn refusal(&self) -> Option<&'static str> {
         match self {
             Self::Complete(_) => None,
             Self::Denied { reason, .. } => Some(reason),
-            Self::Failed { flag: flag @ (Flag::NoRoute(_) | Flag::UnknownWorkload | Flag::IdentityError), .. } => {
-                Some(flag.as_str())
-            }
+            Self::Failed {
+                flag: flag @ (Flag::NoRoute(_) | Flag::UnknownWorkload | Flag::IdentityError | Flag::Limit(_)),
+                ..
+            } => Some(flag.as_str()),
             Self::Failed { .. } => None,
         }
+    }
+
+    /// A limit that was reached.
+    pub(super) fn limited(limit: Limit) -> Self {
+        Self::failed(Flag::Limit(limit), limit)
+    }
+
+    /// As [`Outcome::of_copy`], where the copy's end may be that the pod held too much.
+    pub(super) fn or_limited(self, charge: &Charge) -> Self {
+        if charge.was_cut() { Self::limited(Limit::Memory) } else { self }
     }
 
     /// Of a tunnel that could not be opened.

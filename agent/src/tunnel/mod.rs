@@ -7,6 +7,7 @@
 //! [`Stream`] is what both ends hand out and all that the copy loop knows. HBONE (module `hbone`) is the one kind of
 //! tunnel today; another kind is another variant of it.
 
+mod account;
 mod authority;
 mod hbone;
 pub mod headers;
@@ -19,6 +20,7 @@ mod testing;
 mod tests;
 
 pub use self::{
+    account::{Account, Charge},
     authority::{Authority, AuthorityError, Host},
     pool::{Config, Connect, OpenError, Pool, PoolKey},
     stream::{ReadHalf, Stream, StreamError, WriteHalf, code},

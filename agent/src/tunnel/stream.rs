@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::hbone;
+use super::{Charge, hbone};
 
 /// Why a stream ended without END_STREAM: the bytes so far may be a truncated message, so that the socket on the
 /// other side must be reset, never closed.
@@ -65,6 +65,13 @@ impl Stream {
     /// The `baggage` header of the answer to our CONNECT: telemetry only ([H.2]). `None` on the server side.
     pub fn baggage(&self) -> Option<&str> {
         self.baggage.as_deref()
+    }
+
+    /// Counts what this stream holds from now on, and lets it be cut off where its owner holds too much.
+    pub fn charge(&mut self, charge: Arc<Charge>) {
+        match &mut self.read.0 {
+            Read::Hbone(half) => half.charge(charge),
+        }
     }
 
     /// The two directions, to be used side by side.

@@ -8,6 +8,7 @@ mod burst;
 mod conversation;
 mod cut;
 mod exchange;
+mod flood;
 mod hold;
 mod http;
 mod paced;
@@ -28,6 +29,7 @@ pub use burst::{BurstResult, Quantiles};
 pub use conversation::Conversation;
 pub use cut::{CutResult, CutVerb};
 pub use exchange::{ExchangeResult, Verb};
+pub use flood::FloodResult;
 pub use hold::HeldRound;
 pub use http::{HttpResult, Seen};
 pub use paced::PacedResult;
@@ -130,6 +132,24 @@ pub enum Program {
         parallel: u32,
         /// Limit of a connection, milliseconds.
         #[arg(long, default_value_t = 10_000)]
+        timeout_ms: u64,
+    },
+    /// Open connections to an exchange server and hold them until a file exists.
+    Flood {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Number of connections that are tried.
+        #[arg(long)]
+        count: u64,
+        /// Say nothing on them.
+        #[arg(long)]
+        silent: bool,
+        /// The file.
+        #[arg(long)]
+        until: PathBuf,
+        /// Limit of a connect or a read, milliseconds.
+        #[arg(long, default_value_t = 20_000)]
         timeout_ms: u64,
     },
     /// Make connections to an exchange server at a steady rate until a file exists; count the errors.
@@ -239,6 +259,9 @@ impl Program {
             }
             Self::Short { to, count, parallel, timeout_ms } => {
                 print(&short::run(to, count, parallel, Duration::from_millis(timeout_ms)))
+            }
+            Self::Flood { to, count, silent, until, timeout_ms } => {
+                flood::run(to, count, silent, &until, Duration::from_millis(timeout_ms))
             }
             Self::Paced { to, rate, live_ms, until, timeout_ms } => {
                 let (live, limit) = (Duration::from_millis(live_ms), Duration::from_millis(timeout_ms));

@@ -24,7 +24,7 @@ use super::{
     stream::{Entry, FIRST_STREAM_WINDOW, MAX_STREAM_WINDOW, Side, register},
     tls::{self, Opened, Session, TlsError},
 };
-use crate::tunnel::{StreamError, code};
+use crate::tunnel::{Charge, StreamError, code};
 
 /// Window of the connection, in bytes: the largest that RFC 9113 §6.9.1 allows, and given back on arrival.
 ///
@@ -525,7 +525,8 @@ impl Core {
             if entry.unreleased >= entry.max_window / 2 {
                 let mut increment = std::mem::take(&mut entry.unreleased);
                 // The reader has caught up: a larger window might have kept it busy.
-                if entry.queued == 0 && entry.max_window < MAX_STREAM_WINDOW {
+                let may_grow = entry.charge.as_ref().is_none_or(|charge| charge.may_grow());
+                if entry.queued == 0 && entry.max_window < MAX_STREAM_WINDOW && may_grow {
                     increment += entry.max_window;
                     entry.max_window *= 2;
                 }
@@ -575,6 +576,15 @@ impl Core {
             self.streams.remove(&id);
             // The driver may wait for the last of them.
             self.wake_driver();
+        }
+    }
+
+    /// From now on what is queued counts for somebody.
+    pub(super) fn charge(&mut self, id: u32, charge: Arc<Charge>) {
+        let Some(entry) = self.streams.get_mut(&id) else { return };
+        entry.charge = Some(charge);
+        if entry.account() {
+            self.reset(id, error::ENHANCE_YOUR_CALM);
         }
     }
 
@@ -781,7 +791,10 @@ impl Core {
         }
         // Padding is read by nobody, so it is given back here.
         entry.unreleased += flow - bytes.len() as u32;
-        entry.push(bytes);
+        if entry.push(bytes) {
+            self.reset(id, error::ENHANCE_YOUR_CALM);
+            return Ok(());
+        }
         if end {
             entry.read = Side::Ended;
             if let Some(reader) = entry.reader.take() {

@@ -3,13 +3,14 @@
 use std::{
     fmt,
     io::{self, IoSliceMut},
+    sync::Arc,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
 
 use super::{connection::Shared, head::Head};
-use crate::tunnel::StreamError;
+use crate::tunnel::{Charge, StreamError};
 
 /// A stream before it has two halves: a request that waits for its answer, on either side.
 pub(super) struct Opening {
@@ -75,6 +76,10 @@ pub(in crate::tunnel) struct WriteHalf {
 }
 
 impl ReadHalf {
+    pub(in crate::tunnel) fn charge(&mut self, charge: Arc<Charge>) {
+        self.core.borrow_mut().charge(self.id, charge);
+    }
+
     pub(in crate::tunnel) fn poll_read(&mut self, cx: &Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
         self.core.borrow_mut().poll_read(self.id, cx)
     }

@@ -20,12 +20,13 @@ mod tls;
 use std::{
     io::{self, IoSliceMut},
     rc::Rc,
+    sync::Arc,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
 
-use super::StreamError;
+use super::{Charge, StreamError};
 
 /// What the peer sends on one stream.
 #[derive(Debug)]
@@ -48,6 +49,10 @@ fn halves(opening: handle::Opening, slot: Option<client::Slot>) -> (ReadHalf, Wr
 }
 
 impl ReadHalf {
+    pub(super) fn charge(&mut self, charge: Arc<Charge>) {
+        self.half.charge(charge);
+    }
+
     pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
         self.half.poll_read(cx)
     }

@@ -2,13 +2,14 @@
 
 use std::{
     collections::VecDeque,
+    sync::Arc,
     task::{Context, Waker},
 };
 
 use bytes::{Bytes, BytesMut};
 
 use super::head::Head;
-use crate::tunnel::StreamError;
+use crate::tunnel::{Charge, StreamError};
 
 /// Most that one stream may be sent before its reader takes it, in bytes (§14.3).
 pub(super) const MAX_STREAM_WINDOW: u32 = 4 << 20;
@@ -42,6 +43,8 @@ pub(super) struct Entry {
     pub(super) reader: Option<Waker>,
     pub(super) writer: Option<Waker>,
     pub(super) watcher: Option<Waker>,
+    /// Whom what is queued counts for.
+    pub(super) charge: Option<Arc<Charge>>,
 }
 
 /// One direction of a stream.
@@ -71,6 +74,7 @@ impl Entry {
             reader: None,
             writer: None,
             watcher: None,
+            charge: None,
         }
     }
 
@@ -94,6 +98,7 @@ impl Entry {
             self.queue.clear();
             self.tail = BytesMut::new();
             self.queued = 0;
+            self.account();
         }
         if self.write == Side::Open {
             self.write = Side::Cut(error.clone());
@@ -101,9 +106,15 @@ impl Entry {
         self.wake();
     }
 
-    pub(super) fn push(&mut self, bytes: Bytes) {
+    /// Tells the owner's account what is queued; true if that is too much.
+    pub(super) fn account(&self) -> bool {
+        self.charge.as_ref().is_some_and(|charge| charge.set(self.queued))
+    }
+
+    /// True if the stream must be cut off, since its owner holds too much.
+    pub(super) fn push(&mut self, bytes: Bytes) -> bool {
         if bytes.is_empty() {
-            return;
+            return false;
         }
         self.queued += bytes.len();
         if bytes.len() < SMALL || self.queued > MAX_SLICED {
@@ -117,6 +128,7 @@ impl Entry {
         if let Some(reader) = self.reader.take() {
             reader.wake();
         }
+        self.account()
     }
 
     pub(super) fn pop(&mut self) -> Option<Bytes> {
@@ -126,6 +138,7 @@ impl Entry {
             None => std::mem::take(&mut self.tail).freeze(),
         };
         self.queued -= bytes.len();
+        self.account();
         Some(bytes)
     }
 }
