@@ -33,6 +33,8 @@ pub struct Enrollments {
     enrolled: BTreeMap<PodUid, Enrolled>,
     by_cookie: BTreeMap<NetnsCookie, Arc<ServedPod>>,
     failures: BTreeMap<PodUid, String>,
+    /// Pods that are not in but have an entry in the kernel, which refuses them.
+    refused: BTreeMap<PodUid, NetnsCookie>,
 }
 
 /// Where a pod of this node stands, for people to look at.
@@ -40,7 +42,7 @@ pub struct Enrollments {
 pub enum State {
     /// In the mesh.
     Enrolled(NetnsCookie),
-    /// To be in the mesh, refused until it is, and why it is not.
+    /// To be in the mesh, and why it is not. It is refused until it is, unless the text says otherwise.
     Failed(String),
 }
 
@@ -63,7 +65,13 @@ pub struct Changes {
 impl Enrollments {
     /// None yet. Each gets its part of `limits`.
     pub fn new(limits: Arc<Limits>) -> Self {
-        Self { limits, enrolled: BTreeMap::new(), by_cookie: BTreeMap::new(), failures: BTreeMap::new() }
+        Self {
+            limits,
+            enrolled: BTreeMap::new(),
+            by_cookie: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            refused: BTreeMap::new(),
+        }
     }
 
     /// Makes the kernel and the workers equal to what the snapshot says of the pods that are on the node.
@@ -79,7 +87,10 @@ impl Enrollments {
         let leaving: Vec<PodUid> =
             self.enrolled.keys().filter(|uid| self.leaves(uid, &wanted, snapshot, node)).cloned().collect();
         for uid in leaving {
-            self.leave(&uid, datapath, workers);
+            let comes_back = wanted.get(&uid).is_some_and(|(_, netns)| {
+                self.enrolled.get(&uid).is_some_and(|known| known.pod.netns.id() == netns.id())
+            });
+            self.leave(&uid, datapath, workers, comes_back);
         }
         for (uid, (workload, netns)) in &wanted {
             let policy = policy(snapshot, workload);
@@ -97,6 +108,7 @@ impl Enrollments {
             match result {
                 Ok(entered) => {
                     self.failures.remove(uid);
+                    self.refused.remove(uid);
                     if let Some(pod) = entered {
                         info!(pod = %workload.object, %uid, row = workload.enrollment.row, "pod enrolled");
                         self.by_cookie.insert(pod.cookie, pod.clone());
@@ -108,15 +120,35 @@ impl Enrollments {
                 }
                 Err(error) => {
                     changes.failed += 1;
-                    let text = format!("{error:#}");
+                    if let Ok(cookie) = connections::cookie(netns)
+                        && datapath.enrolled().contains(&cookie)
+                        && known.is_none()
+                    {
+                        self.refused.insert(uid.clone(), cookie);
+                    }
+                    let text = match known.is_some() || self.refused.contains_key(uid) {
+                        true => format!("{error:#}"),
+                        false => format!("{error:#}; nothing of it is captured, and nothing refused"),
+                    };
                     if self.failures.get(uid) != Some(&text) {
-                        error!(pod = %workload.object, %uid, error = text, "pod could not be enrolled; it stays refused");
+                        error!(pod = %workload.object, %uid, error = text, "pod could not be enrolled");
                         self.failures.insert(uid.clone(), text);
                     }
                 }
             }
         }
         self.failures.retain(|uid, _| wanted.contains_key(uid));
+        self.refused.retain(|uid, cookie| {
+            let stays = match wanted.get(uid) {
+                Some((_, netns)) => connections::cookie(netns).is_ok_and(|own| own == *cookie),
+                // Still there, and nobody says that it is out.
+                None => node.pods.contains_key(uid) && snapshot.workload(uid).is_none(),
+            };
+            if !stays && let Err(error) = datapath.remove(*cookie) {
+                warn!(%uid, error = format!("{error:#}"), "a pod that was refused could not be forgotten completely");
+            }
+            stays
+        });
         self.limits.share_among(self.enrolled.len());
         changes
     }
@@ -143,8 +175,9 @@ impl Enrollments {
     pub fn not_attached(&mut self, cookie: NetnsCookie, error: &anyhow::Error, workers: &[Worker]) {
         let Some(pod) = self.by_cookie.remove(&cookie) else { return };
         let (uid, error) = (&pod.uid, format!("{error:#}"));
-        error!(%uid, error, "pod could not be enrolled; it stays refused");
+        error!(%uid, error, "pod could not be enrolled");
         self.failures.insert(uid.clone(), error);
+        self.refused.insert(uid.clone(), cookie);
         self.enrolled.remove(uid);
         for worker in workers {
             worker.tell(Command::Leave(cookie));
@@ -205,11 +238,18 @@ impl Enrollments {
         }
     }
 
-    fn leave(&mut self, uid: &PodUid, datapath: &mut Datapath, workers: &[Worker]) {
+    /// `comes_back`: with other addresses. Until it is in again, it is refused and not open.
+    fn leave(&mut self, uid: &PodUid, datapath: &mut Datapath, workers: &[Worker], comes_back: bool) {
         let Some(enrolled) = self.enrolled.remove(uid) else { return };
         let cookie = enrolled.pod.cookie;
         self.by_cookie.remove(&cookie);
-        if let Err(error) = datapath.remove(cookie) {
+        let done = if comes_back {
+            self.refused.insert(uid.clone(), cookie);
+            datapath.suspend(cookie)
+        } else {
+            datapath.remove(cookie)
+        };
+        if let Err(error) = done {
             warn!(%uid, error = format!("{error:#}"), "a pod that left could not be forgotten completely");
         }
         for worker in workers {

@@ -242,6 +242,33 @@ fn a_client_whose_node_hears_later_or_sooner_than_the_servers_waits_and_is_serve
     Ok(())
 }
 
+/// [K.4]: a pod in the mesh whose addresses become others than its namespace has stays refused until they are right again,
+/// and does not fall out of the mesh meanwhile.
+#[test]
+fn a_pod_whose_addresses_are_wrong_stays_refused_until_they_are_right() -> Result<()> {
+    let sandbox = mesh(with_late("t-address"))?;
+    enrol(&sandbox, LATE)?;
+    put(&sandbox, &[strict("default")])?;
+    let pod = sandbox.pod(LATE)?.clone();
+    let (right, wrong) = (pod.at(Family::V4, 9080), "10.255.255.254");
+    call(&sandbox, LEGACY, right, &marker("before"), Want::Refused)?;
+    let (_, from) = sandbox.agent_log(Node::B, 0)?;
+    let ip = right.ip().to_string();
+    edit_pod(&sandbox, LATE, &[(&ip, wrong), (&pod.at(Family::V6, 0).ip().to_string(), "fd00:255::254")])?;
+    command::wait_for("the agent says so", LOG_LIMIT, || {
+        let (lines, _) = sandbox.agent_log(Node::B, from)?;
+        let says = |text: String| text.contains("has none of its addresses");
+        Ok(lines.iter().any(|line| line.field("error").is_some_and(says)).then_some(()))
+    })?;
+    call(&sandbox, LEGACY, right, &marker("inbound"), Want::Refused)?;
+    // In plaintext it would be served.
+    call(&sandbox, LATE, sandbox.pod(NGINX)?.at(Family::V4, 8080), &marker("outbound"), Want::Refused)?;
+    edit_pod(&sandbox, LATE, &[(wrong, &ip), ("fd00:255::254", &pod.at(Family::V6, 0).ip().to_string())])?;
+    settled(&sandbox, LATE, true)?;
+    call(&sandbox, LEGACY, right, &marker("after"), Want::Refused)?;
+    Ok(())
+}
+
 /// [E.5], [T.1], [K.4]: a client of the mesh that calls without pause while a pod comes and goes. While the pod comes in,
 /// its node refuses for a moment; when it leaves, a client that has not heard of it yet waits, and then goes where the
 /// pod now is. Nobody hangs, and nobody waits for a tunnel that will never be.
