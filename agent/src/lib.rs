@@ -16,7 +16,7 @@
 //! |---|---|
 //! | [`model`] | plain values: workload, service, endpoint, identity, policy as the user wrote it; no I/O |
 //! | [`policy`] | compiles the model; routes and decides one connection; pure, and the answer names the rule |
-//! | [`drain`], [`telemetry`], [`dns`] | orderly shutdown; logs, access log and readiness; from names to addresses |
+//! | [`drain`], [`telemetry`], [`dns`] | orderly shutdown; logs, access log, metrics, traces, open connections and readiness; from names to addresses |
 //! | [`source`] | a folder of manifests as whole snapshots of the model |
 //! | [`netns`] | enter a network namespace and come back; list, read and destroy the sockets in it |
 //! | [`pods`] | the pods of this node, joined with their cgroup and network namespace |
@@ -37,7 +37,7 @@
 //! # One connection
 //!
 //! A pod's `connect` meets the kernel program `connect4/6`, which notes the original destination at the socket and
-//! rewrites the address to the pod's own, on one of 4096 ports; `sk_lookup` in the pod's namespace recognises exactly
+//! rewrites the address to the pod's own, on one of 512 reserved ports; `sk_lookup` in the pod's namespace recognises exactly
 //! this connection and hands it to a listener of one of the workers, where [`proxy::outbound`] asks the snapshot for a
 //! route and opens a stream in a tunnel that starts from the pod's own address. On the other node the tunnel reaches the
 //! server pod's namespace, where `sk_lookup` hands port 15008 to a worker; [`proxy::inbound`] verifies, decides, and
@@ -53,13 +53,14 @@
 //! | `culvert-worker-N` | accepts and carries connections; nothing of a connection ever leaves its worker |
 //! | pods | follows the cgroup tree |
 //! | admin | answers readiness and operators |
+//! | metrics | answers whoever collects metrics |
 //! | access log | writes lines |
+//! | spans | exports traces, where a collector is configured |
+//! | `jemalloc_bg_thd` | the allocator's own: gives unused memory back |
 //!
 //! # Ports
 //!
 //! In a pod: 15008 tunnels (by `sk_lookup`; the sockets themselves listen from 65000 on), 512 to 1023 the redirected
-//! connections of the pod to itself. On the node: 15021 readiness, 15012 the CA.
-//! In a pod: 15008 tunnels (by `sk_lookup`; the sockets themselves listen above 65096), 61000 to 65095 the redirected
 //! connections of the pod to itself. On the node: 15021 readiness, 15020 metrics, 15012 the CA, 15000 (loopback) operators.
 
 pub mod admin;
