@@ -4,7 +4,6 @@
 //! comes from another site, and a name that was made to lead to this node is in `Host`: all three are refused.
 
 use std::{
-    collections::VecDeque,
     convert::Infallible,
     io,
     net::IpAddr,
@@ -17,25 +16,16 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, StatusCode, header, uri::Authority};
 use http_body_util::Full;
-use hyper::{
-    body::{Body, Frame, Incoming, SizeHint},
-    server::conn::http1,
-    service::service_fn,
-};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use serde::Serialize;
 use tokio::{
     net::TcpListener,
     sync::{OwnedSemaphorePermit, Semaphore, watch},
-    task::{AbortHandle, JoinSet},
 };
 use tracing::{debug, info, warn};
 
 use super::{Handles, dump, printable};
-use crate::telemetry::{
-    LogLevel,
-    readiness::{self, Ready},
-};
+use crate::telemetry::{LogLevel, answering, readiness::Ready};
 
 /// Connections at a time. One more costs the oldest its place.
 const CONNECTIONS: usize = 32;
@@ -81,42 +71,11 @@ impl State {
 /// # Errors
 /// The listener is broken; a shortage of descriptors or memory is waited for.
 pub async fn serve(listener: TcpListener, state: State, stop: impl Future<Output = ()>) -> io::Result<()> {
-    let mut connections = JoinSet::new();
-    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
-    let mut stop = std::pin::pin!(stop);
-    loop {
-        tokio::select! {
-            () = &mut stop => break,
-            Some(_) = connections.join_next(), if !connections.is_empty() => {}
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => {
-                    by_age.retain(|connection| !connection.is_finished());
-                    if by_age.len() >= CONNECTIONS
-                        && let Some(oldest) = by_age.pop_front()
-                    {
-                        oldest.abort();
-                    }
-                    let state = state.clone();
-                    by_age.push_back(connections.spawn(async move {
-                        let service = service_fn(|request| answer(request, state.clone()));
-                        let connection = http1::Builder::new()
-                            .timer(TokioTimer::new())
-                            .header_read_timeout(HEAD_PATIENCE)
-                            .max_buf_size(HEAD_BYTES)
-                            .keep_alive(false)
-                            .serve_connection(TokioIo::new(stream), service);
-                        // A client that went away or dawdled gets no answer, and nobody needs to know.
-                        let _ = tokio::time::timeout(PATIENCE, connection).await;
-                    }));
-                }
-                Err(error) if readiness::is_passing(&error) => tokio::time::sleep(Duration::from_millis(50)).await,
-                Err(error) => return Err(error),
-            },
-        }
-    }
-    drop(listener);
-    while connections.join_next().await.is_some() {}
-    Ok(())
+    answering::serve(listener, CONNECTIONS, PATIENCE, stop, |stream| {
+        let state = state.clone();
+        answering::http1(stream, HEAD_PATIENCE, HEAD_BYTES, move |request| answer(request, state.clone()))
+    })
+    .await
 }
 
 /// A body that keeps its place among the large ones until it is sent or given up.

@@ -4,7 +4,6 @@
 //! and nothing here waits long for anybody: if the thread that controls does not answer, its metrics are left out.
 
 use std::{
-    collections::VecDeque,
     convert::Infallible,
     sync::Arc,
     thread,
@@ -15,19 +14,17 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
-use hyper::{body::Incoming, server::conn::http1, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::body::Incoming;
 use tokio::{
     net::TcpListener,
     sync::{Mutex, mpsc, oneshot, watch},
-    task::{AbortHandle, JoinSet},
     time::timeout,
 };
 use tracing::warn;
 
 use super::{
+    answering,
     metrics::{self, Question, Sources},
-    readiness,
 };
 
 /// Connections at a time. One more costs the oldest its place.
@@ -88,14 +85,16 @@ impl Server {
                 return Ok(());
             }
             let state = Arc::new(State { sources, control, last: Mutex::default() });
+            let serving = answering::serve(listen()?, CONNECTIONS, PATIENCE, relieved, |stream| {
+                let state = state.clone();
+                answering::http1(stream, HEAD_PATIENCE, HEAD_BYTES, move |request| answer(request, state.clone()))
+            });
             tokio::select! {
-                // Whoever asks is answered by the successor.
-                () = relieved => {}
-                result = serve(listen()?, state, &mut stopped) => {
-                    return result.context("the metrics server has ended");
-                }
+                // Only ever dropped.
+                _ = &mut stopped => return Ok(()),
+                result = serving => result.context("the metrics server has ended")?,
             }
-            // Only ever dropped.
+            // Whoever asks now is answered by the successor.
             let _ = stopped.await;
             Ok(())
         };
@@ -143,43 +142,7 @@ impl Drop for Server {
     }
 }
 
-async fn serve(listener: TcpListener, state: Arc<State>, stop: &mut oneshot::Receiver<()>) -> std::io::Result<()> {
-    let mut connections = JoinSet::new();
-    let mut by_age: VecDeque<AbortHandle> = VecDeque::new();
-    loop {
-        tokio::select! {
-            // Only ever dropped.
-            _ = &mut *stop => return Ok(()),
-            Some(_) = connections.join_next(), if !connections.is_empty() => {}
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => {
-                    by_age.retain(|connection| !connection.is_finished());
-                    if by_age.len() >= CONNECTIONS
-                        && let Some(oldest) = by_age.pop_front()
-                    {
-                        oldest.abort();
-                    }
-                    let state = state.clone();
-                    by_age.push_back(connections.spawn(async move {
-                        let service = service_fn(|request| answer(request, &state));
-                        let connection = http1::Builder::new()
-                            .timer(TokioTimer::new())
-                            .header_read_timeout(HEAD_PATIENCE)
-                            .max_buf_size(HEAD_BYTES)
-                            .keep_alive(false)
-                            .serve_connection(TokioIo::new(stream), service);
-                        // Who went away or dawdled gets no answer, and nobody needs to know.
-                        let _ = timeout(PATIENCE, connection).await;
-                    }));
-                }
-                Err(error) if readiness::is_passing(&error) => tokio::time::sleep(Duration::from_millis(50)).await,
-                Err(error) => return Err(error),
-            },
-        }
-    }
-}
-
-async fn answer(request: Request<Incoming>, state: &State) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Response<Full<Bytes>>, Infallible> {
     let plain = |status: StatusCode, text: &'static str| {
         let mut response = Response::new(Full::from(text));
         *response.status_mut() = status;
@@ -191,7 +154,7 @@ async fn answer(request: Request<Incoming>, state: &State) -> Result<Response<Fu
             let open_metrics = accepts
                 .into_iter()
                 .any(|value| value.to_str().is_ok_and(|value| value.contains("application/openmetrics-text")));
-            let text = text(state).await;
+            let text = text(&state).await;
             let (body, kind) = match open_metrics {
                 true => (text, OPEN_METRICS),
                 false => (prometheus(&text).into(), PROMETHEUS),

@@ -14,6 +14,7 @@ use tracing_subscriber::{
 };
 
 pub mod access;
+pub(crate) mod answering;
 pub mod exposition;
 pub mod limit;
 pub mod metrics;

@@ -4,17 +4,16 @@
 //! Holds may be taken again later (while draining, or when a source is lost).
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     io,
-    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use super::answering;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    task::{AbortHandle, JoinSet},
 };
 
 /// The set of holds; ready when it is empty. Clones are the same set.
@@ -84,63 +83,14 @@ const HEAD_BYTES: usize = 8 << 10;
 /// # Errors
 /// The listener is broken; a shortage of descriptors or memory is waited for.
 pub async fn serve(listener: TcpListener, ready: Ready, stop: impl Future<Output = ()>) -> io::Result<()> {
-    let mut connections = JoinSet::new();
-    let mut by_age = VecDeque::new();
-    let mut stop = std::pin::pin!(stop);
-    loop {
-        tokio::select! {
-            () = &mut stop => break,
-            Some(_) = connections.join_next(), if !connections.is_empty() => {}
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => {
-                    by_age.retain(|connection: &AbortHandle| !connection.is_finished());
-                    if by_age.len() >= CONNECTIONS
-                        && let Some(oldest) = by_age.pop_front()
-                    {
-                        oldest.abort();
-                    }
-                    let ready = ready.clone();
-                    by_age.push_back(connections.spawn(async move {
-                        // A client that went away or dawdled gets no answer, and nobody needs to know.
-                        let _ = tokio::time::timeout(PATIENCE, answer(stream, &ready)).await;
-                    }));
-                }
-                Err(error) if is_passing(&error) => tokio::time::sleep(Duration::from_millis(50)).await,
-                Err(error) => return Err(error),
-            },
+    answering::serve(listener, CONNECTIONS, PATIENCE, stop, |stream| {
+        let ready = ready.clone();
+        async move {
+            // As there: who went away needs no answer.
+            let _ = answer(stream, &ready).await;
         }
-    }
-    drop(listener);
-    while connections.join_next().await.is_some() {}
-    Ok(())
-}
-
-/// Binds the address that [`serve`] answers on.
-///
-/// # Errors
-/// One line that names the address.
-pub async fn bind(addr: SocketAddr) -> anyhow::Result<TcpListener> {
-    use anyhow::Context;
-    TcpListener::bind(addr).await.with_context(|| format!("listen on {addr} for readiness"))
-}
-
-/// Whether an error of accept() concerns one connection, or a shortage that passes.
-pub(crate) fn is_passing(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(
-            libc::ECONNABORTED
-                | libc::EINTR
-                | libc::EMFILE
-                | libc::ENFILE
-                | libc::ENOBUFS
-                | libc::ENOMEM
-                | libc::EPROTO
-                | libc::ENETDOWN
-                | libc::EHOSTUNREACH
-                | libc::ENETUNREACH
-        )
-    )
+    })
+    .await
 }
 
 async fn answer(mut stream: TcpStream, ready: &Ready) -> io::Result<()> {
@@ -205,6 +155,8 @@ async fn answer(mut stream: TcpStream, ready: &Ready) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use super::*;
 
     async fn ask(addr: SocketAddr, request: &[u8]) -> String {
@@ -218,7 +170,7 @@ mod tests {
     fn with_server<F: Future<Output = ()>>(scenario: impl FnOnce(SocketAddr, Ready) -> F) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
-            let listener = bind("127.0.0.1:0".parse().expect("a literal")).await.expect("a free port");
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
             let addr = listener.local_addr().expect("bound");
             let ready = Ready::default();
             let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
