@@ -46,8 +46,8 @@ impl Listeners {
 
 /// Opens one set of listeners in a pod's network namespace for each of `workers`.
 ///
-/// Linux hands options of a listener down to the sockets that it accepts: all of them have `TCP_NODELAY`, and those of
-/// applications reset when they are closed.
+/// Linux hands options of a listener down to the sockets that it accepts: all of them have `TCP_NODELAY` and
+/// `SO_REUSEADDR`, and those of applications reset when they are closed.
 ///
 /// # Errors
 /// No descriptor or no port was left; nothing stays open.
@@ -99,6 +99,9 @@ fn bind(port: u16) -> io::Result<std::net::TcpListener> {
     socket.set_nonblocking(true)?;
     // Small answers must not wait for acknowledgements of earlier ones.
     socket.set_tcp_nodelay(true)?;
+    // A captured connection occupies its redirected port at the pod's address. An application that says the same may
+    // listen there all the same, as servers do.
+    socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -175,6 +178,7 @@ mod tests {
             let accepted = SockRef::from(&accepted);
             assert_eq!(accepted.linger().expect("option"), linger);
             assert!(accepted.tcp_nodelay().expect("option"));
+            assert!(accepted.reuse_address().expect("option"));
         }
     }
 

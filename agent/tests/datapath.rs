@@ -23,7 +23,7 @@ use aya::maps::{HashMap as BpfHashMap, Map, MapData};
 use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy, Predecessor, Turn};
 use culvert_common::{
     Addr, Answer, Direction, EventKind, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE,
-    PodAddrValue, Reason, SettingsValue,
+    PodAddrValue, REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -110,12 +110,17 @@ impl Node {
     /// The same in the maps of an agent that does not serve yet.
     fn enrolled_next(&self, mode: Mode) -> (Datapath, TcpListener) {
         let mut datapath = self.load_next();
-        self.prepare(&mut datapath);
+        let listener = self.enrol(&mut datapath, mode);
+        (datapath, listener)
+    }
+
+    fn enrol(&self, datapath: &mut Datapath, mode: Mode) -> TcpListener {
+        self.prepare(datapath);
         let listener = self.listener();
         datapath.listener(self.cookie, ListenerKind::Outbound, 0, listener.as_fd()).expect("the listener is taken");
         datapath.ready(self.cookie, &policy(1, mode)).expect("the policy is taken");
         datapath.beat().expect("beat");
-        (datapath, listener)
+        listener
     }
 
     fn prepare(&self, datapath: &mut Datapath) {
@@ -128,6 +133,7 @@ impl Node {
         within(&self.pod, || {
             let socket = Socket::new(Domain::IPV6, Type::STREAM, Some(Protocol::TCP)).expect("a socket");
             socket.set_only_v6(false).expect("dual stack");
+            socket.set_reuse_address(true).expect("an option");
             socket.bind(&SockAddr::from("[::]:0".parse::<SocketAddr>().expect("a literal"))).expect("bind");
             socket.listen(128).expect("listen");
             socket.into()
@@ -293,6 +299,22 @@ fn a_captured_connection_never_reaches_itself() {
             }
         });
     }
+}
+
+/// The redirected ports are no ports that an application could not have: the agent's end of a captured connection is at
+/// one of them, and a server that starts meanwhile listens there.
+#[test]
+fn an_application_listens_on_a_port_that_a_captured_connection_has() {
+    let node = Node::new();
+    let (_datapath, listener) = node.enrolled(Mode::Permissive);
+    let _client = node.dial_from_pod("10.200.0.9:8080").expect("captured");
+    let (accepted, _) = listener.accept().expect("the agent's listener gets it");
+    let port = accepted.local_addr().expect("bound").port();
+    assert!((REDIRECT_PORT_FIRST..REDIRECT_PORT_FIRST + REDIRECT_PORT_COUNT).contains(&port), "{port}");
+    // std's listeners say SO_REUSEADDR, as servers do.
+    let application = node.serve(&format!("0.0.0.0:{port}"));
+    let _local = node.dial_from_pod(&format!("{POD4}:{port}")).expect("connected");
+    application.accept().expect("the application gets its own");
 }
 
 /// [K.4]: enrolled but not ready, no listener, silent; each with its own reason, and recovery without touching the pod.
@@ -462,6 +484,41 @@ fn only_the_kubelets_own_connections_are_probes() {
     assert_eq!(shown, probe.local_addr().expect("the probe's address"), "without SNAT");
     assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Pass, Reason::Probe), 1);
     assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "not the kubelet any more");
+}
+
+/// [K.5]: a probe on its way while its pod becomes enrolled is a probe still.
+#[test]
+fn a_probe_that_was_under_way_at_enrolment_is_delivered() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let mut datapath = node.load();
+    let kubelet = node.cgroup.join("kubelet");
+    let id = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&kubelet).expect("stat"));
+    datapath
+        .settings(SettingsValue { kubelet_cgroup: id, kubelet_level: 2, ..SettingsValue::default() })
+        .expect("settings");
+    // The first SYN is lost where the pod's end is down; the next one comes a second later.
+    run(&format!("ip -n {}-pod link set eth0 down", node.name));
+    join(&kubelet);
+    let probe = within(&node.peer, || {
+        let probe = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).expect("a socket");
+        probe.set_nonblocking(true).expect("a flag");
+        let begun = probe.connect(&SockAddr::from("10.99.0.2:9080".parse::<SocketAddr>().expect("a literal")));
+        assert_eq!(begun.expect_err("not answered yet").raw_os_error(), Some(libc::EINPROGRESS));
+        probe
+    });
+    join(&node.cgroup.join("agent"));
+    node.enrol(&mut datapath, Mode::Strict);
+    run(&format!("ip -n {}-pod link set eth0 up", node.name));
+    let until = Instant::now() + Duration::from_secs(20);
+    while probe.peer_addr().is_err() {
+        assert!(probe.take_error().expect("an option").is_none(), "refused");
+        assert!(Instant::now() < until, "never delivered");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let (_, shown) = application.accept().expect("accept");
+    assert_eq!(shown.port(), probe.local_addr().expect("bound").as_socket().expect("IP").port());
+    assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Pass, Reason::Probe), 1);
 }
 
 /// Specification §3: the pod itself, by loopback and by its own address, is never captured.

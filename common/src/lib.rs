@@ -25,7 +25,8 @@ pub const PORT_HBONE: u16 = 15008;
 ///
 /// One (source, destination, port) triple has about 28 000 source ports; the destination is rewritten to the pod's own
 /// address and one of [`REDIRECT_PORT_COUNT`] ports, all of which the pod's `sk_lookup` program recognises by the
-/// recorded tuple, so a pod never runs out of them. What else listens on one of them is not disturbed.
+/// recorded tuple, so a pod never runs out of them. What else listens on one of them is not disturbed; an application
+/// that binds one without `SO_REUSEADDR` may find it in use, as it may find any port of a connection.
 ///
 /// With the same port at both ends a connection would be one with itself. So the range lies where no source port is
 /// chosen by the kernel, whatever the pod sets `net.ipv4.ip_local_port_range` to: below

@@ -46,16 +46,16 @@ pub(crate) fn connect(ctx: &SockAddrContext, v6: bool) -> i32 {
     }
 }
 
-/// A process outside every enrolled pod: noted if it is the kubelet calling an enrolled pod of this node ([K.5]).
+/// A process outside every enrolled pod: noted if it is the kubelet ([K.5]), whoever it calls. A pod may become enrolled
+/// while the kubelet's SYN is on its way.
 #[inline(always)]
 fn of_node(ctx: &SockAddrContext, cookie: u64, dst: Addr) -> i32 {
     let Some(settings) = SETTINGS.get(0) else { return ALLOW };
-    // SAFETY: only tested for presence.
-    if unsafe { POD_ADDRS.get(dst) }.is_none() {
-        return ALLOW;
-    }
     let kubelet = if settings.probes_by_netns != 0 {
+        // Everything of the host counts here: only what calls a pod of this node is worth a note.
         cookie == settings.host_netns_cookie
+            // SAFETY: only tested for presence.
+            && unsafe { POD_ADDRS.get(dst) }.is_some()
     } else {
         settings.kubelet_cgroup != 0
             // SAFETY: the helper takes a number, and answers 0 for a level that does not exist.
