@@ -60,7 +60,7 @@ const MODULES: [&str; 13] = [
 
 fn supports(kernel: Kernel) -> Result<()> {
     let unpacked = kernel.unpacked()?;
-    let mut guest = Guest::new(SCRIPT).limit(Duration::from_secs(240));
+    let mut guest = Guest::new(SCRIPT).limit(Duration::from_secs(480));
     let mut listed = Vec::new();
     for (name, package, target) in SUITES {
         let program = test_program(package, target)?;
