@@ -500,6 +500,8 @@ struct Unjudged {
     entered: bool,
     /// That it failed has been said.
     told: bool,
+    /// It has been judged once: what was on its way through the kernel at that moment is there by now.
+    again: bool,
 }
 
 impl Control {
@@ -669,9 +671,10 @@ impl Control {
         self.retry |= changes.failed > 0;
         self.states.send_replace(Arc::new(self.enrollments.states()));
         for uid in changes.changed {
-            self.unjudged.entry(uid).or_default();
+            self.unjudged.entry(uid).or_default().again = false;
         }
-        self.unjudged.extend(changes.entered.into_iter().map(|uid| (uid, Unjudged { entered: true, told: false })));
+        self.unjudged
+            .extend(changes.entered.into_iter().map(|uid| (uid, Unjudged { entered: true, ..Unjudged::default() })));
         if let Stage::Serving = self.stage {
             self.judge_again(&snapshot);
         }
@@ -689,6 +692,9 @@ impl Control {
                 }
                 self.retry = true;
                 self.unjudged.insert(uid, todo);
+            } else if own.authorization.judges() && !todo.again {
+                self.retry = true;
+                self.unjudged.insert(uid, Unjudged { again: true, ..Unjudged::default() });
             }
         }
     }

@@ -18,7 +18,7 @@ use std::{
 
 use anyhow::Context as _;
 use culvert_common::{
-    Answer, Direction, Event, EventKind, PORT_HBONE, Peer, Reason, SocketKind, SocketValue, Verdict, VerdictKey,
+    Answer, Direction, Event, EventKind, PORT_HBONE, Reason, SocketKind, SocketValue, Verdict, VerdictKey,
 };
 use tracing::{debug, info, warn};
 
@@ -28,7 +28,7 @@ use crate::{
         NetnsHandle,
         sock_diag::{Query, SockDiag, Socket, SocketId, States},
     },
-    policy::{Occupant, Snapshot, Workload},
+    policy::{self, Client, Connection, Occupant, RuleId, Snapshot, Workload},
     proxy::ServedPod,
     telemetry::{
         access::{self, Access, AccessLog, End},
@@ -54,11 +54,20 @@ pub struct Passed {
     storage: OwnedFd,
     access: AccessLog,
     names: Names,
-    closed_by_us: HashMap<(SocketAddr, SocketAddr), (Instant, Verdict, String)>,
+    closed_by_us: HashMap<(SocketAddr, SocketAddr), (Instant, Forbidden)>,
     open: Shard,
     tracked: HashMap<Flow, Tracked>,
     watched: Instant,
     limiter: Limiter,
+}
+
+/// Why a connection was closed.
+struct Forbidden {
+    reason: &'static str,
+    /// In words, with the object that decided.
+    detail: String,
+    /// That object, as the access log names it.
+    policy: Option<String>,
 }
 
 /// The pod's namespace, the client and the server: between two pods of one node a connection is told by both.
@@ -110,7 +119,7 @@ impl Passed {
     pub fn tell<'a>(&mut self, snapshot: &Snapshot, pods: impl Fn(NetnsCookie) -> Option<&'a Arc<ServedPod>>) {
         let now = Instant::now();
         self.limiter.tell(now);
-        self.closed_by_us.retain(|_, (at, _, _)| now.duration_since(*at) < KEEP_REASON);
+        self.closed_by_us.retain(|_, (at, _)| now.duration_since(*at) < KEEP_REASON);
         while let Some(event) = self.events.next() {
             let pod = pods(NetnsCookie(event.netns_cookie));
             if event.kind == EventKind::Closed as u8 {
@@ -261,6 +270,8 @@ impl Passed {
         let open = diag.list(&query(States::OPEN.and(States::SYN_RECV))).context("list the pod's sockets")?;
         let listening = diag.list(&query(States::LISTEN)).context("list the pod's listeners")?;
         let served: BTreeSet<u16> = listening.iter().map(|socket| socket.id.local.port()).collect();
+        // The kernel cannot judge their end again if that takes more than the mode.
+        let handshakes = own.authorization.judges();
         let mut result = Ok(());
         for socket in &open {
             let (local, remote) = (socket.id.local, socket.id.remote);
@@ -270,14 +281,30 @@ impl Passed {
             // Without a note: older than enrolment, or caught in the handshake before the kernel could note it.
             let noted = match kind(socket) {
                 Some(kind) if kind == SocketKind::Passed as u8 => true,
-                None if socket.cgroup.is_some() && arrived(pod, local, remote, &served) => false,
+                None if (socket.cgroup.is_some() || handshakes && socket.state == SYN_RECV)
+                    && arrived(pod, local, remote, &served) =>
+                {
+                    false
+                }
                 _ => continue,
             };
-            let verdict = snapshot.decide(own, Peer::Plain, local.port());
-            if verdict.answer != Answer::Refuse {
+            let connection = Connection {
+                server: own.server(),
+                client: Client::Plain,
+                source_ip: Some(remote.ip()),
+                destination_ip: Some(local.ip()),
+                port: local.port(),
+            };
+            let verdict = policy::decide(snapshot, &connection);
+            if verdict.allowed {
                 continue;
             }
-            match self.close(Some(own), &mut diag, &socket.id, verdict, snapshot.explain(&verdict)) {
+            let why = Forbidden {
+                reason: verdict.reason.as_str(),
+                detail: verdict.to_string(),
+                policy: verdict.decided_by.as_ref().map(ToString::to_string),
+            };
+            match self.close(Some(own), &mut diag, &socket.id, why) {
                 // The kernel reports the end of what it has noted; of others this is all that will be known.
                 Ok(true) if !noted && socket.state != SYN_RECV => {
                     self.ended(snapshot, &last_seen(pod, socket, &verdict))
@@ -314,17 +341,16 @@ impl Passed {
         own: Option<&Workload>,
         diag: &mut SockDiag,
         id: &SocketId,
-        verdict: Verdict,
-        detail: String,
+        why: Forbidden,
     ) -> anyhow::Result<bool> {
         let was_open =
             diag.destroy(id).with_context(|| format!("close {} → {}, which policy forbids", id.remote, id.local))?;
         if was_open {
             if self.limiter.admits(own, "closed-by-policy", Instant::now()) {
-                info!(src = %id.remote, dst = %id.local, reason = verdict.reason.as_str(), detail,
+                info!(src = %id.remote, dst = %id.local, reason = why.reason, detail = why.detail,
                     "closed an open connection that policy no longer allows");
             }
-            self.closed_by_us.insert((id.remote, id.local), (Instant::now(), verdict, detail));
+            self.closed_by_us.insert((id.remote, id.local), (Instant::now(), why));
         }
         Ok(was_open)
     }
@@ -334,13 +360,9 @@ impl Passed {
             let id = SocketId { local: dst(event), remote: src(event), ifindex: 0, cookie: 0 };
             let reason = Reason::from_u8(event.reason).unwrap_or(Reason::KernelCapacity);
             let verdict = Verdict { answer: Answer::Refuse, reason, rule: event.rule, generation: event.generation };
-            self.close(
-                snapshot.workload(&pod.uid).map(Arc::as_ref),
-                &mut diag,
-                &id,
-                verdict,
-                snapshot.explain(&verdict),
-            )
+            let (reason, detail) = (reason.as_str(), snapshot.explain(&verdict));
+            let why = Forbidden { reason, detail, policy: decided_by(snapshot, event) };
+            self.close(snapshot.workload(&pod.uid).map(Arc::as_ref), &mut diag, &id, why)
         });
         if let Err(error) = result {
             let own = snapshot.workload(&pod.uid).map(Arc::as_ref);
@@ -364,12 +386,12 @@ impl Passed {
         counters.forward.fetch_max(sent, Ordering::Relaxed);
         counters.backward.fetch_max(received, Ordering::Relaxed);
         let ours = self.closed_by_us.remove(&(src(event), dst(event)));
-        let (reason, detail) = match &ours {
-            Some((_, verdict, detail)) => (verdict.reason.as_str(), Some(detail as &dyn fmt::Display)),
-            None => (word(event), None),
+        let (reason, detail, policy) = match &ours {
+            Some((_, why)) => (why.reason, Some(&why.detail as &dyn fmt::Display), why.policy.clone()),
+            None => (word(event), None, None),
         };
         open.close(if ours.is_some() { Flag::Deny } else { Flag::None });
-        self.line(snapshot, event, access::Event::Complete, reason, detail);
+        self.line(snapshot, event, access::Event::Complete, reason, policy, detail);
     }
 
     /// A connection that the kernel refused was opened, and has failed.
@@ -394,7 +416,7 @@ impl Passed {
             }),
             None => "refused".to_owned(),
         };
-        self.line(snapshot, event, access::Event::Failed, word(event), Some(&detail));
+        self.line(snapshot, event, access::Event::Failed, word(event), decided_by(snapshot, event), Some(&detail));
     }
 
     fn line(
@@ -403,6 +425,7 @@ impl Passed {
         event: &Event,
         kind: access::Event,
         reason: &'static str,
+        policy: Option<String>,
         error: Option<&dyn fmt::Display>,
     ) {
         let own = match direction(event) {
@@ -432,6 +455,9 @@ impl Passed {
             }),
             error,
             reason: Some(&reason),
+            policy: policy.as_ref().map(|policy| policy as &dyn fmt::Display),
+            dry_run: None,
+            audit: None,
             trace_id: None,
         });
     }
@@ -453,7 +479,7 @@ impl Passed {
 
 /// What the kernel would have reported of a connection's end, from its socket as it was listed before it was closed.
 /// When it was opened is not known.
-fn last_seen(pod: &ServedPod, socket: &Socket, verdict: &Verdict) -> Event {
+fn last_seen(pod: &ServedPod, socket: &Socket, verdict: &policy::Verdict) -> Event {
     let bytes = socket.bytes.unwrap_or_default();
     Event {
         src: socket.id.remote.ip().into(),
@@ -461,7 +487,6 @@ fn last_seen(pod: &ServedPod, socket: &Socket, verdict: &Verdict) -> Event {
         netns_cookie: pod.cookie.0,
         received_bytes: bytes.received,
         sent_bytes: bytes.acked,
-        rule: verdict.rule,
         generation: verdict.generation,
         sport: socket.id.remote.port(),
         dport: socket.id.local.port(),
@@ -539,6 +564,11 @@ fn by_side(event: &Event) -> (u64, u64) {
         access::Direction::Inbound => (event.sent_bytes, event.received_bytes),
         access::Direction::Outbound => (event.received_bytes, event.sent_bytes),
     }
+}
+
+/// The object that decided in the kernel, as the access log names it.
+fn decided_by(snapshot: &Snapshot, event: &Event) -> Option<String> {
+    snapshot.rule(RuleId(event.rule)).map(|rule| rule.object.to_string())
 }
 
 fn word(event: &Event) -> &'static str {

@@ -22,7 +22,7 @@ use crate::{
     model::{PodUid, SpiffeId},
     netns::NetnsHandle,
     pods::{self, PodNetwork},
-    policy::{Snapshot, Workload},
+    policy::{Authorization, Snapshot, Workload},
     proxy::ServedPod,
     worker::{Command, Worker},
 };
@@ -49,6 +49,8 @@ pub enum State {
 struct Enrolled {
     pod: Arc<ServedPod>,
     policy: PodPolicy,
+    /// What the kernel has none of; when it changes, open connections are to be judged again.
+    authorization: Authorization,
 }
 
 /// What one pass changed.
@@ -94,10 +96,17 @@ impl Enrollments {
         }
         for (uid, (workload, netns)) in &wanted {
             let policy = policy(snapshot, workload);
-            let known = self.enrolled.get(uid);
-            if known.is_some_and(|known| same_policy(&known.policy, &policy)) {
+            let known = self.enrolled.get_mut(uid);
+            if let Some(known) = known
+                && same_policy(&known.policy, &policy)
+            {
+                if known.authorization != workload.authorization {
+                    known.authorization = workload.authorization.clone();
+                    changes.changed.push(uid.clone());
+                }
                 continue;
             }
+            let known = self.enrolled.get(uid);
             let result = match known.map(|known| known.pod.cookie) {
                 Some(cookie) => datapath.ready(cookie, &policy).map(|()| {
                     changes.changed.push(uid.clone());
@@ -112,10 +121,12 @@ impl Enrollments {
                     if let Some(pod) = entered {
                         info!(pod = %workload.object, %uid, row = workload.enrollment.row, "pod enrolled");
                         self.by_cookie.insert(pod.cookie, pod.clone());
-                        self.enrolled.insert(uid.clone(), Enrolled { pod, policy });
+                        let authorization = workload.authorization.clone();
+                        self.enrolled.insert(uid.clone(), Enrolled { pod, policy, authorization });
                         changes.entered.push(uid.clone());
                     } else if let Some(known) = self.enrolled.get_mut(uid) {
                         known.policy = policy;
+                        known.authorization = workload.authorization.clone();
                     }
                 }
                 Err(error) => {
@@ -331,7 +342,7 @@ fn policy(snapshot: &Snapshot, workload: &Workload) -> PodPolicy {
         mode: auth.mode,
         rule: auth.rule.0,
         ports: auth.ports.iter().map(|(port, (mode, rule))| (*port, (*mode, rule.0))).collect(),
-        plaintext_by_agent: false,
+        plaintext_by_agent: workload.authorization.judges(),
     }
 }
 

@@ -140,11 +140,21 @@ pub enum Reason {
     NoAddressOfFamily = 14,
     /// Plaintext whose verdict needs more than the kernel holds.
     NeedsAgent = 15,
+    /// A rule of an ALLOW policy matches, and nothing forbids the connection.
+    AllowMatch = 16,
+    /// ALLOW policies select the workload, and no rule of theirs matches.
+    NoAllowMatch = 17,
+    /// A rule of a DENY policy matches.
+    ExplicitDeny = 18,
+    /// The server is not in the mesh, so that nothing protects it ([AP.4]).
+    ServerNotEnrolled = 19,
+    /// The client's certificate is of a trust domain that is neither the mesh's nor an alias ([I.8]).
+    UntrustedTrustDomain = 20,
 }
 
 impl Reason {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 21] = [
         Self::Captured,
         Self::TunnelPort,
         Self::NoAllowPolicies,
@@ -161,6 +171,11 @@ impl Reason {
         Self::PolicyMissing,
         Self::NoAddressOfFamily,
         Self::NeedsAgent,
+        Self::AllowMatch,
+        Self::NoAllowMatch,
+        Self::ExplicitDeny,
+        Self::ServerNotEnrolled,
+        Self::UntrustedTrustDomain,
     ];
 
     /// The word for logs, metrics and documents.
@@ -182,6 +197,11 @@ impl Reason {
             Self::PolicyMissing => "policy-missing",
             Self::NoAddressOfFamily => "no-address-of-family",
             Self::NeedsAgent => "needs-agent",
+            Self::AllowMatch => "allow-match",
+            Self::NoAllowMatch => "no-allow-match",
+            Self::ExplicitDeny => "explicit-deny",
+            Self::ServerNotEnrolled => "server-not-enrolled",
+            Self::UntrustedTrustDomain => "untrusted-trust-domain",
         }
     }
 

@@ -5,8 +5,10 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
+pub mod authorization;
 pub mod identity;
 
+pub use authorization::AuthorizationPolicy;
 pub use identity::{SpiffeId, TrustDomain};
 
 /// UID of a pod (`metadata.uid`; for a static pod, its `kubernetes.io/config.hash`). Names are for humans.
@@ -48,6 +50,8 @@ pub struct Cluster {
     pub endpoint_slices: BTreeMap<ObjectRef, Arc<EndpointSlice>>,
     /// By reference.
     pub peer_authentications: BTreeMap<ObjectRef, Arc<PeerAuthentication>>,
+    /// By reference.
+    pub authorization_policies: BTreeMap<ObjectRef, Arc<AuthorizationPolicy>>,
 }
 
 /// ConfigMap `istio`, key `mesh` (specification §1.1).
@@ -63,6 +67,13 @@ pub struct MeshConfig {
     pub connect_timeout: std::time::Duration,
     /// `outboundTrafficPolicy.mode`: what becomes of destinations that are in no registry.
     pub outbound: OutboundPolicy,
+}
+
+impl MeshConfig {
+    /// Whether identities of this trust domain are ours: it is the mesh's, or an alias ([I.8]).
+    pub fn trusts(&self, domain: &TrustDomain) -> bool {
+        self.trust_domain == *domain || self.trust_domain_aliases.contains(domain)
+    }
 }
 
 /// What becomes of a destination that is in no registry (specification §9.4, last row).

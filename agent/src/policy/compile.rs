@@ -8,11 +8,11 @@ use std::{
     sync::Arc,
 };
 
-use crate::model::{Cluster, Node, ObjectRef, Pod, SpiffeId};
+use crate::model::{Cluster, Labels, Node, ObjectRef, Pod, SpiffeId};
 
 use super::{
-    Occupant, Options, RuleId, RuleKind, RuleObject, Snapshot, Workload, endpoints::Lookup, enrollment,
-    peer_auth::Policies,
+    Authorization, Occupant, Options, PeerAuth, RuleId, RuleKind, RuleObject, Server, Snapshot, Workload,
+    authorization::Authorizations, endpoints::Lookup, enrollment, peer_auth::Policies,
 };
 
 /// Options of enrolled pods that are known, but not read by this version ([E.6]).
@@ -26,6 +26,8 @@ const UNREAD_OPTIONS: [&str; 3] =
 pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>) -> Snapshot {
     let mut warnings = Vec::new();
     let policies = Policies::of(cluster, options, &mut warnings);
+    let layers = previous.map(|previous| previous.layers.clone()).unwrap_or_default();
+    let mut authorizations = Authorizations::of(cluster, options, layers, &mut warnings);
     let (rules, numbers) = number_rules(cluster, previous);
     let lookup = Lookup::of(cluster);
     let mut snapshot = Snapshot {
@@ -37,6 +39,7 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
         by_vip: HashMap::new(),
         rules,
         warnings: Vec::new(),
+        layers: Default::default(),
     };
     let place = |node: &Node, label: &str| node.labels.get(label).map(|at| Arc::<str>::from(at.as_str()));
     let places: HashMap<&Arc<str>, _> = cluster
@@ -60,7 +63,10 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
             }));
             policies.hint_service_ports(pod, lookup.services_of(&pod.object.namespace), &mut warnings);
         }
-        let peer_auth = policies.effective(pod, |object| numbers.get(object).copied().unwrap_or_default());
+        let namespace = &pod.object.namespace;
+        let number = |object: &ObjectRef| numbers.get(object).copied().unwrap_or_default();
+        let peer_auth = policies.effective(namespace, &pod.labels, number);
+        let authorization = authorizations.effective(namespace, &pod.labels);
         let (region, zone) = places.get(&pod.node).cloned().unwrap_or_default();
         let workload = Workload {
             uid: pod.uid.clone(),
@@ -74,6 +80,7 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
             node: pod.node.clone(),
             enrollment,
             peer_auth,
+            authorization,
             workload_name: pod.workload_name.clone(),
             labels: pod.labels.clone(),
             region,
@@ -104,6 +111,7 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
         }
         snapshot.services.insert(service.object.clone(), compiled);
     }
+    snapshot.layers = authorizations.into_layers();
     // Sorted, and each once: many pods give the same hint.
     snapshot.warnings = warnings.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
     snapshot.generation = previous.map_or(1, |previous| {
@@ -114,6 +122,59 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
         }
     });
     snapshot
+}
+
+/// What protects servers that are in no snapshot: those of recorded connections, by namespace and labels.
+pub struct Servers<'a> {
+    policies: Policies<'a>,
+    authorizations: Authorizations,
+    numbers: HashMap<ObjectRef, RuleId>,
+    known: HashMap<Arc<str>, HashMap<Labels, Arc<Protection>>>,
+}
+
+/// What protects one server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Protection {
+    /// Its effective PeerAuthentication.
+    pub peer_auth: PeerAuth,
+    /// Its AuthorizationPolicies.
+    pub authorization: Authorization,
+}
+
+impl Protection {
+    /// As a connection needs it.
+    pub fn server(&self, enrolled: bool) -> Server<'_> {
+        Server { enrolled, peer_auth: &self.peer_auth, authorization: &self.authorization }
+    }
+}
+
+impl<'a> Servers<'a> {
+    /// By the policies of `cluster`, which `snapshot` was compiled from.
+    pub fn of(cluster: &'a Cluster, options: &Options, snapshot: &Snapshot) -> Self {
+        // The snapshot has them already.
+        let mut warnings = Vec::new();
+        let numbers = snapshot.rules.iter().zip(1..).map(|(rule, number)| (rule.object.clone(), RuleId(number)));
+        Self {
+            policies: Policies::of(cluster, options, &mut warnings),
+            authorizations: Authorizations::of(cluster, options, snapshot.layers.clone(), &mut warnings),
+            numbers: numbers.collect(),
+            known: HashMap::new(),
+        }
+    }
+
+    /// What protects a server of this namespace with these labels.
+    pub fn protection(&mut self, namespace: &str, labels: &Labels) -> Arc<Protection> {
+        if let Some(known) = self.known.get(namespace).and_then(|known| known.get(labels)) {
+            return known.clone();
+        }
+        let name: Arc<str> = namespace.into();
+        let number = |object: &ObjectRef| self.numbers.get(object).copied().unwrap_or_default();
+        let peer_auth = self.policies.effective(namespace, labels, number);
+        let authorization = self.authorizations.effective(&name, labels);
+        let protection = Arc::new(Protection { peer_auth, authorization });
+        self.known.entry(name).or_default().insert(labels.clone(), protection.clone());
+        protection
+    }
 }
 
 /// The addresses that identify the pod: none where it shares the node's, none once it has finished.

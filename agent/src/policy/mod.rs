@@ -1,7 +1,7 @@
 //! From the cluster as it is to one compiled snapshot, and from the snapshot to an answer about one connection.
 //!
 //! Pure: no I/O, no clock, no randomness of its own. [`compile`] turns a [`Cluster`] into a [`Snapshot`];
-//! [`Snapshot::route`] answers the client side (specification §13, §8) and [`Snapshot::decide`] the server side (§5, §8).
+//! [`Snapshot::route`] answers the client side (specification §13, §8) and [`decide()`] the server side (§5, §6, §8).
 //! Carrying the answer out, and waiting where a tunnel is not ready yet ([T.1]), is for `proxy` and `datapath`.
 //!
 //! [`Cluster`]: crate::model::Cluster
@@ -10,7 +10,9 @@ use std::collections::BTreeSet;
 
 use crate::model::ObjectRef;
 
+mod authorization;
 mod compile;
+mod decide;
 mod endpoints;
 mod enrollment;
 mod peer_auth;
@@ -19,7 +21,9 @@ mod snapshot;
 #[cfg(test)]
 mod testing;
 
-pub use compile::compile;
+pub use authorization::{Authorization, RuleRef, hints};
+pub use compile::{Protection, Servers, compile};
+pub use decide::{Client, Connection, DecidedBy, DryRun, Server, Verdict, decide};
 pub use endpoints::{CompiledService, Endpoint};
 pub use enrollment::{DATAPLANE_MODE, Enrollment, REVISION, SIDECAR_INJECT, enrollment};
 pub use peer_auth::PeerAuth;

@@ -87,15 +87,15 @@ impl<'a> Policies<'a> {
     }
 
     /// [PA.3]; the winner is chosen by age before inheritance ([PA.5]).
-    fn workload(&self, pod: &Pod) -> Option<&'a PeerAuthentication> {
-        let scope = self.namespaces.get(&*pod.object.namespace)?;
-        scope.selecting.iter().find(|policy| matches(&policy.selector, &pod.labels)).copied()
+    fn workload(&self, namespace: &str, labels: &Labels) -> Option<&'a PeerAuthentication> {
+        let scope = self.namespaces.get(namespace)?;
+        scope.selecting.iter().find(|policy| matches(&policy.selector, labels)).copied()
     }
 
-    /// Specification §5.2, for every port of `pod` at once.
-    pub(super) fn effective(&self, pod: &Pod, rule: impl Fn(&ObjectRef) -> RuleId) -> PeerAuth {
-        let namespace = self.namespaces.get(&*pod.object.namespace).and_then(|scope| scope.wide);
-        let workload = self.workload(pod);
+    /// Specification §5.2, for every port of a pod at once.
+    pub(super) fn effective(&self, namespace: &str, labels: &Labels, rule: impl Fn(&ObjectRef) -> RuleId) -> PeerAuth {
+        let workload = self.workload(namespace, labels);
+        let namespace = self.namespaces.get(namespace).and_then(|scope| scope.wide);
         let mut result = PeerAuth { mode: Mode::Permissive, rule: RuleId::default(), ports: BTreeMap::new() };
         for policy in [self.mesh, namespace, workload].into_iter().flatten() {
             if let Some(mode) = said(policy.mode) {
@@ -119,7 +119,11 @@ impl<'a> Policies<'a> {
         services: impl Iterator<Item = &'s Service>,
         warnings: &mut Vec<String>,
     ) {
-        let Some(policy) = self.workload(pod).filter(|policy| !policy.port_modes.is_empty()) else { return };
+        let Some(policy) =
+            self.workload(&pod.object.namespace, &pod.labels).filter(|policy| !policy.port_modes.is_empty())
+        else {
+            return;
+        };
         let target = |port: &crate::model::ServicePort| match &port.target {
             TargetPort::Number(number) => Some(*number),
             TargetPort::Name(name) => pod.named_ports.get(&**name).copied(),
@@ -174,12 +178,12 @@ fn said(mode: MtlsMode) -> Option<Mode> {
 
 #[cfg(test)]
 mod tests {
-    use culvert_common::{Answer, Peer, Reason};
+    use culvert_common::Reason;
     use proptest::prelude::*;
 
     use super::{
         super::{
-            Snapshot, compile,
+            Client, Connection, Snapshot, Verdict, compile, decide,
             testing::{Put, app, cluster, pod, policy, service},
         },
         *,
@@ -195,6 +199,16 @@ mod tests {
         }
         policies.into_iter().for_each(|policy| cluster.put(policy));
         compile(&cluster, &Options::default(), None)
+    }
+
+    /// A connection to a pod of the test by a client of the mesh, or another.
+    fn judge(snapshot: &Snapshot, pod: &str, client: Client<'_>, port: u16) -> Verdict {
+        let server = snapshot.workload(&PodUid(pod.into())).expect("a pod of the test").server();
+        decide(snapshot, &Connection { server, client, source_ip: None, destination_ip: None, port })
+    }
+
+    fn identity() -> crate::model::SpiffeId {
+        "spiffe://cluster.local/ns/default/sa/web".parse().expect("valid")
     }
 
     fn of(snapshot: &Snapshot, pod: &str, port: u16) -> Mode {
@@ -350,16 +364,19 @@ mod tests {
             policy("istio-system", "default", 1, Strict),
             workload("exception", 1, Unset, &[(8080, Permissive)]),
         ]);
-        let nginx = snapshot.workload(&PodUid("test/nginx".into())).expect("there");
-        for (peer, port, answer, words) in [
-            (Peer::Plain, 80, Answer::Refuse, "strict-requires-mtls by PeerAuthentication istio-system/default"),
-            (Peer::Plain, 8080, Answer::Pass, "no-allow-policies by PeerAuthentication test/exception"),
-            (Peer::Tunnel, 80, Answer::Pass, "no-allow-policies"),
-            (Peer::Probe, 80, Answer::Pass, "probe"),
-            (Peer::Plain, 15006, Answer::Refuse, "loop"),
+        let identity = identity();
+        for (client, port, allowed, words) in [
+            (Client::Plain, 80, false, "strict-requires-mtls by PeerAuthentication istio-system/default"),
+            (Client::Plain, 8080, true, "no-allow-policies"),
+            (Client::Tunnel(&identity), 80, true, "no-allow-policies"),
+            (Client::Probe, 80, true, "probe"),
+            (Client::SamePod, 80, true, "same-pod"),
+            (Client::Plain, 15006, false, "loop"),
+            (Client::Plain, 15008, false, "loop"),
+            (Client::Tunnel(&identity), 15008, false, "loop"),
         ] {
-            let verdict = snapshot.decide(nginx, peer, port);
-            assert_eq!((verdict.answer, snapshot.explain(&verdict).as_str()), (answer, words), "{peer:?} {port}");
+            let verdict = judge(&snapshot, "test/nginx", client, port);
+            assert_eq!((verdict.allowed, verdict.to_string().as_str()), (allowed, words), "{client:?} {port}");
             assert_eq!(verdict.generation, snapshot.generation);
         }
     }
@@ -373,7 +390,8 @@ mod tests {
         cluster.put(policy("test", "strict", 1, Strict));
         let snapshot = compile(&cluster, &Options::default(), None);
         let legacy = snapshot.workload(&PodUid("test/legacy".into())).expect("there");
-        assert_eq!(snapshot.decide(legacy, Peer::Plain, 80).reason, Reason::NoAllowPolicies);
+        let verdict = judge(&snapshot, "test/legacy", Client::Plain, 80);
+        assert_eq!((verdict.allowed, verdict.reason), (true, Reason::ServerNotEnrolled));
         assert_eq!(legacy.peer_auth.mode, Mode::Strict, "kept, for the day it is enrolled");
     }
 
@@ -477,9 +495,9 @@ mod tests {
             let server = snapshot.workload(&PodUid("test/nginx".into())).expect("there");
             for port in [80, 8080, 8081, 8082] {
                 let strict = server.peer_auth.of_port(port).0 == Mode::Strict;
-                let refused = snapshot.decide(server, Peer::Plain, port).answer == Answer::Refuse;
+                let refused = !judge(&snapshot, "test/nginx", Client::Plain, port).allowed;
                 prop_assert_eq!(refused, strict);
-                prop_assert_eq!(snapshot.decide(server, Peer::Tunnel, port).answer, Answer::Pass);
+                prop_assert!(judge(&snapshot, "test/nginx", Client::Tunnel(&identity()), port).allowed);
             }
         }
     }

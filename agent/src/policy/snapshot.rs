@@ -7,11 +7,11 @@ use std::{
     sync::Arc,
 };
 
-use culvert_common::{Direction, Inputs, Mode, Peer, PodState, Verdict};
+use culvert_common::Verdict;
 
 use crate::model::{Labels, MeshConfig, ObjectRef, PodUid, SpiffeId};
 
-use super::{CompiledService, Enrollment, PeerAuth};
+use super::{Authorization, CompiledService, Enrollment, PeerAuth, authorization::Layers};
 
 /// Index of the object that made a rule, 1-based; 0 is "no rule". Stable for an object while the agent runs, so that
 /// the kernel's counters keep their meaning from one generation to the next.
@@ -60,6 +60,8 @@ pub struct Workload {
     pub enrollment: Enrollment,
     /// Effective PeerAuthentication; kept for pods outside the mesh too, where nothing enforces it ([PA.11]).
     pub peer_auth: PeerAuth,
+    /// The AuthorizationPolicies that select it; kept for pods outside the mesh too, likewise ([AP.4]).
+    pub authorization: Authorization,
     /// For telemetry (§16).
     pub workload_name: Arc<str>,
     /// For telemetry and selectors.
@@ -98,6 +100,8 @@ pub struct Snapshot {
     pub rules: Vec<RuleObject>,
     /// What was accepted but does not do what it seems to, one line each, sorted.
     pub warnings: Vec<String>,
+    /// For the next snapshot.
+    pub(super) layers: Layers,
 }
 
 impl Snapshot {
@@ -116,29 +120,7 @@ impl Snapshot {
         self.rules.get((id.0 as usize).checked_sub(1)?)
     }
 
-    /// Judges a connection to `port` of `server` (the workload's port, [PA.6]), from a peer of which `peer` is known.
-    ///
-    /// Calls the verdict function that the kernel calls. The pod is taken to be ready and the agent to be alive, since
-    /// the agent is asking. A pod outside the mesh has no policy ([PA.11]).
-    pub fn decide(&self, server: &Workload, peer: Peer, port: u16) -> Verdict {
-        let (mode, rule) = match server.enrollment.enrolled {
-            true => server.peer_auth.of_port(port),
-            false => (Mode::Permissive, RuleId::default()),
-        };
-        culvert_common::decide(&Inputs {
-            direction: Direction::Inbound,
-            peer,
-            state: PodState::Ready,
-            agent_alive: true,
-            port,
-            mode,
-            plaintext_by_agent: false,
-            rule: rule.0,
-            generation: self.generation,
-        })
-    }
-
-    /// A verdict in words: the reason, and the object that decided where one did, as in
+    /// A verdict of the kernel in words: the reason, and the object that decided where one did, as in
     /// `strict-requires-mtls by PeerAuthentication test/strict`.
     pub fn explain(&self, verdict: &Verdict) -> String {
         let reason = verdict.reason.as_str();

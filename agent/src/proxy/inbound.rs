@@ -1,9 +1,15 @@
 //! A connection to a pod of this node: by a tunnel, judged and delivered with the client's address; or plaintext whose
 //! verdict needs the agent.
 
-use std::{net::SocketAddr, os::fd::AsRawFd as _, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    os::fd::AsRawFd as _,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
-use culvert_common::{Answer, PORT_HBONE, Peer, Reason};
+use culvert_common::{PORT_HBONE, Reason};
 use tokio::{net::TcpStream, time::Instant};
 use tracing::{debug, warn};
 
@@ -18,7 +24,7 @@ use super::{
 use crate::{
     identity::{self, Refusal, Unavailable},
     model::SpiffeId,
-    policy::{Snapshot, Workload},
+    policy::{self, Client, Connection, Snapshot, Verdict, Workload},
     telemetry::{
         access::Direction,
         open::Carried,
@@ -202,13 +208,14 @@ async fn judge(
             Outcome::failed(Flag::Refused, format_args!("authority {target} is not this pod, {}", local.ip()));
         return refuse(incoming, 400, outcome);
     }
-    let verdict = snapshot.decide(own, Peer::Tunnel, target.port());
-    if verdict.answer == Answer::Refuse {
+    let identity = story.facts().src_identity.clone();
+    let subject = Subject { identity, source: remote.ip(), target: SocketAddr::new(local.ip(), target.port()) };
+    let verdict = subject.judge(&snapshot, own);
+    story.judged(&verdict);
+    if !verdict.allowed {
         let status = if verdict.reason == Reason::Loop { 503 } else { 401 };
-        let outcome = Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
-        return refuse(incoming, status, outcome);
+        return refuse(incoming, status, Outcome::denied(&verdict));
     }
-    story.admitted(verdict.reason.as_str());
     // As on the other side: no new connection in an old tunnel once our certificate has expired ([I.7]).
     match context.identities.ready(&own.identity).await {
         Ok(()) => {}
@@ -224,7 +231,7 @@ async fn judge(
     let forwarded = incoming.header("forwarded").and_then(headers::forwarded_client);
     let client = forwarded.filter(|client| client.ip() == remote.ip()).unwrap_or(remote);
     let leg = tokio::select! {
-        leg = context.leg(pod, client, SocketAddr::new(local.ip(), target.port()), snapshot.mesh.connect_timeout) => leg,
+        leg = context.leg(pod, client, subject.target, snapshot.mesh.connect_timeout) => leg,
         cut = incoming.cancelled() => return Outcome::failed(Flag::Reset, format_args!("the client gave up: {cut:?}")),
     };
     let leg = match leg {
@@ -239,7 +246,8 @@ async fn judge(
     let charge = Arc::new(pod.load.charge());
     stream.charge(charge.clone());
     let copied = copy::bidirectional(leg, stream, &story.counters);
-    watched(context, pod, Peer::Tunnel, target.port(), word, copied).await.or_limited(&charge)
+    let told = |ended| Outcome::of_copy(ended, word, "the server", "the client");
+    watched(context, pod, &subject, verdict.generation, copied, told).await.or_limited(&charge)
 }
 
 fn tell_source(story: &mut Story, snapshot: &Snapshot, remote: SocketAddr, proved: SpiffeId) {
@@ -249,43 +257,74 @@ fn tell_source(story: &mut Story, snapshot: &Snapshot, remote: SocketAddr, prove
     facts.src_identity = Some(proved);
 }
 
-/// Copies until the end, the drain deadline, or a policy that does not allow the connection any more ([D.1]).
-async fn watched(
+/// What is judged of a connection to a pod: at its begin, and again whenever policy changes ([D.1]).
+pub(super) struct Subject {
+    /// What the client's certificate proved; none in plaintext.
+    pub(super) identity: Option<SpiffeId>,
+    /// The TCP source address.
+    pub(super) source: IpAddr,
+    /// Address and port of the pod.
+    pub(super) target: SocketAddr,
+}
+
+impl Subject {
+    pub(super) fn judge(&self, snapshot: &Snapshot, own: &Workload) -> Verdict {
+        let connection = Connection {
+            server: own.server(),
+            client: self.identity.as_ref().map_or(Client::Plain, Client::Tunnel),
+            source_ip: Some(self.source),
+            destination_ip: Some(self.target.ip()),
+            port: self.target.port(),
+        };
+        policy::decide(snapshot, &connection)
+    }
+
+    /// How the connection ends, if this snapshot does not allow it.
+    fn forbidden(&self, snapshot: &Snapshot, pod: &ServedPod) -> Option<Outcome> {
+        // A pod that has left the source ends by itself ([E.5]).
+        let own = snapshot.workload(&pod.uid)?;
+        let verdict = self.judge(snapshot, own);
+        (!verdict.allowed).then(|| Outcome::denied(&verdict))
+    }
+}
+
+/// Copies until the end, the drain deadline, or a policy that does not allow the connection any more ([D.1]). `judged` is
+/// the generation that allowed it; `told` makes an outcome of the copy's end.
+pub(super) async fn watched(
     context: &Context,
     pod: &ServedPod,
-    peer: Peer,
-    port: u16,
-    word: &'static str,
+    subject: &Subject,
+    judged: u32,
     copied: impl Future<Output = CopyOutcome>,
+    told: impl FnOnce(CopyOutcome) -> Outcome,
 ) -> Outcome {
     let mut snapshots = context.snapshot.clone();
-    snapshots.mark_unchanged();
+    // What has changed while the connection was made is looked at first.
+    let now = snapshots.borrow_and_update().clone();
+    if now.generation != judged
+        && let Some(outcome) = subject.forbidden(&now, pod)
+    {
+        return outcome;
+    }
+    drop(now);
     tokio::pin!(copied);
     let cut = context.cut();
     tokio::pin!(cut);
     loop {
         tokio::select! {
-            ended = &mut copied => return Outcome::of_copy(ended, word, "the server", "the client"),
+            ended = &mut copied => return told(ended),
             () = &mut cut => return Outcome::failed(Flag::Drained, "still open at the drain deadline"),
             changed = snapshots.changed() => {
                 if changed.is_err() {
                     return Outcome::failed(Flag::Drained, "the agent ends");
                 }
                 let snapshot = snapshots.borrow_and_update().clone();
-                if let Some(outcome) = no_longer(&snapshot, pod, peer, port) {
+                if let Some(outcome) = subject.forbidden(&snapshot, pod) {
                     return outcome;
                 }
             }
         }
     }
-}
-
-fn no_longer(snapshot: &Snapshot, pod: &ServedPod, peer: Peer, port: u16) -> Option<Outcome> {
-    // A pod that has left the source ends by itself ([E.5]).
-    let own = snapshot.workload(&pod.uid)?;
-    let verdict = snapshot.decide(own, peer, port);
-    (verdict.answer == Answer::Refuse)
-        .then(|| Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) })
 }
 
 /// Serves plaintext whose verdict the kernel left to the agent.
@@ -304,6 +343,10 @@ pub async fn plaintext(
         debug!(uid = %pod.uid, %local, "a process dialled the plaintext listener itself: refused");
         return;
     }
+    // The agent judges it, here and at every change; whoever lists the pod's sockets leaves it alone.
+    if let Err(error) = context.sockets.borrow_mut().mark(socket.get()) {
+        debug!(uid = %pod.uid, error = format!("{error:#}"), "a connection could not be marked as the agent's");
+    }
     let mut story = Story::new(Direction::Inbound, remote, local);
     let snapshot = context.snapshot();
     let facts = story.facts();
@@ -312,7 +355,7 @@ pub async fn plaintext(
         Some(own) => {
             facts.dst_workload = Some(own.clone());
             story.open(&context);
-            deliver(&context, &pod, &snapshot, own, socket, local, remote, &story).await
+            deliver(&context, &pod, &snapshot, own, socket, local, remote, &mut story).await
         }
         None => Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source"),
     };
@@ -328,22 +371,24 @@ async fn deliver(
     socket: ResetOnClose,
     local: SocketAddr,
     remote: SocketAddr,
-    story: &Story,
+    story: &mut Story,
 ) -> Outcome {
-    let verdict = snapshot.decide(own, Peer::Plain, local.port());
-    if verdict.answer == Answer::Refuse {
-        return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
+    let subject = Subject { identity: None, source: remote.ip(), target: local };
+    let verdict = subject.judge(snapshot, own);
+    story.judged(&verdict);
+    if !verdict.allowed {
+        return Outcome::denied(&verdict);
     }
     let _place = match pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())) {
         Ok(place) => place,
         Err(limit) => return Outcome::limited(limit),
     };
-    story.admitted(verdict.reason.as_str());
     let leg = match context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await {
         Ok(leg) => leg,
         Err(error) => return Outcome::failed(Flag::Connect, error),
     };
     let word = verdict.reason.as_str();
     let copied = copy::bidirectional_plain(leg, socket, &story.counters);
-    watched(context, pod, Peer::Plain, local.port(), word, copied).await
+    let told = |ended| Outcome::of_copy(ended, word, "the server", "the client");
+    watched(context, pod, &subject, verdict.generation, copied, told).await
 }

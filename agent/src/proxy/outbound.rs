@@ -2,13 +2,14 @@
 
 use std::{io, net::SocketAddr, os::fd::AsRawFd as _, rc::Rc, sync::Arc, time::Duration};
 
-use culvert_common::{PORT_HBONE, Peer};
+use culvert_common::PORT_HBONE;
 use tokio::{net::TcpStream, time::Instant};
 use tracing::debug;
 
 use super::{
     Context, ServedPod, canonical,
     copy::{self, Counters, ResetOnClose},
+    inbound::{Subject, watched},
     keepalive,
     report::{Flag, Outcome, Story},
 };
@@ -134,17 +135,21 @@ async fn to_itself(
     socket: ResetOnClose,
     client: SocketAddr,
     target: SocketAddr,
-    story: &Story,
+    story: &mut Story,
 ) -> Outcome {
-    let verdict = snapshot.decide(own, Peer::Tunnel, target.port());
-    if verdict.answer == culvert_common::Answer::Refuse {
-        return Outcome::Denied { reason: verdict.reason.as_str(), detail: snapshot.explain(&verdict) };
+    let subject = Subject { identity: Some(own.identity.clone()), source: client.ip(), target };
+    let verdict = subject.judge(snapshot, own);
+    story.judged(&verdict);
+    if !verdict.allowed {
+        return Outcome::denied(&verdict);
     }
-    story.admitted(verdict.reason.as_str());
-    match context.leg(pod, client, target, snapshot.mesh.connect_timeout).await {
-        Ok(server) => plain(context, socket, server, &story.counters).await,
-        Err(error) => Outcome::failed(Flag::Connect, error),
-    }
+    let server = match context.leg(pod, client, target, snapshot.mesh.connect_timeout).await {
+        Ok(server) => server,
+        Err(error) => return Outcome::failed(Flag::Connect, error),
+    };
+    let copied = copy::bidirectional_plain(socket, server, &story.counters);
+    let told = |ended| Outcome::of_copy(ended, "plaintext", "the client", "the server");
+    watched(context, pod, &subject, verdict.generation, copied, told).await
 }
 
 async fn plain(context: &Context, client: ResetOnClose, server: ResetOnClose, counters: &Counters) -> Outcome {

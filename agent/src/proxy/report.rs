@@ -14,7 +14,7 @@ use super::{
 use crate::{
     limits::Limit,
     model::{ObjectRef, SpiffeId},
-    policy::{RouteRefusal, Workload},
+    policy::{RouteRefusal, Verdict, Workload},
     telemetry::{
         access::{Access, Direction, End, Event},
         open::{Carried, Facts, Open},
@@ -35,6 +35,8 @@ pub(super) enum Outcome {
         reason: &'static str,
         /// The verdict in words, with the object that decided.
         detail: String,
+        /// The object, as the access log names it.
+        policy: Option<String>,
     },
     /// Something else ended it.
     Failed {
@@ -128,6 +130,15 @@ impl Outcome {
         Self::Failed { flag, detail: format!("{detail:#}") }
     }
 
+    /// Of a verdict that does not allow it.
+    pub(super) fn denied(verdict: &Verdict) -> Self {
+        Self::Denied {
+            reason: verdict.reason.as_str(),
+            detail: verdict.to_string(),
+            policy: verdict.decided_by.as_ref().map(ToString::to_string),
+        }
+    }
+
     /// Of a copy that ran to its end. `near` and `far` name the two sides for humans; `word` is the reason of a
     /// connection that ended well.
     pub(super) fn of_copy(outcome: CopyOutcome, word: &'static str, near: &str, far: &str) -> Self {
@@ -195,6 +206,14 @@ impl Outcome {
     }
 }
 
+/// What policy said, as the access log names it.
+#[derive(Default)]
+struct Policy {
+    decided_by: Option<String>,
+    dry_run: Option<String>,
+    audit: Option<String>,
+}
+
 /// A connection while it lasts; told once, at its end.
 pub(super) struct Story {
     started: Instant,
@@ -202,6 +221,7 @@ pub(super) struct Story {
     facts: Arc<Facts>,
     open: Option<Open>,
     pub(super) trace: Trace,
+    policy: Policy,
     /// It is an application's connection, and not the tunnel that carries such connections.
     counts: bool,
 }
@@ -214,6 +234,7 @@ impl Story {
             facts: Arc::new(Facts::new(direction, src, dst)),
             open: None,
             trace: Trace::begin(),
+            policy: Policy::default(),
             counts: true,
         }
     }
@@ -245,10 +266,15 @@ impl Story {
         self.open = Some(context.open.open(self.facts.clone(), self.counters.clone()));
     }
 
-    /// Policy has admitted it, with this word.
-    pub(super) fn admitted(&self, policy: &'static str) {
-        if let Some(open) = &self.open {
-            open.admitted(policy);
+    /// Policy has judged it.
+    pub(super) fn judged(&mut self, verdict: &Verdict) {
+        self.policy = Policy {
+            decided_by: verdict.decided_by.as_ref().map(ToString::to_string),
+            dry_run: verdict.dry_run.as_ref().map(ToString::to_string),
+            audit: verdict.audit.as_ref().map(ToString::to_string),
+        };
+        if let Some(open) = self.open.as_ref().filter(|_| verdict.allowed) {
+            open.admitted(verdict.reason.as_str());
         }
     }
 
@@ -268,7 +294,7 @@ impl Story {
         }
         let (reason, error): (&'static str, Option<&dyn fmt::Display>) = match outcome {
             Outcome::Complete(word) => (word, None),
-            Outcome::Denied { reason, detail } => (reason, Some(detail)),
+            Outcome::Denied { reason, detail, .. } => (reason, Some(detail)),
             Outcome::Failed { flag, detail } => (flag.as_str(), Some(detail)),
         };
         if self.counts {
@@ -298,6 +324,11 @@ impl Story {
             _ => Event::Complete,
         };
         let service = facts.service.as_ref().map(|service| context.names.hostname(service));
+        let decided_by = match outcome {
+            // By the policy of its end, which need not be that of its begin.
+            Outcome::Denied { policy, .. } => policy.as_ref(),
+            Outcome::Complete(_) | Outcome::Failed { .. } => self.policy.decided_by.as_ref(),
+        };
         context.access.record(&Access {
             event,
             src: end(facts.src, facts.src_workload.as_deref(), facts.src_identity.as_ref(), &context.names.cluster),
@@ -310,9 +341,16 @@ impl Story {
             duration: self.started.elapsed(),
             error,
             reason: Some(&reason),
+            policy: shown(decided_by),
+            dry_run: shown(self.policy.dry_run.as_ref()),
+            audit: shown(self.policy.audit.as_ref()),
             trace_id: self.counts.then_some(&format_args!("{:032x}", self.trace.id) as &dyn fmt::Display),
         });
     }
+}
+
+fn shown(text: Option<&String>) -> Option<&dyn fmt::Display> {
+    text.map(|text| text as &dyn fmt::Display)
 }
 
 fn end<'a>(

@@ -49,6 +49,169 @@ pub enum MutualTlsMode {
     Strict,
 }
 
+/// Spec of an AuthorizationPolicy (`security.istio.io`; all served versions mean the same, specification §1.2).
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[kube(group = "security.istio.io", version = "v1", kind = "AuthorizationPolicy", namespaced)]
+#[serde(rename_all = "camelCase")]
+pub struct AuthorizationPolicySpec {
+    /// The pods it is about; absent or empty: all in scope ([C.4]).
+    pub selector: Option<WorkloadSelector>,
+    /// What it is attached to instead of pods ([AP.2]); the older form, for one.
+    pub target_ref: Option<PolicyTargetReference>,
+    /// What it is attached to instead of pods ([AP.2]).
+    pub target_refs: Option<Vec<PolicyTargetReference>>,
+    /// What to do with what matches; ALLOW where absent.
+    pub action: Option<AuthorizationAction>,
+    /// The authorizer of a CUSTOM policy.
+    pub provider: Option<ExtensionProvider>,
+    /// One of them must match.
+    pub rules: Option<Vec<AuthorizationRule>>,
+}
+
+/// What a policy for HTTP proxies is attached to.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicyTargetReference {
+    /// API group of the target; empty for core.
+    pub group: Option<String>,
+    /// Kind of the target.
+    pub kind: String,
+    /// Name of the target.
+    pub name: String,
+    /// Namespace of the target; the policy's own.
+    pub namespace: Option<String>,
+}
+
+/// Actions, spelled as Istio spells them ([C.9]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "UPPERCASE")]
+#[schemars(inline)]
+pub enum AuthorizationAction {
+    /// Allow what matches.
+    Allow,
+    /// Deny what matches.
+    Deny,
+    /// Report what matches.
+    Audit,
+    /// Ask an external authorizer.
+    Custom,
+}
+
+/// An external authorizer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ExtensionProvider {
+    /// Its name in the mesh configuration.
+    pub name: Option<String>,
+}
+
+/// One rule of an AuthorizationPolicy ([AP.8]).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AuthorizationRule {
+    /// One of them must match; absent: any.
+    pub from: Option<Vec<RuleFrom>>,
+    /// One of them must match; absent: any.
+    pub to: Option<Vec<RuleTo>>,
+    /// All of them must match.
+    pub when: Option<Vec<RuleCondition>>,
+}
+
+/// An item of `from`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RuleFrom {
+    /// The source.
+    pub source: Option<RuleSource>,
+}
+
+/// An item of `to`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RuleTo {
+    /// The operation.
+    pub operation: Option<RuleOperation>,
+}
+
+/// Who connects; all fields must match, and one value of each (specification §6.3).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RuleSource {
+    /// Identities, without `spiffe://`.
+    pub principals: Option<Vec<String>>,
+    /// Not these identities.
+    pub not_principals: Option<Vec<String>>,
+    /// Identities of requests; needs an HTTP proxy.
+    pub request_principals: Option<Vec<String>>,
+    /// Not these identities of requests; needs an HTTP proxy.
+    pub not_request_principals: Option<Vec<String>>,
+    /// Namespaces of the identity.
+    pub namespaces: Option<Vec<String>>,
+    /// Not these namespaces.
+    pub not_namespaces: Option<Vec<String>>,
+    /// `namespace/name` of service accounts, or names in the policy's own namespace.
+    pub service_accounts: Option<Vec<String>>,
+    /// Not these service accounts.
+    pub not_service_accounts: Option<Vec<String>>,
+    /// Trust domains of the identity.
+    pub trust_domains: Option<Vec<String>>,
+    /// Not these trust domains.
+    pub not_trust_domains: Option<Vec<String>>,
+    /// Addresses or CIDRs.
+    pub ip_blocks: Option<Vec<String>>,
+    /// Not these addresses.
+    pub not_ip_blocks: Option<Vec<String>>,
+    /// Addresses that a proxy has forwarded; needs an HTTP proxy.
+    pub remote_ip_blocks: Option<Vec<String>>,
+    /// Not these addresses that a proxy has forwarded; needs an HTTP proxy.
+    pub not_remote_ip_blocks: Option<Vec<String>>,
+}
+
+/// What is asked for; all fields must match, and one value of each (specification §6.3).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RuleOperation {
+    /// Names of HTTP hosts; needs an HTTP proxy.
+    pub hosts: Option<Vec<String>>,
+    /// Not these HTTP hosts; needs an HTTP proxy.
+    pub not_hosts: Option<Vec<String>>,
+    /// The workload's ports, as decimal strings.
+    pub ports: Option<Vec<String>>,
+    /// Not these ports.
+    pub not_ports: Option<Vec<String>>,
+    /// HTTP methods; needs an HTTP proxy.
+    pub methods: Option<Vec<String>>,
+    /// Not these HTTP methods; needs an HTTP proxy.
+    pub not_methods: Option<Vec<String>>,
+    /// HTTP paths; needs an HTTP proxy.
+    pub paths: Option<Vec<String>>,
+    /// Not these HTTP paths; needs an HTTP proxy.
+    pub not_paths: Option<Vec<String>>,
+}
+
+/// A further condition.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RuleCondition {
+    /// What is compared.
+    pub key: String,
+    /// With one of these.
+    pub values: Option<Vec<String>>,
+    /// With none of these.
+    pub not_values: Option<Vec<String>>,
+}
+
+impl From<Option<AuthorizationAction>> for crate::model::authorization::Action {
+    fn from(action: Option<AuthorizationAction>) -> Self {
+        match action {
+            None | Some(AuthorizationAction::Allow) => Self::Allow,
+            Some(AuthorizationAction::Deny) => Self::Deny,
+            Some(AuthorizationAction::Audit) => Self::Audit,
+            Some(AuthorizationAction::Custom) => Self::Custom,
+        }
+    }
+}
+
 impl From<Option<MutualTls>> for crate::model::MtlsMode {
     fn from(mtls: Option<MutualTls>) -> Self {
         match mtls.and_then(|mtls| mtls.mode) {
@@ -86,7 +249,9 @@ mod tests {
 
     /// What deployment manifests are made from.
     #[test]
-    fn the_definition_can_be_made_from_the_types() {
+    fn the_definitions_can_be_made_from_the_types() {
+        let crd = serde_json::to_value(AuthorizationPolicy::crd()).expect("JSON");
+        assert_eq!(crd["metadata"]["name"], "authorizationpolicies.security.istio.io");
         let crd = serde_json::to_value(PeerAuthentication::crd()).expect("JSON");
         assert_eq!(crd["metadata"]["name"], "peerauthentications.security.istio.io");
         let spec = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];

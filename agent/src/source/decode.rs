@@ -6,9 +6,12 @@ use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use serde::de::DeserializeOwned;
 use serde_json::Value as Json;
 
-use crate::model::{EndpointSlice, MeshConfig, Namespace, Node, ObjectRef, PeerAuthentication, Pod, Service};
+use crate::model::{
+    AuthorizationPolicy, EndpointSlice, MeshConfig, Namespace, Node, ObjectRef, PeerAuthentication, Pod, Service,
+};
 
 use super::{
+    authorization,
     convert::{self, Wrong},
     crd,
     kinds::Kind,
@@ -42,6 +45,7 @@ pub(super) enum Object {
     Service(Arc<Service>),
     EndpointSlice(Arc<EndpointSlice>),
     PeerAuthentication(Arc<PeerAuthentication>),
+    AuthorizationPolicy(Arc<AuthorizationPolicy>),
     Mesh(Arc<MeshConfig>),
     /// Of no effect.
     Inert,
@@ -170,7 +174,7 @@ fn object(root: &yaml::Node, prefix: &str, faults: &[Fault], mesh_config: &Objec
         }
     };
     let mut notices = Vec::new();
-    if !faults.is_empty() && kind != Kind::PeerAuthentication {
+    if !faults.is_empty() && !matches!(kind, Kind::PeerAuthentication | Kind::AuthorizationPolicy) {
         // What the types would say of the rest is not worth a second line.
         return Decoded::invalid(Some(key).filter(|_| identified), root.line, faults);
     }
@@ -194,16 +198,43 @@ fn object(root: &yaml::Node, prefix: &str, faults: &[Fault], mesh_config: &Objec
         }
     }
     if schema_says > 0 {
-        restricting = restricting.and_then(|object| restricting_part(object, &faults, prefix));
+        restricting = restricting.and_then(|object| restricting_part(object, &faults, schema_says, prefix));
     }
     let key = Some(key).filter(|_| identified);
     Decoded { key, line: root.line, result: Err(Invalid { faults, restricting }), notices: Vec::new() }
 }
 
-/// [C.7], [C.8]: of a PeerAuthentication whose faults are all about modes, what can only restrict; `object` is without
-/// the fields that are wrong.
-fn restricting_part(object: Object, faults: &[Fault], prefix: &str) -> Option<Object> {
-    let Object::PeerAuthentication(policy) = object else { return None };
+/// [C.7], [C.8]: what can only restrict; `object` is without the fields that the first `schema_says` faults are about.
+fn restricting_part(object: Object, faults: &[Fault], schema_says: usize, prefix: &str) -> Option<Object> {
+    match object {
+        Object::PeerAuthentication(policy) => restricting_modes(&policy, faults, prefix),
+        Object::AuthorizationPolicy(policy) => restricting_rules(&policy, &faults[..schema_says], prefix),
+        Object::Pod(_)
+        | Object::Namespace(_)
+        | Object::Node(_)
+        | Object::Service(_)
+        | Object::EndpointSlice(_)
+        | Object::Mesh(_)
+        | Object::Inert => None,
+    }
+}
+
+/// Of an AuthorizationPolicy whose faults are all inside rules: the rest of it, and what is wrong counts as something that
+/// cannot be evaluated (specification §6.4).
+fn restricting_rules(policy: &AuthorizationPolicy, faults: &[Fault], prefix: &str) -> Option<Object> {
+    let mut policy = policy.clone();
+    let rules = join_path(prefix, "spec.rules");
+    for fault in faults {
+        let (index, inside) = fault.path.strip_prefix(&rules)?.strip_prefix('[')?.split_once(']')?;
+        // A rule that is no rule is missing from `policy`, and the others have other places.
+        let field = inside.strip_prefix('.')?;
+        policy.rules.get_mut(index.parse::<usize>().ok()?)?.unreadable.push(field.to_owned());
+    }
+    Some(Object::AuthorizationPolicy(Arc::new(policy)))
+}
+
+/// Of a PeerAuthentication whose faults are all about modes.
+fn restricting_modes(policy: &PeerAuthentication, faults: &[Fault], prefix: &str) -> Option<Object> {
     let below = |fault: &Fault, path: &str| {
         fault.path.strip_prefix(&join_path(prefix, path)).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
     };
@@ -212,11 +243,11 @@ fn restricting_part(object: Object, faults: &[Fault], prefix: &str) -> Option<Ob
     }
     // §5.5: portLevelMtls inside mtls is a field that does not exist; the mode beside it is as good as any.
     if faults.iter().all(|fault| below(fault, "spec.mtls.portLevelMtls")) {
-        let mut policy = (*policy).clone();
+        let mut policy = policy.clone();
         policy.port_modes.retain(|_, mode| *mode == crate::model::MtlsMode::Strict);
         return Some(Object::PeerAuthentication(Arc::new(policy)));
     }
-    convert::restricting((*policy).clone()).map(|policy| Object::PeerAuthentication(Arc::new(policy)))
+    convert::restricting(policy.clone()).map(|policy| Object::PeerAuthentication(Arc::new(policy)))
 }
 
 /// What the types, or the rules between fields, refuse.
@@ -279,6 +310,18 @@ fn typed(
                 Ok(policy) => Object::PeerAuthentication(Arc::new(policy)),
                 Err(rejected) => {
                     let restricting = rejected.restricting.map(Object::PeerAuthentication);
+                    return Err(Refused { wrong: rejected.wrong, restricting });
+                }
+            }
+        }
+        Kind::AuthorizationPolicy => {
+            if let Some(object) = json.as_object_mut() {
+                object.entry("spec").or_insert_with(|| Json::Object(serde_json::Map::new()));
+            }
+            match authorization::authorization_policy(&parse(json)?) {
+                Ok(policy) => Object::AuthorizationPolicy(Arc::new(policy)),
+                Err(rejected) => {
+                    let restricting = Some(Object::AuthorizationPolicy(rejected.restricting));
                     return Err(Refused { wrong: rejected.wrong, restricting });
                 }
             }
@@ -384,6 +427,11 @@ fn schema(kind: Kind) -> &'static Schema {
         Kind::PeerAuthentication => {
             static SCHEMA: LazyLock<Schema> =
                 LazyLock::new(|| Schema::of::<crd::Document<crd::PeerAuthenticationSpec>>().with_free_field("status"));
+            &SCHEMA
+        }
+        Kind::AuthorizationPolicy => {
+            static SCHEMA: LazyLock<Schema> =
+                LazyLock::new(|| Schema::of::<crd::Document<crd::AuthorizationPolicySpec>>().with_free_field("status"));
             &SCHEMA
         }
         Kind::NotEnforced(_) => {

@@ -322,6 +322,7 @@ impl Watcher {
                 pods = cluster.pods.len(),
                 services = cluster.services.len(),
                 peer_authentications = cluster.peer_authentications.len(),
+                authorization_policies = cluster.authorization_policies.len(),
                 problems = view.problems.len(),
                 "manifests read"
             );

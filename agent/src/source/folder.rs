@@ -190,7 +190,11 @@ impl Folder {
             }
         }
         let mut cluster = Cluster::default();
-        let mut policies = BTreeMap::new();
+        let (mut policies, mut authorization_policies) = (BTreeMap::new(), BTreeMap::new());
+        let place = |key: &Key, given: &Given| {
+            let (file, document, line) = *places.get(key)?;
+            Some(Place { file: file.to_owned(), document, line, stale: given.stale })
+        };
         for (key, given) in &in_force {
             let (object, name) = (key.object.clone(), key.object.name.clone());
             match &given.object {
@@ -199,11 +203,12 @@ impl Folder {
                 Object::Node(node) => drop(cluster.nodes.insert(name, node.clone())),
                 Object::Service(service) => drop(cluster.services.insert(object, service.clone())),
                 Object::EndpointSlice(slice) => drop(cluster.endpoint_slices.insert(object, slice.clone())),
+                Object::AuthorizationPolicy(policy) => {
+                    authorization_policies.extend(place(key, given).map(|place| (object.clone(), place)));
+                    cluster.authorization_policies.insert(object, policy.clone());
+                }
                 Object::PeerAuthentication(policy) => {
-                    if let Some((file, document, line)) = places.get(key) {
-                        let (file, document, line) = ((*file).to_owned(), *document, *line);
-                        policies.insert(object.clone(), Place { file, document, line, stale: given.stale });
-                    }
+                    policies.extend(place(key, given).map(|place| (object.clone(), place)));
                     cluster.peer_authentications.insert(object, policy.clone());
                 }
                 Object::Mesh(mesh) => cluster.mesh = (**mesh).clone(),
@@ -215,7 +220,7 @@ impl Folder {
         problems.sort();
         problems.dedup();
         self.in_force = in_force;
-        View { cluster: Arc::new(cluster), problems, notices, policies }
+        View { cluster: Arc::new(cluster), problems, notices, policies, authorization_policies }
     }
 }
 

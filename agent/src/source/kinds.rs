@@ -21,6 +21,8 @@ pub(super) enum Kind {
     ConfigMap,
     /// Enforced.
     PeerAuthentication,
+    /// Enforced.
+    AuthorizationPolicy,
     /// A kind of Istio or of the Gateway API that this version does not enforce, by its place in this module's table.
     NotEnforced(u8),
 }
@@ -32,7 +34,7 @@ const GATEWAY_OLD: (&str, &[&str]) = ("gateway.networking.k8s.io", &["v1", "v1al
 
 type Entry = ((&'static str, &'static [&'static str]), &'static str);
 
-const ENFORCED: [(Entry, Kind); 8] = [
+const ENFORCED: [(Entry, Kind); 9] = [
     ((("", &["v1"]), "Pod"), Kind::Pod),
     ((("", &["v1"]), "Namespace"), Kind::Namespace),
     ((("", &["v1"]), "Node"), Kind::Node),
@@ -41,11 +43,11 @@ const ENFORCED: [(Entry, Kind); 8] = [
     ((("", &["v1"]), "ServiceAccount"), Kind::ServiceAccount),
     ((("", &["v1"]), "ConfigMap"), Kind::ConfigMap),
     ((ISTIO_SECURITY, "PeerAuthentication"), Kind::PeerAuthentication),
+    ((ISTIO_SECURITY, "AuthorizationPolicy"), Kind::AuthorizationPolicy),
 ];
 
 /// Accepted, reported, and without effect.
-const NOT_ENFORCED: [Entry; 14] = [
-    (ISTIO_SECURITY, "AuthorizationPolicy"),
+const NOT_ENFORCED: [Entry; 13] = [
     (ISTIO_SECURITY, "RequestAuthentication"),
     (ISTIO_NETWORKING, "Sidecar"),
     (ISTIO_NETWORKING, "ServiceEntry"),
@@ -112,6 +114,7 @@ impl Kind {
             Self::ServiceAccount => "ServiceAccount",
             Self::ConfigMap => "ConfigMap",
             Self::PeerAuthentication => "PeerAuthentication",
+            Self::AuthorizationPolicy => "AuthorizationPolicy",
             Self::NotEnforced(index) => NOT_ENFORCED[usize::from(index)].1,
         }
     }

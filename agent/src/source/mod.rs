@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use crate::model::{Cluster, ObjectRef};
 
+mod authorization;
 mod convert;
 mod crd;
 mod decode;
@@ -17,7 +18,11 @@ mod mesh;
 mod schema;
 pub(crate) mod yaml;
 
-pub use crd::{MutualTls, MutualTlsMode, PeerAuthentication, PeerAuthenticationSpec, WorkloadSelector};
+pub use crd::{
+    AuthorizationAction, AuthorizationPolicy, AuthorizationPolicySpec, AuthorizationRule, ExtensionProvider, MutualTls,
+    MutualTlsMode, PeerAuthentication, PeerAuthenticationSpec, PolicyTargetReference, RuleCondition, RuleFrom,
+    RuleOperation, RuleSource, RuleTo, WorkloadSelector,
+};
 
 /// Everything that a source knows at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -28,8 +33,17 @@ pub struct View {
     pub problems: Vec<Problem>,
     /// What is accepted, but without effect in this version; one line each.
     pub notices: Vec<String>,
-    /// Where the policies that are in force are written, by name.
+    /// Where the PeerAuthentications that are in force are written, by name.
     pub policies: BTreeMap<ObjectRef, Place>,
+    /// Where the AuthorizationPolicies that are in force are written, by name.
+    pub authorization_policies: BTreeMap<ObjectRef, Place>,
+}
+
+/// What a folder of these texts gives when it is read for the first time; each comes with the name of its file.
+/// `system_namespace` is the home of the ConfigMap that is the mesh configuration.
+pub fn of_texts(texts: impl IntoIterator<Item = (String, String)>, system_namespace: &str) -> View {
+    folder::Folder::new(system_namespace)
+        .update(texts.into_iter().map(|(name, text)| (name, folder::Content::Text(text))))
 }
 
 /// Where an object is written.

@@ -527,3 +527,52 @@ proptest! {
         }
     }
 }
+
+/// An AuthorizationPolicy `test/p` with this spec, in flow style.
+fn authz(spec: &str) -> String {
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: p, namespace: test}}\nspec: {spec}\n"
+    )
+}
+
+/// [C.6]: an object that is wrong now leaves the one from before in force; it has its place, and says that it is stale.
+#[test]
+fn a_wrong_authorization_policy_keeps_the_valid_one_from_before() {
+    let name = ObjectRef::new("test", "p");
+    let right = authz("{action: DENY, rules: [{from: [{source: {namespaces: [a]}}]}]}");
+    for wrong in [
+        "{action: DENY, rules: [{from: [{source: {namespaces: [\"\"]}}]}]}",
+        "{action: DENY, rules: [{from: [{source: {namespace: [b]}}]}]}",
+        "{action: REFUSE}",
+        "{action: DENY}",
+        "[}",
+    ] {
+        let mut folder = Texts::new();
+        let before = folder.put("a.yaml", &right);
+        assert_eq!(lines(&before), [""; 0]);
+        let after = folder.put("a.yaml", &authz(wrong));
+        assert_eq!(after.cluster.authorization_policies, before.cluster.authorization_policies, "{wrong}");
+        assert!(lines(&after)[0].contains("stays in force"), "{wrong}: {:?}", lines(&after));
+        assert!(after.authorization_policies[&name].stale, "{wrong}");
+        // Mended, it is news.
+        let mended = folder.put("a.yaml", &authz("{}"));
+        assert_ne!(mended.cluster.authorization_policies, before.cluster.authorization_policies);
+        assert!(!mended.authorization_policies[&name].stale);
+        assert_eq!(folder.gone("a.yaml").cluster.authorization_policies.len(), 0);
+    }
+}
+
+/// [C.7], [C.8]: without one from before, what can only restrict is in force: a rule that cannot be read is one that
+/// cannot be evaluated.
+#[test]
+fn of_a_wrong_authorization_policy_the_restricting_part_is_in_force() {
+    let view = read(&authz("{action: DENY, rules: [{}, {from: [{source: {namespace: [b], namespaces: [c]}}]}]}"));
+    assert!(lines(&view)[0].contains("only the part that cannot open anything is in force"), "{:?}", lines(&view));
+    let policy = view.cluster.authorization_policies.values().next().expect("it is there");
+    let unreadable: Vec<&[String]> = policy.rules.iter().map(|rule| &*rule.unreadable).collect();
+    assert_eq!(unreadable, [&[][..], &["from[0].source.namespace".to_owned()]]);
+    // A fault that says nothing about a rule leaves nothing that could be relied on.
+    for wrong in ["{selector: {labels: {a: b}}, rules: [{}]}", "{rules: [{}, 5]}", "{rules: {}}"] {
+        assert_eq!(read(&authz(wrong)).cluster.authorization_policies.len(), 0, "{wrong}");
+    }
+}

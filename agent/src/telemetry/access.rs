@@ -79,6 +79,13 @@ pub struct Access<'a> {
     pub error: Option<&'a dyn fmt::Display>,
     /// `reason`: how it ended, one of a closed list of words.
     pub reason: Option<&'a dyn fmt::Display>,
+    /// `policy`: the object that decided: `namespace/name` of a PeerAuthentication, `namespace/name#rule` of an
+    /// AuthorizationPolicy.
+    pub policy: Option<&'a dyn fmt::Display>,
+    /// `dry_run`: what the verdict would be if policies in dry-run were enforced, as in `deny explicit-deny test/new#0`.
+    pub dry_run: Option<&'a dyn fmt::Display>,
+    /// `audit`: the AUDIT rule that matched, `namespace/name#rule`.
+    pub audit: Option<&'a dyn fmt::Display>,
     /// `trace_id`: trace that the connection belongs to, 32 hexadecimal digits; the same on both sides.
     pub trace_id: Option<&'a dyn fmt::Display>,
 }
@@ -348,6 +355,9 @@ fn line(format: Format, at: SystemTime, access: &Access<'_>) -> String {
     }
     line.text("trace_id", access.trace_id);
     line.text("reason", access.reason);
+    line.text("policy", access.policy);
+    line.text("dry_run", access.dry_run);
+    line.text("audit", access.audit);
     line.text("error", access.error);
     match format {
         Format::Text => {}
@@ -498,6 +508,9 @@ mod tests {
             duration: Duration::from_micros(12_900),
             error: None,
             reason: None,
+            policy: None,
+            dry_run: None,
+            audit: None,
             trace_id: None,
         }
     }
