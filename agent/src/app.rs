@@ -26,7 +26,7 @@ use tokio::{
     sync::{mpsc, watch},
     time::{MissedTickBehavior, interval},
 };
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::{
     admin, ca,
@@ -46,6 +46,7 @@ use crate::{
     pods::{self, Kubelet},
     policy::{self, Snapshot},
     proxy::Context,
+    resident,
     source::{self, View},
     telemetry::{
         self, LogLevel, access, exposition, limit::Limit, metrics, open, panics, readiness, tally, trace,
@@ -636,6 +637,11 @@ impl Control {
         self.answering.send_replace(true);
         self.first_pass = None;
         info!(generation = snapshot.generation, pods = node.pods.len(), "ready");
+        match resident::give_back_text() {
+            Ok(kib) => debug!(kib, "what only the start needed of the program is not resident any more"),
+            // It holds more than it needs, and is right.
+            Err(error) => debug!(error = format!("{error:#}"), "the program's text stays resident"),
+        }
         Ok(())
     }
 

@@ -17,7 +17,6 @@ use std::{
 };
 
 use anyhow::Context as _;
-use culvert_common::ListenerKind;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
@@ -183,17 +182,40 @@ fn serve(
     stop: &watch::Sender<bool>,
     loops: &mut JoinSet<()>,
 ) -> io::Result<()> {
+    let drain = &context.drain;
     let Listeners { outbound, tunnel, plaintext } = listeners;
-    for (kind, listener) in
-        [(ListenerKind::Outbound, outbound), (ListenerKind::Tunnel, tunnel), (ListenerKind::Plaintext, plaintext)]
+    // A loop of its own for each kind: a connection's task is as large as its kind needs, and not as the largest.
     {
-        let listener = TcpListener::from_std(listener)?;
-        let own_port = listener.local_addr().map_or(0, |addr| addr.port());
-        let (context, pod, left, drain) = (context.clone(), pod.clone(), stop.subscribe(), context.drain.clone());
-        let one = move |socket, peer| one(context.clone(), pod.clone(), kind, own_port, socket, peer, left.clone());
-        loops.spawn_local(accept(listener, stop.subscribe(), drain, one));
+        let (context, pod) = (context.clone(), pod.clone());
+        let (listener, _) = listening(outbound)?;
+        let one = move |socket, peer| outbound::serve(context.clone(), pod.clone(), socket, peer);
+        loops.spawn_local(accept(listener, stop.subscribe(), drain.clone(), one));
     }
+    {
+        let (context, pod, left) = (context.clone(), pod.clone(), stop.subscribe());
+        let (listener, _) = listening(tunnel)?;
+        let one = move |socket, peer| {
+            let mut left = left.clone();
+            let left = async move {
+                // Only ever dropped, never sent to.
+                let _ = left.changed().await;
+            };
+            inbound::tunnel(context.clone(), pod.clone(), socket, peer, left)
+        };
+        loops.spawn_local(accept(listener, stop.subscribe(), drain.clone(), one));
+    }
+    let (context, pod) = (context.clone(), pod.clone());
+    let (listener, own_port) = listening(plaintext)?;
+    let one = move |socket, peer| inbound::plaintext(context.clone(), pod.clone(), own_port, socket, peer);
+    loops.spawn_local(accept(listener, stop.subscribe(), drain.clone(), one));
     Ok(())
+}
+
+/// A listener for this thread's runtime, and its port.
+fn listening(listener: std::net::TcpListener) -> io::Result<(TcpListener, u16)> {
+    let listener = TcpListener::from_std(listener)?;
+    let port = listener.local_addr()?.port();
+    Ok((listener, port))
 }
 
 /// Accepts until the pod leaves or the agent ends, and owns what it has accepted.
@@ -263,26 +285,6 @@ async fn take<F>(
     }
 }
 
-async fn one(
-    context: Rc<Context>,
-    pod: Arc<Pod>,
-    kind: ListenerKind,
-    own_port: u16,
-    socket: TcpStream,
-    peer: SocketAddr,
-    mut stop: watch::Receiver<bool>,
-) {
-    let left = async move {
-        // Only ever dropped, never sent to.
-        let _ = stop.changed().await;
-    };
-    match kind {
-        ListenerKind::Outbound => outbound::serve(context, pod, socket, peer).await,
-        ListenerKind::Tunnel => inbound::tunnel(context, pod, socket, peer, left).await,
-        ListenerKind::Plaintext => inbound::plaintext(context, pod, own_port, socket, peer).await,
-    }
-}
-
 /// A panic in one connection ends that connection; the hook ([`crate::telemetry::panics`]) has told and counted it.
 fn told(ended: Result<(), tokio::task::JoinError>) {
     if let Err(error) = ended
@@ -300,6 +302,19 @@ mod tests {
 
     use super::*;
     use crate::telemetry::panics;
+
+    fn size_of_task<A, B, C, D, F: Future>(_: impl Fn(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    /// Most of what an idle connection costs the agent is the task that waits for it: one is made once for each, so that
+    /// what is added to any state of it is paid ten thousand times.
+    #[test]
+    fn a_connections_task_is_small() {
+        let (outbound, stream) = (size_of_task(outbound::serve), size_of_task(inbound::stream));
+        eprintln!("outbound {outbound} bytes, a tunnel's stream {stream}");
+        assert!(outbound <= 1792 && stream <= 1856, "{outbound} {stream}");
+    }
 
     /// The first byte says what becomes of the connection: `p` panics, `e` echoes until the end.
     async fn one(mut socket: TcpStream, _peer: SocketAddr) {

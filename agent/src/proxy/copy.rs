@@ -10,15 +10,16 @@ use std::{
     future::poll_fn,
     io::{self, IoSlice},
     net::Shutdown,
+    pin::pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    task::Poll,
+    task::{Context, Poll, ready},
 };
 
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
-use tokio::{io::Interest, net::TcpStream, task::coop::consume_budget};
+use tokio::{io::Interest, net::TcpStream};
 
 pub use crate::telemetry::open::Counters;
 use crate::tunnel::{self, StreamError};
@@ -29,6 +30,8 @@ const CHUNK: usize = 128 << 10;
 const SMALL: usize = 4 << 10;
 /// Most chunks handed to the kernel in one call.
 const VECTORS: usize = 32;
+/// Room for more chunks than this is not kept while there are none.
+const IDLE_CHUNKS: usize = 4;
 
 /// One of the two sides that were passed in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,19 +124,24 @@ impl ResetOnClose {
 }
 
 /// Copies between `socket` and the tunnel until both directions have ended or one side was cut off.
+///
+/// One future for both directions, polled by hand: of an idle connection this is most of what the agent holds.
 pub async fn bidirectional(socket: ResetOnClose, stream: tunnel::Stream, counters: &Counters) -> CopyOutcome {
     let (mut read, mut write) = stream.split();
     let copied = {
-        let both = async {
-            tokio::try_join!(
-                into_tunnel(&socket.0, &mut write, &counters.forward),
-                out_of_tunnel(&mut read, &socket.0, &counters.backward),
-            )
-        };
-        tokio::select! {
-            copied = both => copied.map(drop),
-            cause = socket_error(&socket.0) => Err(near(cause)),
-        }
+        let (mut into, mut out_of) = (IntoTunnel { done: false }, OutOfTunnel::default());
+        let mut failed = pin!(socket_error(&socket.0));
+        poll_fn(|cx| {
+            let into = into.poll(cx, &socket.0, &mut write, &counters.forward);
+            let both = join(into, || out_of.poll(cx, &mut read, &socket.0, &counters.backward));
+            if both.is_pending()
+                && let Poll::Ready(cause) = failed.as_mut().poll(cx)
+            {
+                return Poll::Ready(Err(near(cause)));
+            }
+            both
+        })
+        .await
     };
     match copied {
         Ok(()) => {
@@ -150,17 +158,22 @@ pub async fn bidirectional(socket: ResetOnClose, stream: tunnel::Stream, counter
 /// Copies between two sockets until both directions have ended or one side was cut off.
 pub async fn bidirectional_plain(a: ResetOnClose, b: ResetOnClose, counters: &Counters) -> CopyOutcome {
     let copied = {
-        let both = async {
-            tokio::try_join!(
-                between_sockets(&a.0, &b.0, &counters.forward, near, far),
-                between_sockets(&b.0, &a.0, &counters.backward, far, near),
-            )
-        };
-        tokio::select! {
-            copied = both => copied.map(drop),
-            cause = socket_error(&a.0) => Err(near(cause)),
-            cause = socket_error(&b.0) => Err(far(cause)),
-        }
+        let (mut forward, mut backward) = (BetweenSockets::default(), BetweenSockets::default());
+        let (mut a_failed, mut b_failed) = (pin!(socket_error(&a.0)), pin!(socket_error(&b.0)));
+        poll_fn(|cx| {
+            let forward = forward.poll(cx, (&a.0, near), (&b.0, far), &counters.forward);
+            let both = join(forward, || backward.poll(cx, (&b.0, far), (&a.0, near), &counters.backward));
+            if both.is_pending() {
+                if let Poll::Ready(cause) = a_failed.as_mut().poll(cx) {
+                    return Poll::Ready(Err(near(cause)));
+                }
+                if let Poll::Ready(cause) = b_failed.as_mut().poll(cx) {
+                    return Poll::Ready(Err(far(cause)));
+                }
+            }
+            both
+        })
+        .await
     };
     match copied {
         Ok(()) => {
@@ -172,124 +185,203 @@ pub async fn bidirectional_plain(a: ResetOnClose, b: ResetOnClose, counters: &Co
     }
 }
 
-async fn into_tunnel(socket: &TcpStream, to: &mut tunnel::WriteHalf, count: &AtomicU64) -> Result<(), CopyOutcome> {
-    loop {
-        tokio::select! {
-            biased;
-            ready = socket.readable() => ready.map_err(near)?,
-            cut = poll_fn(|cx| to.poll_cut(cx)) => return not_wanted(cut),
-        }
-        // Window first, then bytes: what does not fit stays in the socket, where TCP holds the sender back.
-        let room = match poll_fn(|cx| to.poll_ready(cx, CHUNK)).await {
-            Ok(room) => room,
-            Err(cut) => return not_wanted(cut),
-        };
-        let mut space = 0;
-        let read = to.send_from(room, |slices| {
-            space = slices.iter().map(|slice| slice.len()).sum();
-            socket.try_read_vectored(slices)
-        });
-        match read.map_err(far)? {
-            Ok(0) => return to.shutdown().map_err(far),
-            Ok(n) => {
-                count.fetch_add(n as u64, Ordering::Relaxed);
-                if n < space {
-                    mark_empty(socket);
+/// One direction, as far as it got: at its end, or cut off, or waiting.
+type Progress = Poll<Result<(), CopyOutcome>>;
+
+/// Both directions: the first that is cut off ends them, else the last.
+fn join(one: Progress, other: impl FnOnce() -> Progress) -> Progress {
+    match one {
+        Poll::Ready(Err(cut)) => Poll::Ready(Err(cut)),
+        Poll::Ready(Ok(())) => other(),
+        Poll::Pending => match other() {
+            Poll::Ready(Err(cut)) => Poll::Ready(Err(cut)),
+            Poll::Ready(Ok(())) | Poll::Pending => Poll::Pending,
+        },
+    }
+}
+
+/// From a socket into the tunnel.
+struct IntoTunnel {
+    done: bool,
+}
+
+impl IntoTunnel {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        socket: &TcpStream,
+        to: &mut tunnel::WriteHalf,
+        count: &AtomicU64,
+    ) -> Progress {
+        while !self.done {
+            match socket.poll_read_ready(cx) {
+                Poll::Ready(ready) => ready.map_err(near)?,
+                Poll::Pending => {
+                    let cut = ready!(to.poll_cut(cx));
+                    return self.not_wanted(cut);
                 }
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(near(error)),
-        }
-        consume_budget().await;
-    }
-}
-
-/// A peer that has sent all it has may say that it wants no more of ours (RFC 9113 §8.1): a socket would be closed
-/// with unread bytes then, and so is ours, once the other direction has ended.
-fn not_wanted(cut: StreamError) -> Result<(), CopyOutcome> {
-    match cut {
-        StreamError::Reset(tunnel::code::NO_ERROR) => Ok(()),
-        cut => Err(far(cut)),
-    }
-}
-
-async fn out_of_tunnel(from: &mut tunnel::ReadHalf, socket: &TcpStream, count: &AtomicU64) -> Result<(), CopyOutcome> {
-    let mut chunks: VecDeque<Bytes> = VecDeque::new();
-    loop {
-        let mut ended = false;
-        // Everything that is there, up to one call's worth; waits only if there is nothing.
-        let gathered = poll_fn(|cx| {
-            while chunks.len() < VECTORS {
-                match from.poll_read(cx) {
-                    Poll::Ready(Ok(Some(bytes))) => chunks.push_back(bytes),
-                    Poll::Ready(Ok(None)) => {
-                        ended = true;
-                        break;
+            // Window first, then bytes: what does not fit stays in the socket, where TCP holds the sender back.
+            let room = match ready!(to.poll_ready(cx, CHUNK)) {
+                Ok(room) => room,
+                Err(cut) => return self.not_wanted(cut),
+            };
+            let mut space = 0;
+            let read = to.send_from(room, |slices| {
+                space = slices.iter().map(|slice| slice.len()).sum();
+                socket.try_read_vectored(slices)
+            });
+            match read.map_err(far)? {
+                Ok(0) => {
+                    to.shutdown().map_err(far)?;
+                    self.done = true;
+                }
+                Ok(n) => {
+                    count.fetch_add(n as u64, Ordering::Relaxed);
+                    if n < space {
+                        mark_empty(socket);
                     }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(near(error))),
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// A peer that has sent all it has may say that it wants no more of ours (RFC 9113 §8.1): a socket would be closed
+    /// with unread bytes then, and so is ours, once the other direction has ended.
+    fn not_wanted(&mut self, cut: StreamError) -> Progress {
+        match cut {
+            StreamError::Reset(tunnel::code::NO_ERROR) => {
+                self.done = true;
+                Poll::Ready(Ok(()))
+            }
+            cut => Poll::Ready(Err(far(cut))),
+        }
+    }
+}
+
+/// From the tunnel into a socket.
+#[derive(Default)]
+struct OutOfTunnel {
+    /// Taken from the tunnel, not yet by the socket.
+    chunks: VecDeque<Bytes>,
+    /// The tunnel has no more.
+    ended: bool,
+    done: bool,
+}
+
+impl OutOfTunnel {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut tunnel::ReadHalf,
+        socket: &TcpStream,
+        count: &AtomicU64,
+    ) -> Progress {
+        while !self.done {
+            // Everything that is there, up to one call's worth; waits only if there is nothing.
+            while self.chunks.len() < VECTORS && !self.ended {
+                match from.poll_read(cx) {
+                    Poll::Ready(Ok(Some(bytes))) => self.chunks.push_back(bytes),
+                    Poll::Ready(Ok(None)) => self.ended = true,
                     // What came before the cut is not delivered: the reset overtakes it, as it does in TCP.
                     Poll::Ready(Err(error)) => return Poll::Ready(Err(far(error))),
-                    Poll::Pending if chunks.is_empty() => return Poll::Pending,
+                    Poll::Pending if self.chunks.is_empty() => {
+                        if self.chunks.capacity() > IDLE_CHUNKS {
+                            self.chunks = VecDeque::new();
+                        }
+                        return Poll::Pending;
+                    }
                     Poll::Pending => break,
                 }
             }
-            Poll::Ready(Ok(()))
-        });
-        gathered.await?;
-        while !chunks.is_empty() {
-            let mut slices = [IoSlice::new(&[]); VECTORS];
-            for (slice, chunk) in slices.iter_mut().zip(&chunks) {
-                *slice = IoSlice::new(chunk);
-            }
-            let used = chunks.len().min(VECTORS);
-            match socket.try_write_vectored(&slices[..used]) {
-                Ok(written) => {
-                    count.fetch_add(written as u64, Ordering::Relaxed);
-                    advance(&mut chunks, written);
+            while !self.chunks.is_empty() {
+                // Counts against what a task may do before others have their turn.
+                match socket.poll_write_ready(cx) {
+                    Poll::Ready(ready) => ready.map_err(near)?,
+                    Poll::Pending => return from.poll_cut(cx).map(|cut| Err(far(cut))),
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    tokio::select! {
-                        ready = socket.writable() => ready.map_err(near)?,
-                        cut = poll_fn(|cx| from.poll_cut(cx)) => return Err(far(cut)),
+                match write(socket, &self.chunks) {
+                    Ok(written) => {
+                        count.fetch_add(written as u64, Ordering::Relaxed);
+                        advance(&mut self.chunks, written);
                     }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return Poll::Ready(Err(near(error))),
                 }
-                Err(error) => return Err(near(error)),
+            }
+            if self.ended {
+                shut_down(socket).map_err(near)?;
+                self.done = true;
             }
         }
-        if ended {
-            return shut_down(socket).map_err(near);
-        }
-        consume_budget().await;
+        Poll::Ready(Ok(()))
     }
 }
 
-async fn between_sockets(
-    from: &TcpStream,
-    to: &TcpStream,
-    count: &AtomicU64,
-    read_failed: fn(io::Error) -> CopyOutcome,
-    write_failed: fn(io::Error) -> CopyOutcome,
-) -> Result<(), CopyOutcome> {
-    loop {
-        from.readable().await.map_err(read_failed)?;
-        match read_chunk(from, CHUNK).map_err(read_failed)? {
-            Read::Nothing => {}
-            Read::Eof => return shut_down(to).map_err(write_failed),
-            Read::Bytes(mut bytes) => {
-                while !bytes.is_empty() {
-                    match to.try_write(&bytes) {
-                        Ok(written) => {
-                            count.fetch_add(written as u64, Ordering::Relaxed);
-                            bytes.advance(written);
-                        }
-                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                            to.writable().await.map_err(write_failed)?;
-                        }
-                        Err(error) => return Err(write_failed(error)),
+fn write(socket: &TcpStream, chunks: &VecDeque<Bytes>) -> io::Result<usize> {
+    if let [only] = chunks.as_slices().0
+        && chunks.len() == 1
+    {
+        return socket.try_write(only);
+    }
+    let mut slices = [IoSlice::new(&[]); VECTORS];
+    for (slice, chunk) in slices.iter_mut().zip(chunks) {
+        *slice = IoSlice::new(chunk);
+    }
+    socket.try_write_vectored(&slices[..chunks.len().min(VECTORS)])
+}
+
+/// From one socket into another.
+#[derive(Default)]
+struct BetweenSockets {
+    /// Taken from the one, not yet by the other.
+    bytes: Bytes,
+    done: bool,
+}
+
+/// A socket, and whose failure its failure is.
+type Named<'a> = (&'a TcpStream, fn(io::Error) -> CopyOutcome);
+
+impl BetweenSockets {
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        (from, read_failed): Named<'_>,
+        (to, write_failed): Named<'_>,
+        count: &AtomicU64,
+    ) -> Progress {
+        while !self.done {
+            if self.bytes.is_empty() {
+                ready!(from.poll_read_ready(cx)).map_err(read_failed)?;
+                match read_chunk(from, CHUNK).map_err(read_failed)? {
+                    Read::Nothing => {}
+                    Read::Eof => {
+                        shut_down(to).map_err(write_failed)?;
+                        self.done = true;
                     }
+                    Read::Bytes(bytes) => self.bytes = bytes,
+                }
+            } else {
+                ready!(to.poll_write_ready(cx)).map_err(write_failed)?;
+                match to.try_write(&self.bytes) {
+                    Ok(written) => {
+                        count.fetch_add(written as u64, Ordering::Relaxed);
+                        if written < self.bytes.len() {
+                            self.bytes.advance(written);
+                        } else {
+                            // An empty rest would hold the whole buffer.
+                            self.bytes = Bytes::new();
+                        }
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return Poll::Ready(Err(write_failed(error))),
                 }
             }
         }
-        consume_budget().await;
+        Poll::Ready(Ok(()))
     }
 }
 

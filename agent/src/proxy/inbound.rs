@@ -4,6 +4,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     os::fd::AsRawFd as _,
+    pin::{Pin, pin},
     rc::Rc,
     sync::Arc,
     time::Duration,
@@ -23,6 +24,7 @@ use super::{
 };
 use crate::{
     identity::{self, Refusal, Unavailable},
+    limits::Place,
     model::SpiffeId,
     policy::{self, Client, Connection, Snapshot, Verdict, Workload},
     telemetry::{
@@ -31,7 +33,7 @@ use crate::{
         tally::{Handshake, Side, Standing},
         trace::Trace,
     },
-    tunnel::{headers, server},
+    tunnel::{self, headers, server},
 };
 
 /// Longer than any connection: a pod that has left waits for its tunnels as long as they last ([E.5]).
@@ -141,18 +143,47 @@ fn tell_mismatch(context: &Context, remote: SocketAddr, proved: &Result<SpiffeId
     }
 }
 
-/// One CONNECT.
-async fn stream(
+/// One CONNECT. Only what copying needs is held for as long as the connection lasts.
+pub(crate) fn stream(
     context: Rc<Context>,
     pod: Arc<ServedPod>,
     incoming: server::Incoming,
     proved: Rc<Result<SpiffeId, Refusal>>,
-) {
-    let peer = incoming.peer().clone();
-    let (local, remote) = (canonical(peer.local), canonical(peer.remote));
+) -> impl Future<Output = ()> {
+    let (local, remote) = (canonical(incoming.peer().local), canonical(incoming.peer().remote));
     let mut story = Story::new(Direction::Inbound, remote, local);
-    let outcome = judge(&context, &pod, incoming, local, remote, &proved, &mut story).await;
-    story.end(&context, &outcome);
+    // A block and not an `async fn`, which would keep its arguments twice.
+    async move {
+        let admitted = Box::pin(judge(&context, &pod, incoming, local, remote, &proved, &mut story)).await;
+        drop(proved);
+        let outcome = match admitted {
+            Ok(Admitted { subject, word, generation, _place, leg, client: Tunnelled { stream, charge } }) => {
+                let copied = pin!(copy::bidirectional(leg, stream, &story.counters));
+                let told = |ended| Outcome::of_copy(ended, word, "the server", "the client");
+                watched(&context, &pod, &subject, generation, copied, told).await.or_limited(&charge)
+            }
+            Err(outcome) => outcome,
+        };
+        story.end(&context, &outcome);
+    }
+}
+
+/// A connection that policy allows, with a socket at the application.
+struct Admitted<C> {
+    subject: Subject,
+    /// The verdict's reason.
+    word: &'static str,
+    /// The verdict's.
+    generation: u32,
+    _place: Place,
+    leg: ResetOnClose,
+    client: C,
+}
+
+/// The client's end of a connection in a tunnel.
+struct Tunnelled {
+    stream: tunnel::Stream,
+    charge: Arc<tunnel::Charge>,
 }
 
 async fn judge(
@@ -163,7 +194,7 @@ async fn judge(
     remote: SocketAddr,
     proved: &Result<SpiffeId, Refusal>,
     story: &mut Story,
-) -> Outcome {
+) -> Result<Admitted<Tunnelled>, Outcome> {
     if let Some((id, parent)) = incoming.header("traceparent").and_then(headers::trace_and_span) {
         story.trace = Trace::join(id, parent);
     }
@@ -175,7 +206,7 @@ async fn judge(
         };
         // The client has gone, or gets its answer.
         let _ = incoming.refuse(status, Some(word));
-        outcome
+        Err(outcome)
     };
     let proved = match proved {
         Ok(proved) => proved.clone(),
@@ -223,7 +254,7 @@ async fn judge(
         Err(Unavailable::NotWanted(_)) if !own.enrollment.enrolled => {}
         Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::IdentityError, error)),
     }
-    let _place = match pod.load.inbound(remote.ip(), None) {
+    let place = match pod.load.inbound(remote.ip(), None) {
         Ok(place) => place,
         Err(limit) => return refuse(incoming, 503, Outcome::limited(limit)),
     };
@@ -232,7 +263,7 @@ async fn judge(
     let client = forwarded.filter(|client| client.ip() == remote.ip()).unwrap_or(remote);
     let leg = tokio::select! {
         leg = context.leg(pod, client, subject.target, snapshot.mesh.connect_timeout) => leg,
-        cut = incoming.cancelled() => return Outcome::failed(Flag::Reset, format_args!("the client gave up: {cut:?}")),
+        cut = incoming.cancelled() => return Err(Outcome::failed(Flag::Reset, format_args!("the client gave up: {cut:?}"))),
     };
     let leg = match leg {
         Ok(leg) => leg,
@@ -240,14 +271,18 @@ async fn judge(
     };
     let mut stream = match incoming.accept(Some(&baggage(own, &context.names.cluster))) {
         Ok(stream) => stream,
-        Err(error) => return Outcome::failed(Flag::Reset, format_args!("the client gave up: {error:?}")),
+        Err(error) => return Err(Outcome::failed(Flag::Reset, format_args!("the client gave up: {error:?}"))),
     };
-    let word = verdict.reason.as_str();
     let charge = Arc::new(pod.load.charge());
     stream.charge(charge.clone());
-    let copied = copy::bidirectional(leg, stream, &story.counters);
-    let told = |ended| Outcome::of_copy(ended, word, "the server", "the client");
-    watched(context, pod, &subject, verdict.generation, copied, told).await.or_limited(&charge)
+    Ok(Admitted {
+        subject,
+        word: verdict.reason.as_str(),
+        generation: verdict.generation,
+        _place: place,
+        leg,
+        client: Tunnelled { stream, charge },
+    })
 }
 
 fn tell_source(story: &mut Story, snapshot: &Snapshot, remote: SocketAddr, proved: SpiffeId) {
@@ -295,7 +330,7 @@ pub(super) async fn watched(
     pod: &ServedPod,
     subject: &Subject,
     judged: u32,
-    copied: impl Future<Output = CopyOutcome>,
+    mut copied: Pin<&mut impl Future<Output = CopyOutcome>>,
     told: impl FnOnce(CopyOutcome) -> Outcome,
 ) -> Outcome {
     let mut snapshots = context.snapshot.clone();
@@ -307,12 +342,11 @@ pub(super) async fn watched(
         return outcome;
     }
     drop(now);
-    tokio::pin!(copied);
     let cut = context.cut();
     tokio::pin!(cut);
     loop {
         tokio::select! {
-            ended = &mut copied => return told(ended),
+            ended = copied.as_mut() => return told(ended),
             () = &mut cut => return Outcome::failed(Flag::Drained, "still open at the drain deadline"),
             changed = snapshots.changed() => {
                 if changed.is_err() {
@@ -348,47 +382,47 @@ pub async fn plaintext(
         debug!(uid = %pod.uid, error = format!("{error:#}"), "a connection could not be marked as the agent's");
     }
     let mut story = Story::new(Direction::Inbound, remote, local);
-    let snapshot = context.snapshot();
-    let facts = story.facts();
-    facts.src_workload = workload_at(&snapshot, remote.ip()).cloned();
-    let outcome = match snapshot.workload(&pod.uid) {
-        Some(own) => {
-            facts.dst_workload = Some(own.clone());
-            story.open(&context);
-            deliver(&context, &pod, &snapshot, own, socket, local, remote, &mut story).await
+    let outcome = match Box::pin(judge_plaintext(&context, &pod, socket, local, remote, &mut story)).await {
+        Ok(Admitted { subject, word, generation, _place, leg, client }) => {
+            let copied = pin!(copy::bidirectional_plain(leg, client, &story.counters));
+            let told = |ended| Outcome::of_copy(ended, word, "the server", "the client");
+            watched(&context, &pod, &subject, generation, copied, told).await
         }
-        None => Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source"),
+        Err(outcome) => outcome,
     };
     story.end(&context, &outcome);
 }
 
-#[expect(clippy::too_many_arguments, reason = "one call; the story of the connection in its own words")]
-async fn deliver(
+async fn judge_plaintext(
     context: &Context,
     pod: &ServedPod,
-    snapshot: &Arc<Snapshot>,
-    own: &Workload,
     socket: ResetOnClose,
     local: SocketAddr,
     remote: SocketAddr,
     story: &mut Story,
-) -> Outcome {
+) -> Result<Admitted<ResetOnClose>, Outcome> {
+    let snapshot = context.snapshot();
+    let facts = story.facts();
+    facts.src_workload = workload_at(&snapshot, remote.ip()).cloned();
+    let Some(own) = snapshot.workload(&pod.uid) else {
+        return Err(Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source"));
+    };
+    facts.dst_workload = Some(own.clone());
+    story.open(context);
     let subject = Subject { identity: None, source: remote.ip(), target: local };
-    let verdict = subject.judge(snapshot, own);
+    let verdict = subject.judge(&snapshot, own);
     story.judged(&verdict);
     if !verdict.allowed {
-        return Outcome::denied(&verdict);
+        return Err(Outcome::denied(&verdict));
     }
-    let _place = match pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())) {
-        Ok(place) => place,
-        Err(limit) => return Outcome::limited(limit),
-    };
-    let leg = match context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await {
-        Ok(leg) => leg,
-        Err(error) => return Outcome::failed(Flag::Connect, error),
-    };
-    let word = verdict.reason.as_str();
-    let copied = copy::bidirectional_plain(leg, socket, &story.counters);
-    let told = |ended| Outcome::of_copy(ended, word, "the server", "the client");
-    watched(context, pod, &subject, verdict.generation, copied, told).await
+    let place = pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())).map_err(Outcome::limited)?;
+    let leg = context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await;
+    Ok(Admitted {
+        subject,
+        word: verdict.reason.as_str(),
+        generation: verdict.generation,
+        _place: place,
+        leg: leg.map_err(|error| Outcome::failed(Flag::Connect, error))?,
+        client: socket,
+    })
 }

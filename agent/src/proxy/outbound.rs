@@ -8,7 +8,7 @@ use tracing::debug;
 
 use super::{
     Context, ServedPod, canonical,
-    copy::{self, Counters, ResetOnClose},
+    copy::{self, ResetOnClose},
     inbound::{Subject, watched},
     keepalive,
     report::{Flag, Outcome, Story},
@@ -18,7 +18,7 @@ use crate::{
     model::ObjectRef,
     policy::{Choice, Route, Snapshot, Workload},
     telemetry::{access::Direction, open::Carried, trace::Trace, traffic},
-    tunnel::{Authority, Connect, Host, OpenError, PoolKey, Stream, headers},
+    tunnel::{Authority, Charge, Connect, Host, OpenError, PoolKey, Stream, headers},
 };
 
 /// How long a connection waits for a server whose tunnel is not there yet ([T.1]).
@@ -38,7 +38,10 @@ pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream,
     let client = canonical(client);
     let mut story = Story::new(Direction::Outbound, client, dst);
     let outcome = match pod.load.outbound(socket.get().as_raw_fd()) {
-        Ok(_place) => route(&context, &pod, socket, client, dst, &mut story).await,
+        Ok(_place) => match Box::pin(reach(&context, &pod, client, dst, &mut story)).await {
+            Ok(far) => carry(&context, &pod, socket, far, &story).await,
+            Err(outcome) => outcome,
+        },
         Err(limit) => {
             story.facts().src_workload = context.snapshot().workload(&pod.uid).cloned();
             story.open(&context);
@@ -48,39 +51,77 @@ pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream,
     story.end(&context, &outcome);
 }
 
-async fn route(
+/// The far end of a connection, once there is one. Only this is held for as long as the connection lasts: not the snapshot
+/// that led to it.
+enum Far {
+    /// A tunnel's stream, and what is charged for it.
+    Tunnel(Stream, Arc<Charge>),
+    /// A server outside the mesh.
+    Plaintext(ResetOnClose),
+    /// The pod itself, which is judged as its server.
+    Itself(Box<Itself>),
+}
+
+struct Itself {
+    server: ResetOnClose,
+    subject: Subject,
+    /// Of the verdict.
+    generation: u32,
+}
+
+async fn carry(context: &Context, pod: &ServedPod, client: ResetOnClose, far: Far, story: &Story) -> Outcome {
+    let told = |ended| Outcome::of_copy(ended, "plaintext", "the client", "the server");
+    match far {
+        Far::Tunnel(stream, charge) => tokio::select! {
+            ended = copy::bidirectional(client, stream, &story.counters) => {
+                Outcome::of_copy(ended, "tunnelled", "the client", "the server").or_limited(&charge)
+            }
+            () = context.cut() => drained(),
+        },
+        Far::Plaintext(server) => tokio::select! {
+            ended = copy::bidirectional_plain(client, server, &story.counters) => told(ended),
+            () = context.cut() => drained(),
+        },
+        Far::Itself(itself) => {
+            let Itself { server, subject, generation } = *itself;
+            let mut copied = Box::pin(copy::bidirectional_plain(client, server, &story.counters));
+            Box::pin(watched(context, pod, &subject, generation, copied.as_mut(), told)).await
+        }
+    }
+}
+
+async fn reach(
     context: &Rc<Context>,
     pod: &Arc<ServedPod>,
-    socket: ResetOnClose,
     client: SocketAddr,
     dst: SocketAddr,
     story: &mut Story,
-) -> Outcome {
+) -> Result<Far, Outcome> {
     let choice = Choice { random: rand::random(), client: client.ip() };
     let until = Instant::now() + TUNNEL_PATIENCE;
     loop {
         let snapshot = context.snapshot();
         let Some(own) = snapshot.workload(&pod.uid) else {
-            return Outcome::failed(Flag::UnknownWorkload, "the client's pod is not in the source");
+            return Err(Outcome::failed(Flag::UnknownWorkload, "the client's pod is not in the source"));
         };
         story.facts().src_workload = Some(own.clone());
         match snapshot.route(own, dst, choice) {
             Route::Refuse(refusal) => {
                 story.open(context);
-                return Outcome::failed(Flag::NoRoute(refusal), format_args!("{dst}: {}", refusal.as_str()));
+                return Err(Outcome::failed(Flag::NoRoute(refusal), format_args!("{dst}: {}", refusal.as_str())));
             }
             Route::Plaintext { target, workload, service } => {
                 story.heads_for(target, workload, service);
                 story.open(context);
                 return match context.dial(pod, client.ip(), target, snapshot.mesh.connect_timeout).await {
-                    Ok(server) => plain(context, socket, ResetOnClose::new(server), &story.counters).await,
-                    Err(error) => Outcome::failed(Flag::Connect, format_args!("connect to {target}: {error}")),
+                    Ok(server) => Ok(Far::Plaintext(ResetOnClose::new(server))),
+                    Err(error) => Err(Outcome::failed(Flag::Connect, format_args!("connect to {target}: {error}"))),
                 };
             }
             Route::Tunnel { workload, target, service } if workload.uid == own.uid => {
                 story.heads_for(target, Some(workload), service);
                 story.open(context);
-                return to_itself(context, pod, &snapshot, own, socket, client, target, story).await;
+                return to_itself(context, pod, &snapshot, own, client, target, story).await;
             }
             Route::Tunnel { workload, target, service } => {
                 story.heads_for(SocketAddr::new(target.ip(), PORT_HBONE), Some(workload.clone()), service.clone());
@@ -93,23 +134,16 @@ async fn route(
                 let opened =
                     open(context, pod, own, &workload, client, target, service.as_ref(), &snapshot, until, story.trace)
                         .await;
-                return match opened {
+                match opened {
                     Opened::Stream(mut stream) => {
                         let charge = Arc::new(pod.load.charge());
                         stream.charge(charge.clone());
-                        tokio::select! {
-                            ended = copy::bidirectional(socket, stream, &story.counters) => {
-                                Outcome::of_copy(ended, "tunnelled", "the client", "the server").or_limited(&charge)
-                            }
-                            () = context.cut() => drained(),
-                        }
+                        return Ok(Far::Tunnel(stream, charge));
                     }
-                    Opened::Outdated => continue,
-                    Opened::Failed(error) => {
-                        // Never plaintext instead ([I.10], [T.2]).
-                        Outcome::of_open(&error)
-                    }
-                };
+                    Opened::Outdated => {}
+                    // Never plaintext instead ([I.10], [T.2]).
+                    Opened::Failed(error) => return Err(Outcome::of_open(&error)),
+                }
             }
         }
     }
@@ -126,38 +160,24 @@ enum Opened {
 }
 
 /// The pod calls itself by its Service: a short cut with the same answer that the tunnel would get.
-#[expect(clippy::too_many_arguments, reason = "one call; the story of the connection in its own words")]
 async fn to_itself(
     context: &Context,
     pod: &ServedPod,
     snapshot: &Snapshot,
     own: &Workload,
-    socket: ResetOnClose,
     client: SocketAddr,
     target: SocketAddr,
     story: &mut Story,
-) -> Outcome {
+) -> Result<Far, Outcome> {
     let subject = Subject { identity: Some(own.identity.clone()), source: client.ip(), target };
     let verdict = subject.judge(snapshot, own);
     story.judged(&verdict);
     if !verdict.allowed {
-        return Outcome::denied(&verdict);
+        return Err(Outcome::denied(&verdict));
     }
-    let server = match context.leg(pod, client, target, snapshot.mesh.connect_timeout).await {
-        Ok(server) => server,
-        Err(error) => return Outcome::failed(Flag::Connect, error),
-    };
-    let copied = copy::bidirectional_plain(socket, server, &story.counters);
-    let told = |ended| Outcome::of_copy(ended, "plaintext", "the client", "the server");
-    watched(context, pod, &subject, verdict.generation, copied, told).await
-}
-
-async fn plain(context: &Context, client: ResetOnClose, server: ResetOnClose, counters: &Counters) -> Outcome {
-    tokio::select! {
-        ended = copy::bidirectional_plain(client, server, counters) => {
-            Outcome::of_copy(ended, "plaintext", "the client", "the server")
-        }
-        () = context.cut() => drained(),
+    match context.leg(pod, client, target, snapshot.mesh.connect_timeout).await {
+        Ok(server) => Ok(Far::Itself(Box::new(Itself { server, subject, generation: verdict.generation }))),
+        Err(error) => Err(Outcome::failed(Flag::Connect, error)),
     }
 }
 
