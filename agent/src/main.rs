@@ -17,13 +17,14 @@ pub static ALLOCATOR_OPTIONS: &[u8; 60] = b"background_thread:true,dirty_decay_m
 
 fn main() -> ExitCode {
     let result = cli::parse().and_then(|cli| match cli {
-        cli::Cli::Agent(config, again) => app::agent(*config, again),
-        cli::Cli::Ca(config) => app::ca(*config),
-        cli::Cli::Look(look) => look.run(),
-        cli::Cli::Print(print) => print.run(),
+        cli::Cli::Agent(config, again) => app::agent(*config, again).map(|()| ExitCode::SUCCESS),
+        cli::Cli::Ca(config) => app::ca(*config).map(|()| ExitCode::SUCCESS),
+        cli::Cli::Look(look) => look.run().map(|()| ExitCode::SUCCESS),
+        cli::Cli::Judge(judge) => judge.run(),
+        cli::Cli::Print(print) => print.run().map(|()| ExitCode::SUCCESS),
     });
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             // One line with the whole chain; of several wrong values, one line each.
             eprintln!("culvert: {error:#}");

@@ -243,13 +243,13 @@ pub struct EndpointDump {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct PolicyDump {
-    /// `PeerAuthentication`.
+    /// `PeerAuthentication` or `AuthorizationPolicy`.
     pub kind: String,
     /// Of the object.
     pub namespace: String,
     /// Of the object.
     pub name: String,
-    /// Its own mode, as written; `UNSET` inherits.
+    /// Its own mode, as written; `UNSET` inherits. Or its action, with `(dry-run)` where it is not enforced.
     pub action: String,
     /// `Global`, `Namespace` or `WorkloadSelector`.
     pub scope: String,
@@ -265,7 +265,7 @@ pub struct PolicyDump {
     pub stale: bool,
     /// Number that the kernel's counters know it by; 0 if it has none.
     pub rule: u32,
-    /// Pods, as `namespace/name`, of which it decides about a port or all.
+    /// Pods, as `namespace/name`, of which it decides about a port or all; of an AuthorizationPolicy, those it selects.
     pub decides: Vec<String>,
     /// What it does not do although it seems to.
     pub warnings: Vec<String>,
@@ -597,22 +597,12 @@ fn policies(snapshot: &Snapshot, view: &crate::source::View, workloads: &[&Workl
     let policy = |(object, policy): (&ObjectRef, &std::sync::Arc<crate::model::PeerAuthentication>)| {
         let rule = numbers.get(object).copied().unwrap_or(0);
         let place = view.policies.get(object);
-        let subject = format!("PeerAuthentication {object}");
-        let concerns = |text: &&String| {
-            // The name ends here: test/strict is not test/strict-too.
-            text.strip_prefix(&subject).is_some_and(|rest| rest.starts_with([' ', ':']))
-        };
         PolicyDump {
             kind: "PeerAuthentication".to_owned(),
             namespace: object.namespace.to_string(),
             name: object.name.to_string(),
             action: written(policy.mode).to_owned(),
-            scope: match (policy.selector.is_empty(), object.namespace == snapshot.mesh.root_namespace) {
-                (false, _) => "WorkloadSelector",
-                (true, true) => "Global",
-                (true, false) => "Namespace",
-            }
-            .to_owned(),
+            scope: scope(snapshot, object, &policy.selector),
             selector: policy.selector.clone(),
             ports: policy.port_modes.iter().map(|(port, mode)| (*port, written(*mode).to_owned())).collect(),
             revision: policy.revision.clone(),
@@ -620,10 +610,61 @@ fn policies(snapshot: &Snapshot, view: &crate::source::View, workloads: &[&Workl
             stale: place.is_some_and(|place| place.stale),
             rule,
             decides: decides.get(&rule).into_iter().flatten().cloned().collect(),
-            warnings: snapshot.warnings.iter().filter(concerns).cloned().collect(),
+            warnings: warnings(snapshot, &format!("PeerAuthentication {object}")),
         }
     };
-    view.cluster.peer_authentications.iter().map(policy).collect()
+    let mut all: Vec<PolicyDump> = view.cluster.peer_authentications.iter().map(policy).collect();
+    all.extend(authorization_policies(snapshot, view, workloads));
+    all
+}
+
+fn authorization_policies(
+    snapshot: &Snapshot,
+    view: &crate::source::View,
+    workloads: &[&Workload],
+) -> impl Iterator<Item = PolicyDump> {
+    let mut selects: HashMap<ObjectRef, BTreeSet<String>> = HashMap::new();
+    for workload in workloads.iter().filter(|workload| workload.enrollment.enrolled) {
+        for policy in workload.authorization.policies() {
+            selects.entry(policy.object()).or_default().insert(workload.object.to_string());
+        }
+    }
+    view.cluster.authorization_policies.iter().map(move |(object, policy)| {
+        let place = view.authorization_policies.get(object);
+        PolicyDump {
+            kind: "AuthorizationPolicy".to_owned(),
+            namespace: object.namespace.to_string(),
+            name: object.name.to_string(),
+            action: format!("{}{}", policy.action, if policy.dry_run { " (dry-run)" } else { "" }),
+            scope: scope(snapshot, object, &policy.selector),
+            selector: policy.selector.clone(),
+            ports: BTreeMap::new(),
+            revision: policy.revision.clone(),
+            place: place.map(ToString::to_string),
+            stale: place.is_some_and(|place| place.stale),
+            rule: 0,
+            decides: selects.get(object).into_iter().flatten().cloned().collect(),
+            warnings: warnings(snapshot, &format!("AuthorizationPolicy {object}")),
+        }
+    })
+}
+
+fn scope(snapshot: &Snapshot, object: &ObjectRef, selector: &BTreeMap<String, String>) -> String {
+    match (selector.is_empty(), object.namespace == snapshot.mesh.root_namespace) {
+        (false, _) => "WorkloadSelector",
+        (true, true) => "Global",
+        (true, false) => "Namespace",
+    }
+    .to_owned()
+}
+
+/// What the snapshot says of an object, by its kind and name.
+fn warnings(snapshot: &Snapshot, subject: &str) -> Vec<String> {
+    let concerns = |text: &&String| {
+        // The name ends here: test/strict is not test/strict-too.
+        text.strip_prefix(subject).is_some_and(|rest| rest.starts_with([' ', ':']))
+    };
+    snapshot.warnings.iter().filter(concerns).cloned().collect()
 }
 
 fn written(mode: MtlsMode) -> &'static str {

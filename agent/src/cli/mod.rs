@@ -2,6 +2,7 @@
 //!
 //! | room | its one job |
 //! |---|---|
+//! | [`mod@decide`] | the commands that judge connections by files of manifests |
 //! | [`look`] | the commands that look at a running agent, or change its log level |
 //! | `client` | one request to an agent |
 //! | `sheet` | rows as a table, JSON or YAML, once or again and again |
@@ -13,6 +14,7 @@ use clap::{Command, FromArgMatches as _, Subcommand as _};
 use crate::config::{self, Values, agent, ca};
 
 mod client;
+pub mod decide;
 pub mod look;
 pub mod reference;
 mod rows;
@@ -27,6 +29,8 @@ pub enum Cli {
     Ca(Box<ca::Config>),
     /// `culvert workloads` and the others that ask a running agent.
     Look(look::Look),
+    /// `culvert decide` and `culvert diff`.
+    Judge(decide::Judge),
     /// `culvert completions` and `culvert man`.
     Print(reference::Print),
 }
@@ -37,7 +41,8 @@ pub fn command() -> Command {
         .version(env!("CARGO_PKG_VERSION"))
         .after_help(
             "Every flag of agent and ca can be given in the environment or in the YAML file that --config names; flags \
-             win. The other commands ask the agent that runs on this node.",
+             win. decide and diff read files and need nothing else. The other commands ask the agent that runs on this \
+             node.",
         )
         .subcommand_required(true)
         .arg_required_else_help(true)
@@ -51,7 +56,8 @@ pub fn command() -> Command {
             "A certificate authority that speaks Istio's API, fed from a folder of manifests",
             ca::SETTINGS,
         ));
-    reference::Print::augment_subcommands(look::Look::augment_subcommands(command))
+    let command = decide::Judge::augment_subcommands(look::Look::augment_subcommands(command));
+    reference::Print::augment_subcommands(command)
         // Last, since the groups of commands bring descriptions of their own.
         .about("A sidecarless service mesh for Linux nodes")
 }
@@ -74,6 +80,7 @@ pub fn parse() -> anyhow::Result<Cli> {
         }
         "ca" => Ok(Cli::Ca(Box::new(ca::understand(Values::collect(ca::SETTINGS, flag)?)?))),
         name if reference::Print::has_subcommand(name) => Ok(Cli::Print(reference::Print::from_arg_matches(&all)?)),
+        name if decide::Judge::has_subcommand(name) => Ok(Cli::Judge(decide::Judge::from_arg_matches(&all)?)),
         _ => Ok(Cli::Look(look::Look::from_arg_matches(&all)?)),
     }
 }

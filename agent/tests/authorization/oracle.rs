@@ -241,11 +241,11 @@ fn text(value: &str, actual: &str) -> bool {
     if value == "*" {
         return !actual.is_empty();
     }
-    if value.starts_with('*') {
-        return actual.ends_with(&value[1..]);
+    if let Some(suffix) = value.strip_prefix('*') {
+        return actual.ends_with(suffix);
     }
-    if value.ends_with('*') {
-        return actual.starts_with(&value[..value.len() - 1]);
+    if let Some(prefix) = value.strip_suffix('*') {
+        return actual.starts_with(prefix);
     }
     actual == value
 }

@@ -87,7 +87,7 @@ fn deny_goes_before_allow_and_scopes_do_not_matter() {
     // Somebody else: another pool allows, or nobody does.
     let stranger = From(Some("cluster.local/elsewhere/x"), "10.0.0.2");
     let all = authz("istio-system", "all", "", "{rules: [{}]}");
-    assert_eq!(nginx(&valid(&[allow.clone()]), stranger), DENIED);
+    assert_eq!(nginx(&valid(std::slice::from_ref(&allow)), stranger), DENIED);
     assert_eq!(nginx(&valid(&[allow, all]), stranger), "allow-match istio-system/all#0");
 }
 

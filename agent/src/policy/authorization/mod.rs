@@ -4,9 +4,16 @@
 //! a layer a rule is found by what it asks for (`index`), so that a decision costs by the rules that could match and not
 //! by those that there are.
 
-use std::{collections::HashMap, fmt, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt,
+    sync::Arc,
+};
 
-use crate::model::{AuthorizationPolicy, Cluster, Labels, MeshConfig, ObjectRef, authorization::Action};
+use crate::model::{
+    AuthorizationPolicy, Cluster, Labels, MeshConfig, ObjectRef,
+    authorization::{Action, Attribute},
+};
 
 use self::{
     index::Index,
@@ -36,6 +43,8 @@ pub(super) struct Layer {
     audit: Pool,
     /// CUSTOM policies, by their place among the policies ([AP.7]).
     custom: Vec<usize>,
+    /// What the rules compare.
+    asked: HashSet<Attribute>,
 }
 
 /// The rules of all policies of one kind.
@@ -109,6 +118,7 @@ impl Layer {
             dry_allow: Pool::default(),
             audit: Pool::default(),
             custom: Vec::new(),
+            asked: HashSet::new(),
         };
         for place in 0..layer.policies.len() {
             let policy = layer.policies[place].clone();
@@ -137,6 +147,11 @@ impl Layer {
         }
         for pool in [&mut layer.deny, &mut layer.allow, &mut layer.dry_deny, &mut layer.dry_allow, &mut layer.audit] {
             pool.index = Index::of(&pool.rules);
+            for attribute in [Attribute::SourceIp, Attribute::DestinationIp] {
+                if pool.rules.iter().any(|rule| rule.asks_for(attribute)) {
+                    layer.asked.insert(attribute);
+                }
+            }
         }
         layer
     }
@@ -195,6 +210,16 @@ impl Authorization {
     /// pod, or CUSTOM ones alone.
     pub fn judges(&self) -> bool {
         [Kind::Deny, Kind::Allow, Kind::DryDeny, Kind::DryAllow, Kind::Audit].into_iter().any(|kind| self.has(kind))
+    }
+
+    /// Whether a rule compares the client's address.
+    pub fn asks_for_source_ip(&self) -> bool {
+        self.layers.iter().any(|layer| layer.asked.contains(&Attribute::SourceIp))
+    }
+
+    /// Whether a rule compares the workload's address.
+    pub fn asks_for_destination_ip(&self) -> bool {
+        self.layers.iter().any(|layer| layer.asked.contains(&Attribute::DestinationIp))
     }
 
     /// Every policy that selects the pod.

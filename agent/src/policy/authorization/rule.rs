@@ -239,6 +239,12 @@ impl Rule {
         (Self { policy, number, from, to, when, assumed: Vec::new() }, unseen)
     }
 
+    /// Whether its answer depends on this attribute.
+    pub(super) fn asks_for(&self, attribute: Attribute) -> bool {
+        let items = [&self.from, &self.to].into_iter().flatten().flatten();
+        items.flatten().chain(&self.when).any(|test| test.attribute == attribute)
+    }
+
     /// [AP.8]
     pub(super) fn matches(&self, facts: &Facts<'_>) -> bool {
         let any = |list: &Option<Vec<Vec<Test>>>| match list {
