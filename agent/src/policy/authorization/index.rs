@@ -85,12 +85,17 @@ impl Index {
     /// The first of `rules` that matches.
     pub(super) fn first<'a>(&self, rules: &'a [Rule], facts: &Facts<'_>) -> Option<&'a Rule> {
         let mut best = u32::MAX;
-        let mut look = |places: &Places| {
+        self.could_match(facts, |places| {
             let earlier = places.iter().take_while(|place| **place < best);
             if let Some(place) = earlier.copied().find(|place| rules[*place as usize].matches(facts)) {
                 best = place;
             }
-        };
+        });
+        rules.get(best as usize)
+    }
+
+    /// Calls `look` with lists of rules, of which one has each rule that matches.
+    fn could_match(&self, facts: &Facts<'_>, mut look: impl FnMut(&Places)) {
         look(&self.always);
         for (attribute, texts) in &self.texts {
             if let Some(text) = facts.text(*attribute) {
@@ -104,7 +109,6 @@ impl Index {
             }
         }
         self.ports.get(&facts.port).into_iter().for_each(look);
-        rules.get(best as usize)
     }
 }
 
@@ -162,5 +166,56 @@ fn commonness(test: &Test) -> u32 {
         Attribute::TrustDomain => 4,
         // It is the workload's own, so it is of all its connections or of none.
         Attribute::DestinationIp => 5,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::rule::Trust, *};
+    use crate::model::{
+        MeshConfig, SpiffeId,
+        authorization::{self, Match},
+    };
+
+    fn field(name: &'static str, attribute: Attribute, value: String) -> Match {
+        Match { name: name.into(), attribute: Some(attribute), negative: false, values: vec![value] }
+    }
+
+    /// Whatever the field that rules tell their connections apart by: of 10 000 rules, those are looked at that have the
+    /// connection's value, and not one more.
+    #[test]
+    fn rules_that_cannot_match_are_not_looked_at() {
+        const RULES: usize = 10_000;
+        let of = |number: usize, way: usize| {
+            let own = |prefix: &str| format!("{prefix}{number}");
+            let one = match way {
+                0 => field("principals", Attribute::Principal, own("cluster.local/ns/test/sa/a")),
+                1 => field("principals", Attribute::Principal, format!("*/ns/test/sa/a{number}")),
+                2 => field("principals", Attribute::Principal, format!("cluster.local/ns/test{number}/*")),
+                3 => field("namespaces", Attribute::Namespace, own("test")),
+                4 => field("serviceAccounts", Attribute::ServiceAccount, own("test/a")),
+                _ => {
+                    let (high, low) = (number / 256, number % 256);
+                    field("ipBlocks", Attribute::SourceIp, format!("10.{high}.{low}.0/24"))
+                }
+            };
+            let port = field("ports", Attribute::DestinationPort, "80".to_owned());
+            authorization::Rule { from: Some(vec![vec![one]]), to: Some(vec![vec![port]]), ..Default::default() }
+        };
+        let trust = Trust::of(&MeshConfig::default());
+        let client: SpiffeId = "spiffe://cluster.local/ns/test77/sa/a77".parse().expect("valid");
+        let here: SpiffeId = "spiffe://cluster.local/ns/test/sa/a77".parse().expect("valid");
+        let facts = |id| Facts::new(Some(id), "10.0.77.1".parse().ok(), None, 80);
+        for way in 0..6 {
+            let compile = |number| Rule::compile(0, number, &of(number, way), "test", &trust).0;
+            let rules: Vec<Rule> = (0..RULES).map(compile).collect();
+            let index = Index::of(&rules);
+            // Ways 2 and 3 tell clients apart by their namespace.
+            let facts = facts(if matches!(way, 2 | 3) { &client } else { &here });
+            let mut looked_at = 0;
+            index.could_match(&facts, |places| looked_at += places.len());
+            assert_eq!(looked_at, 1, "way {way}");
+            assert_eq!(index.first(&rules, &facts).map(|rule| rule.number), Some(77), "way {way}");
+        }
     }
 }
