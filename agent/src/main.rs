@@ -21,6 +21,7 @@ fn main() -> ExitCode {
         cli::Cli::Ca(config) => app::ca(*config).map(|()| ExitCode::SUCCESS),
         cli::Cli::Look(look) => look.run().map(|()| ExitCode::SUCCESS),
         cli::Cli::Judge(judge) => judge.run(),
+        cli::Cli::Offline(offline) => offline.run(),
         cli::Cli::Print(print) => print.run().map(|()| ExitCode::SUCCESS),
     });
     match result {

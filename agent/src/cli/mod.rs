@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`mod@decide`] | the commands that judge connections by files of manifests |
 //! | [`look`] | the commands that look at a running agent, or change its log level |
+//! | [`offline`] | the commands that judge files of manifests |
 //! | `client` | one request to an agent |
 //! | `sheet` | rows as a table, JSON or YAML, once or again and again |
 //! | [`mod@reference`] | completions, man pages and the reference, made from the commands themselves |
@@ -16,6 +17,7 @@ use crate::config::{self, Values, agent, ca};
 mod client;
 pub mod decide;
 pub mod look;
+pub mod offline;
 pub mod reference;
 mod rows;
 mod sheet;
@@ -31,6 +33,8 @@ pub enum Cli {
     Look(look::Look),
     /// `culvert decide` and `culvert diff`.
     Judge(decide::Judge),
+    /// `culvert validate` and the others that judge files.
+    Offline(offline::Offline),
     /// `culvert completions` and `culvert man`.
     Print(reference::Print),
 }
@@ -41,8 +45,8 @@ pub fn command() -> Command {
         .version(env!("CARGO_PKG_VERSION"))
         .after_help(
             "Every flag of agent and ca can be given in the environment or in the YAML file that --config names; flags \
-             win. decide and diff read files and need nothing else. The other commands ask the agent that runs on this \
-             node.",
+             win. validate, enrollment, decide and diff read files and need nothing else. The other commands ask the \
+             agent that runs on this node.",
         )
         .subcommand_required(true)
         .arg_required_else_help(true)
@@ -56,7 +60,8 @@ pub fn command() -> Command {
             "A certificate authority that speaks Istio's API, fed from a folder of manifests",
             ca::SETTINGS,
         ));
-    let command = decide::Judge::augment_subcommands(look::Look::augment_subcommands(command));
+    let command = look::Look::augment_subcommands(command);
+    let command = offline::Offline::augment_subcommands(decide::Judge::augment_subcommands(command));
     reference::Print::augment_subcommands(command)
         // Last, since the groups of commands bring descriptions of their own.
         .about("A sidecarless service mesh for Linux nodes")
@@ -81,6 +86,7 @@ pub fn parse() -> anyhow::Result<Cli> {
         "ca" => Ok(Cli::Ca(Box::new(ca::understand(Values::collect(ca::SETTINGS, flag)?)?))),
         name if reference::Print::has_subcommand(name) => Ok(Cli::Print(reference::Print::from_arg_matches(&all)?)),
         name if decide::Judge::has_subcommand(name) => Ok(Cli::Judge(decide::Judge::from_arg_matches(&all)?)),
+        name if offline::Offline::has_subcommand(name) => Ok(Cli::Offline(offline::Offline::from_arg_matches(&all)?)),
         _ => Ok(Cli::Look(look::Look::from_arg_matches(&all)?)),
     }
 }

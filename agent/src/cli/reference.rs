@@ -84,7 +84,8 @@ fn built() -> Command {
 pub fn markdown() -> String {
     let mut page = String::from(
         "# Commands\n\nThis page is made from the commands themselves. Everything that asks a running agent exits with 0 \
-         when it has shown the answer, and\nwith 1 and one line on standard error otherwise.\n",
+         when it has shown the answer, and\nwith 1 and one line on standard error otherwise. [Manifests without an \
+         agent](offline.md) has more about `validate` and `enrollment`.\n",
     );
     for command in built().get_subcommands_mut() {
         let about = command.get_about().map(ToString::to_string).unwrap_or_default();

@@ -11,7 +11,7 @@ use crate::model::{
 };
 
 use super::{
-    authorization,
+    api, authorization,
     convert::{self, Wrong},
     crd,
     kinds::Kind,
@@ -59,8 +59,31 @@ pub(super) struct Decoded {
     /// Line it starts in.
     pub(super) line: usize,
     pub(super) result: Result<Object, Invalid>,
-    /// What is accepted but has no effect.
+    /// What is accepted, but does not do what it seems to; with line and path.
+    pub(super) warnings: Vec<Fault>,
+    /// What is accepted but has no effect in this version.
     pub(super) notices: Vec<String>,
+    /// What rules between objects look at, of a kind that is not enforced.
+    pub(super) spec: Option<api::Spec>,
+    /// As the document says it, right or wrong; empty where it does not.
+    pub(super) written: Written,
+}
+
+/// Kind, namespace and name of an object as its document says them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Written {
+    pub(super) kind: String,
+    pub(super) namespace: String,
+    pub(super) name: String,
+}
+
+impl Written {
+    fn of(root: &yaml::Node) -> Self {
+        let text = |node: Option<&yaml::Node>| node.and_then(yaml::Node::as_str).unwrap_or_default().to_owned();
+        let metadata = root.get("metadata");
+        let of = |name: &str| text(metadata.and_then(|metadata| metadata.get(name)));
+        Self { kind: text(root.get("kind")), namespace: of("namespace"), name: of("name") }
+    }
 }
 
 /// An object that is not to be applied.
@@ -82,7 +105,7 @@ pub(super) fn document(document: &Document, mesh_config: &ObjectRef) -> Vec<Deco
         return Vec::new();
     }
     if (api_version, root.get("kind").and_then(yaml::Node::as_str)) != (Some("v1"), Some("List")) {
-        return vec![object(root, "", &document.faults, mesh_config)];
+        return vec![written(root, "", &document.faults, mesh_config)];
     }
     let mut decoded = Vec::new();
     let (mut own, mut of_items) = (Vec::new(), Vec::new());
@@ -103,7 +126,7 @@ pub(super) fn document(document: &Document, mesh_config: &ObjectRef) -> Vec<Deco
                 let prefix = format!("items[{index}]");
                 let faults: Vec<_> =
                     of_items.iter().filter(|f| f.path.starts_with(&format!("{prefix}."))).cloned().collect();
-                decoded.push(object(item, &prefix, &faults, mesh_config));
+                decoded.push(written(item, &prefix, &faults, mesh_config));
             }
         }
         None | Some((_, Value::Null)) => {}
@@ -121,8 +144,17 @@ pub(super) fn document(document: &Document, mesh_config: &ObjectRef) -> Vec<Deco
 
 impl Decoded {
     fn invalid(key: Option<Key>, line: usize, faults: Vec<Fault>) -> Self {
-        Self { key, line, result: Err(Invalid { faults, restricting: None }), notices: Vec::new() }
+        Self::new(key, line, Err(Invalid { faults, restricting: None }))
     }
+
+    fn new(key: Option<Key>, line: usize, result: Result<Object, Invalid>) -> Self {
+        let written = Written::default();
+        Self { key, line, result, warnings: Vec::new(), notices: Vec::new(), spec: None, written }
+    }
+}
+
+fn written(root: &yaml::Node, prefix: &str, faults: &[Fault], mesh_config: &ObjectRef) -> Decoded {
+    Decoded { written: Written::of(root), ..object(root, prefix, faults, mesh_config) }
 }
 
 /// `prefix` is the path of the object in its document, and `faults` what reading the YAML found in it.
@@ -173,14 +205,24 @@ fn object(root: &yaml::Node, prefix: &str, faults: &[Fault], mesh_config: &Objec
             return Decoded::invalid(None, root.line, faults);
         }
     };
-    let mut notices = Vec::new();
+    let mut found = Aside::default();
     if !faults.is_empty() && !matches!(kind, Kind::PeerAuthentication | Kind::AuthorizationPolicy) {
         // What the types would say of the rest is not worth a second line.
         return Decoded::invalid(Some(key).filter(|_| identified), root.line, faults);
     }
-    let typed = match typed(kind, &key, json, mesh_config, &mut notices) {
+    let typed = typed(kind, &key, json, mesh_config, &mut found);
+    let Aside { warnings, notices, spec } = found;
+    let warnings: Vec<Fault> = warnings
+        .into_iter()
+        .map(|warning| Fault {
+            line: line_of(root, &warning.path),
+            path: join_path(prefix, &warning.path),
+            what: warning.what,
+        })
+        .collect();
+    let typed = match typed {
         Ok(object) if faults.is_empty() => {
-            return Decoded { key: Some(key), line: root.line, result: Ok(object), notices };
+            return Decoded { warnings, notices, spec, ..Decoded::new(Some(key), root.line, Ok(object)) };
         }
         typed => typed,
     };
@@ -201,7 +243,7 @@ fn object(root: &yaml::Node, prefix: &str, faults: &[Fault], mesh_config: &Objec
         restricting = restricting.and_then(|object| restricting_part(object, &faults, schema_says, prefix));
     }
     let key = Some(key).filter(|_| identified);
-    Decoded { key, line: root.line, result: Err(Invalid { faults, restricting }), notices: Vec::new() }
+    Decoded { warnings, ..Decoded::new(key, root.line, Err(Invalid { faults, restricting })) }
 }
 
 /// [C.7], [C.8]: what can only restrict; `object` is without the fields that the first `schema_says` faults are about.
@@ -250,6 +292,14 @@ fn restricting_modes(policy: &PeerAuthentication, faults: &[Fault], prefix: &str
     convert::restricting(policy.clone()).map(|policy| Object::PeerAuthentication(Arc::new(policy)))
 }
 
+/// What is to be said of an object beside whether it is fit to be applied.
+#[derive(Default)]
+struct Aside {
+    warnings: Vec<Wrong>,
+    notices: Vec<String>,
+    spec: Option<api::Spec>,
+}
+
 /// What the types, or the rules between fields, refuse.
 struct Refused {
     wrong: Vec<Wrong>,
@@ -262,13 +312,7 @@ impl From<Vec<Wrong>> for Refused {
     }
 }
 
-fn typed(
-    kind: Kind,
-    key: &Key,
-    mut json: Json,
-    mesh_config: &ObjectRef,
-    notices: &mut Vec<String>,
-) -> Result<Object, Refused> {
+fn typed(kind: Kind, key: &Key, mut json: Json, mesh_config: &ObjectRef, aside: &mut Aside) -> Result<Object, Refused> {
     Ok(match kind {
         Kind::Pod => Object::Pod(Arc::new(convert::pod(&parse(json)?)?)),
         Kind::Namespace => Object::Namespace(Arc::new(convert::namespace(&parse(json)?))),
@@ -277,7 +321,8 @@ fn typed(
         Kind::EndpointSlice => match convert::endpoint_slice(&parse::<discovery::EndpointSlice>(json)?)? {
             Some(slice) => Object::EndpointSlice(Arc::new(slice)),
             None => {
-                notices.push(format!("{key} has no effect: it lacks the label kubernetes.io/service-name"));
+                let what = "has no effect without the label kubernetes.io/service-name; add it";
+                aside.warnings.push(Wrong::new("metadata.labels", what));
                 Object::Inert
             }
         },
@@ -291,7 +336,7 @@ fn typed(
                 Some(text) if key.object == *mesh_config => {
                     let (mesh, unread) = mesh::parse(text)?;
                     if !unread.is_empty() {
-                        notices.push(format!("{key}: not read by this version: {}", unread.join(", ")));
+                        aside.notices.push(format!("{key}: not read by this version: {}", unread.join(", ")));
                     }
                     Object::Mesh(Arc::new(mesh))
                 }
@@ -327,7 +372,14 @@ fn typed(
             }
         }
         Kind::NotEnforced(_) => {
-            notices.push(format!("{key} is accepted, but not enforced by this version"));
+            let (group, name) = kind.not_enforced().unwrap_or_default();
+            let (found, spec) = api::check(group, name, json);
+            aside.warnings.extend(found.warnings);
+            aside.spec = spec;
+            if !found.wrong.is_empty() {
+                return Err(found.wrong.into());
+            }
+            aside.notices.push(format!("{key} is accepted, but not enforced by this version"));
             Object::Inert
         }
     })
@@ -435,9 +487,8 @@ fn schema(kind: Kind) -> &'static Schema {
             &SCHEMA
         }
         Kind::NotEnforced(_) => {
-            static SCHEMA: LazyLock<Schema> =
-                LazyLock::new(|| Schema::of::<crd::Document<crd::Anything>>().with_free_field("status"));
-            &SCHEMA
+            let (group, name) = kind.not_enforced().unwrap_or_default();
+            api::schema(group, name)
         }
     }
 }

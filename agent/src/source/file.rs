@@ -98,7 +98,7 @@ fn add(watches: &mut inotify::Watches, path: &Path) -> anyhow::Result<WatchDescr
 
 /// Which file, and which version of it: enough to notice that it was written.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Stamp {
+pub(super) struct Stamp {
     device: u64,
     inode: u64,
     size: u64,
@@ -343,7 +343,7 @@ pub fn is_manifest(path: &Path) -> bool {
 }
 
 /// The name, if it is one of a manifest.
-fn manifest_name(name: &OsStr) -> Option<String> {
+pub(super) fn manifest_name(name: &OsStr) -> Option<String> {
     let name = name.to_str()?;
     let manifest = !name.starts_with('.') && [".yaml", ".yml", ".json"].iter().any(|end| name.ends_with(end));
     manifest.then(|| name.to_owned())
@@ -354,7 +354,7 @@ fn stamp(meta: &fs::Metadata) -> Stamp {
 }
 
 /// `None` for what is not a file.
-fn read_bounded(path: &Path) -> io::Result<Option<(String, Stamp)>> {
+pub(super) fn read_bounded(path: &Path) -> io::Result<Option<(String, Stamp)>> {
     // Looked at before it is opened: opening a FIFO would wait for a writer.
     if !fs::metadata(path)?.is_file() {
         return Ok(None);

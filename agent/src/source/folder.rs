@@ -78,11 +78,7 @@ impl Folder {
                         let file = self.read(&name, &documents);
                         self.files.insert(name, file);
                     }
-                    Err(fault) => {
-                        let message =
-                            if fault.path.is_empty() { fault.what } else { format!("{}: {}", fault.path, fault.what) };
-                        self.unreadable(name, Some(fault.line), message);
-                    }
+                    Err(fault) => self.unreadable(name, Some(fault.line), fault.to_string()),
                 },
             }
         }
@@ -104,6 +100,12 @@ impl Folder {
         for (document, number) in documents.iter().zip(1..) {
             for decoded in decode::document(document, &self.mesh_config) {
                 file.notices.extend(decoded.notices);
+                let object = decoded.key.as_ref().map(|key| key.to_string());
+                file.notices.extend(decoded.warnings.into_iter().map(|warning| {
+                    let message = warning.to_string();
+                    let (file, line) = (name.to_owned(), Some(warning.line));
+                    Problem { file, document: Some(number), line, object: object.clone(), message }.to_string()
+                }));
                 let line = decoded.line;
                 let given = |key, object, valid, stale| Given { key, document: number, line, object, valid, stale };
                 let invalid = match (decoded.result, decoded.key.clone()) {
@@ -130,16 +132,12 @@ impl Folder {
                     }
                     (Some(_), _, None) => "it is not in force",
                 };
-                let object = decoded.key.map(|key| key.to_string());
-                file.problems.extend(invalid.faults.into_iter().map(|fault| {
-                    let place = if fault.path.is_empty() { String::new() } else { format!("{}: ", fault.path) };
-                    Problem {
-                        file: name.to_owned(),
-                        document: Some(number),
-                        line: Some(fault.line),
-                        object: object.clone(),
-                        message: format!("{place}{} ({effect})", fault.what),
-                    }
+                file.problems.extend(invalid.faults.into_iter().map(|fault| Problem {
+                    file: name.to_owned(),
+                    document: Some(number),
+                    line: Some(fault.line),
+                    object: object.clone(),
+                    message: format!("{fault} ({effect})"),
                 }));
             }
         }

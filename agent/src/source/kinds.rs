@@ -119,6 +119,13 @@ impl Kind {
         }
     }
 
+    /// Group and kind, of a kind that this version does not enforce.
+    pub(super) fn not_enforced(self) -> Option<(&'static str, &'static str)> {
+        let Self::NotEnforced(index) = self else { return None };
+        let ((group, _), kind) = NOT_ENFORCED[usize::from(index)];
+        Some((group, kind))
+    }
+
     /// Whether objects of this kind live in a namespace.
     pub(super) fn is_namespaced(self) -> bool {
         !matches!(self, Self::Namespace | Self::Node)

@@ -84,7 +84,7 @@ pub(super) fn parse(text: &str) -> Result<(MeshConfig, Vec<String>), Vec<Wrong>>
             "rootNamespace" => text_of(node).map(|text| mesh.root_namespace = text.into()),
             "trustDomain" => trust_domain(node).map(|domain| mesh.trust_domain = domain),
             "trustDomainAliases" => aliases(node).map(|aliases| mesh.trust_domain_aliases = aliases),
-            "connectTimeout" => text_of(node).and_then(duration).map(|timeout| mesh.connect_timeout = timeout),
+            "connectTimeout" => text_of(node).and_then(time_out).map(|timeout| mesh.connect_timeout = timeout),
             "outboundTrafficPolicy" => outbound(node).map(|policy| mesh.outbound = policy),
             _ if NOT_READ.contains(&name) => {
                 unread.push(name.to_owned());
@@ -132,26 +132,32 @@ fn outbound(node: &Node) -> Result<OutboundPolicy, String> {
     }
 }
 
+fn time_out(text: &str) -> Result<Duration, String> {
+    duration(text)
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| format!("{text:?} is not a duration above zero; write one like 10s"))
+}
+
 /// A duration as protobuf's JSON and Go write it: `10s`, `1m30s`, `500ms`.
-fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is not a duration above zero; write one like 10s");
+pub(super) fn duration(text: &str) -> Option<Duration> {
     let (mut rest, mut seconds) = (text, 0.0);
     while !rest.is_empty() {
-        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(wrong)?;
-        let number: f64 = rest[..digits].parse().map_err(|_| wrong())?;
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let number: f64 = rest[..digits].parse().ok()?;
         rest = &rest[digits..];
         let end = rest.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(rest.len());
         seconds += number
             * match &rest[..end] {
+                "us" | "µs" => 0.000_001,
                 "ms" => 0.001,
                 "s" => 1.0,
                 "m" => 60.0,
                 "h" => 3600.0,
-                _ => return Err(wrong()),
+                _ => return None,
             };
         rest = &rest[end..];
     }
-    Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero()).ok_or_else(wrong)
+    Duration::try_from_secs_f64(seconds).ok().filter(|_| !text.is_empty())
 }
 
 #[cfg(test)]

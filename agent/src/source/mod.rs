@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use crate::model::{Cluster, ObjectRef};
 
+mod api;
 mod authorization;
 mod convert;
 mod crd;
@@ -15,6 +16,7 @@ pub mod file;
 mod folder;
 mod kinds;
 mod mesh;
+pub mod review;
 mod schema;
 pub(crate) mod yaml;
 

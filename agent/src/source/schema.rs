@@ -8,7 +8,10 @@ use std::collections::BTreeSet;
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Map, Value as Json};
 
-use super::yaml::{Fault, Key, Node, Value, join};
+use super::{
+    mesh::duration,
+    yaml::{Fault, Key, Node, Value, join},
+};
 
 /// The schema of one kind, with the definitions it refers to.
 pub(super) struct Schema {
@@ -121,14 +124,26 @@ impl Schema {
                 Some(Json::Array(list))
             }
             (Some("array"), _) => wrong("a list"),
-            (Some("string"), Value::String(_)) => Some(free(node)),
+            (Some("string"), Value::String(text)) => match schema.get("format").and_then(Json::as_str) {
+                Some("duration") if duration(text).is_none() => wrong("a duration like 10s or 1m30s"),
+                Some(_) | None => Some(free(node)),
+            },
             (Some("string"), _) => wrong("a string"),
             (Some("boolean"), Value::Bool(_)) => Some(free(node)),
             (Some("boolean"), _) => wrong("true or false"),
             (Some("integer"), Value::Number(number)) => {
-                let narrow = schema.get("format").and_then(Json::as_str) == Some("int32");
+                let bound = |name: &str| schema.get(name).and_then(Json::as_i64);
+                let range = match schema.get("format").and_then(Json::as_str) {
+                    Some("int32") => (i64::from(i32::MIN), i64::from(i32::MAX)),
+                    Some("uint32") => (0, i64::from(u32::MAX)),
+                    Some(_) | None => (i64::MIN, i64::MAX),
+                };
+                let (least, most) = (bound("minimum").unwrap_or(range.0), bound("maximum").unwrap_or(range.1));
                 match number.as_i64() {
-                    Some(n) if !narrow || i32::try_from(n).is_ok() => Some(free(node)),
+                    Some(n) if (least..=most).contains(&n) => Some(free(node)),
+                    Some(_) | None if bound("minimum").is_some() && most < i64::MAX => {
+                        wrong(&format!("a whole number from {least} to {most}"))
+                    }
                     Some(_) | None => wrong("a whole number in range"),
                 }
             }
@@ -175,6 +190,16 @@ impl Schema {
                     let what = format!("unknown field; {}", self.remedy(&key.name, properties, at));
                     faults.push(fault(key.line, &path, what));
                 }
+            }
+        }
+        let exclusive = schema.get("x-at-most-one").and_then(Json::as_array).into_iter().flatten();
+        for names in exclusive.filter_map(Json::as_array) {
+            let mut given = entries.iter().filter(|(key, node)| {
+                node.value != Value::Null && names.iter().any(|name| name.as_str() == Some(&key.name))
+            });
+            if let (Some((first, _)), Some((second, _))) = (given.next(), given.next()) {
+                let what = format!("cannot stand beside {}; remove one of them", first.name);
+                faults.push(fault(second.line, &join(at.path, &second.name), what));
             }
         }
         let required = schema.get("required").and_then(Json::as_array).into_iter().flatten();

@@ -195,7 +195,7 @@ fn served_versions_are_the_same() {
 /// §1.2, [C.11]: other kinds of Istio are accepted with a notice, and only where their metadata is right.
 #[test]
 fn kinds_that_are_not_enforced_are_named() {
-    let sidecar = "apiVersion: networking.istio.io/v1beta1\nkind: Sidecar\nmetadata: {name: s}\nspec: {egress: []}\n";
+    let sidecar = "apiVersion: networking.istio.io/v1beta1\nkind: Sidecar\nmetadata: {name: s}\nspec: {outboundTrafficPolicy: {}}\n";
     let view = read(sidecar);
     assert_eq!(lines(&view), [""; 0]);
     assert_eq!(view.notices, ["Sidecar default/s is accepted, but not enforced by this version"]);

@@ -4,7 +4,7 @@
 //! booleans), so that a folder of manifests means what the same files mean to `kubectl`. Merge keys (`<<`) and tags
 //! other than the core schema's are refused. The size, the nesting, and what aliases may expand to are bounded.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt};
 
 use saphyr_parser::{Event, Parser, ScalarStyle, Tag};
 
@@ -35,6 +35,16 @@ pub(super) struct Fault {
     pub(super) path: String,
     /// What is wrong, and the remedy.
     pub(super) what: String,
+}
+
+/// Path and what is wrong; not the line.
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.path.is_empty() {
+            true => f.write_str(&self.what),
+            false => write!(f, "{}: {}", self.path, self.what),
+        }
+    }
 }
 
 /// A value and the line it starts in.
