@@ -74,6 +74,8 @@ pub mod datapath;
 pub mod dns;
 pub mod drain;
 pub mod enroll;
+#[cfg(test)]
+mod fuzz;
 pub mod identity;
 pub mod limits;
 pub mod listen;

@@ -78,3 +78,41 @@ pub(super) fn public_key(csr: &str, identity: &SpiffeId) -> Result<Vec<u8>, BadR
     }
     Ok(info.subject_pki.raw.to_vec())
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+    use crate::identity::wire::CertificateRequest;
+
+    const WANTED: &str = "spiffe://cluster.local/ns/default/sa/productpage";
+
+    /// What is granted is the one that was wanted, by whoever has the key.
+    #[test]
+    fn fuzzed_signing_requests_are_refused_or_right() {
+        let wanted: SpiffeId = WANTED.parse().expect("an identity");
+        let other: SpiffeId = "spiffe://cluster.local/ns/default/sa/other".parse().expect("an identity");
+        crate::fuzz::run("ca-csr", |bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            if let Err(error) = public_key(&text, &wanted) {
+                assert!(!error.to_string().is_empty());
+            }
+            assert!(public_key(&text, &other).is_err(), "no seed is for that one");
+        });
+    }
+
+    /// The bytes of a whole request, to the identity and the key that it asks for.
+    #[test]
+    fn fuzzed_ca_messages_are_refused_or_understood() {
+        crate::fuzz::run("ca-request", |bytes| {
+            let Ok(request) = CertificateRequest::decode(bytes) else { return };
+            let wanted = request.impersonated_identity().and_then(|text| text.parse::<SpiffeId>().ok());
+            if let Some(wanted) = wanted {
+                let _ = public_key(&request.csr, &wanted);
+            }
+            let again = CertificateRequest::decode(&*request.encode_to_vec()).expect("what we write ourselves");
+            assert_eq!(again, request);
+        });
+    }
+}

@@ -408,4 +408,30 @@ mod tests {
         let shown = table(&judged(text));
         assert!(!shown.contains('\u{1b}') && shown.lines().count() == 4, "{shown}");
     }
+
+    /// `culvert validate` never panics, every object has its verdict, and every place is in the file.
+    #[test]
+    fn fuzzed_manifests_are_judged() {
+        crate::fuzz::run("manifests", |bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            let review = Manifests::of("a.yaml", &*text).review("istio-system");
+            for pod in review.view.cluster.pods.values() {
+                let namespace = review.view.cluster.namespaces.get(&pod.object.namespace).map(|namespace| &**namespace);
+                assert!((1..=16).contains(&policy::enrollment(pod, namespace, &Options::default()).row));
+            }
+            let judged = judge(review, &Options::default());
+            let lines_of_text = text.split(['\n', '\r']).count();
+            for Judged { object, verdict, messages } in &judged {
+                assert_eq!(*verdict == Verdict::Accept, messages.is_empty(), "{messages:?}");
+                assert!((1..=lines_of_text + 1).contains(&object.line), "{object:?}");
+            }
+            let json = lines(&judged);
+            assert_eq!(json.lines().count(), judged.len());
+            for line in json.lines() {
+                let value: serde_json::Value = serde_json::from_str(line).expect("JSON");
+                assert_eq!(value.as_object().map(serde_json::Map::len), Some(5));
+            }
+            assert!(table(&judged).lines().count() >= judged.len() + 2);
+        });
+    }
 }

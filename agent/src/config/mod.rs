@@ -434,4 +434,21 @@ mod tests {
             assert!(parse_duration(wrong).is_err(), "{wrong}");
         }
     }
+
+    /// A file of settings: one answer, or lines that say what is wrong.
+    #[test]
+    fn fuzzed_configuration_is_refused_or_understood() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("config.yaml");
+        let flag = |name: &str| (name == "config").then(|| path.display().to_string());
+        crate::fuzz::run("configuration", |bytes| {
+            fs::write(&path, bytes).expect("written");
+            let collect = |settings| Values::collect_from(settings, flag, |_| None);
+            let of_agent = collect(agent::SETTINGS).map(|values| agent::understand(values).map(drop));
+            let of_ca = collect(ca::SETTINGS).map(|values| ca::understand(values).map(drop));
+            for wrong in [of_agent, of_ca].into_iter().flatten().filter_map(Result::err) {
+                assert!(!wrong.0.is_empty(), "a refusal says why");
+            }
+        });
+    }
 }

@@ -544,3 +544,23 @@ impl ServerCertVerifier for Server {
         PROVIDER.signature_verification_algorithms.supported_schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// [I.1], [I.8]: a peer's identity is the first SPIFFE name of its certificate, or there is none.
+    #[test]
+    fn fuzzed_certificates_have_one_identity_or_none() {
+        crate::fuzz::run("certificate", |bytes| {
+            let Ok(leaf) = Leaf::parse(&CertificateDer::from(bytes)) else { return };
+            match leaf.identity() {
+                Ok(identity) => {
+                    let first = leaf.uris.iter().find(|uri| uri.starts_with("spiffe://")).expect("a SPIFFE name");
+                    assert_eq!(identity.to_string(), first.replacen('@', ".", first.len()));
+                }
+                Err(refusal) => assert!(!refusal.to_string().is_empty()),
+            }
+        });
+    }
+}

@@ -364,11 +364,16 @@ fn number(text: &str) -> Option<serde_json::Number> {
         return None;
     }
     let digits = digits.replace('_', "");
+    // What follows a prefix has no sign of its own.
+    let unsigned = |text: &str, radix: u32| match text.starts_with(['+', '-']) {
+        true => None,
+        false => i128::from_str_radix(text, radix).ok(),
+    };
     let integer = match digits.as_bytes() {
-        [b'0', b'x' | b'X', ..] => i128::from_str_radix(&digits[2..], 16).ok(),
-        [b'0', b'o' | b'O', ..] => i128::from_str_radix(&digits[2..], 8).ok(),
-        [b'0', b'b' | b'B', ..] => i128::from_str_radix(&digits[2..], 2).ok(),
-        [b'0', rest @ ..] if !rest.is_empty() => i128::from_str_radix(&digits[1..], 8).ok(),
+        [b'0', b'x' | b'X', ..] => unsigned(&digits[2..], 16),
+        [b'0', b'o' | b'O', ..] => unsigned(&digits[2..], 8),
+        [b'0', b'b' | b'B', ..] => unsigned(&digits[2..], 2),
+        [b'0', rest @ ..] if !rest.is_empty() => unsigned(&digits[1..], 8),
         _ => digits.parse().ok(),
     };
     if let Some(integer) = integer {
@@ -424,6 +429,9 @@ mod tests {
             (".", Value::String(".".into())),
             ("1Gi", Value::String("1Gi".into())),
             ("0x", Value::String("0x".into())),
+            ("0-5", Value::String("0-5".into())),
+            ("0x-5", Value::String("0x-5".into())),
+            ("-0x-80000000000000000000000000000000", Value::String("-0x-80000000000000000000000000000000".into())),
             ("18446744073709551615", Value::Number(u64::MAX.into())),
         ] {
             assert_eq!(value(text), expected, "{text}");

@@ -196,4 +196,15 @@ mod tests {
         let mapped: SocketAddr = "[::ffff:10.0.0.1]:80".parse().expect("address");
         assert_eq!(Authority::from(mapped).to_string(), "10.0.0.1:80");
     }
+
+    /// What is accepted is written again as it was meant.
+    #[test]
+    fn fuzzed_authorities_are_refused_or_mean_one_thing() {
+        crate::fuzz::run("authority", |bytes| {
+            let Ok(text) = str::from_utf8(bytes) else { return };
+            let Ok(authority) = text.parse::<Authority>() else { return };
+            assert_ne!(authority.port, 0);
+            assert_eq!(authority.to_string().parse(), Ok(authority), "{text}");
+        });
+    }
 }

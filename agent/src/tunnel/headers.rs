@@ -155,4 +155,24 @@ mod tests {
         assert_eq!(baggage_value(&text, "b"), None);
         assert_eq!(baggage_value("a=%zz", "a"), None);
     }
+
+    #[test]
+    fn fuzzed_headers_are_read_or_left_alone() {
+        crate::fuzz::run("headers", |bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            if let Some(client) = forwarded_client(&text) {
+                let host = forwarded_host(&text).filter(|host| !host.contains([';', '"', '=']) && host.trim() == *host);
+                let again = forwarded(client, host);
+                assert_eq!((forwarded_client(&again), forwarded_host(&again)), (Some(client), host), "{again}");
+            }
+            for key in ["k8s.cluster.name", "service.name", "a"] {
+                if let Some(value) = baggage_value(&text, key).filter(|value| !value.is_empty()) {
+                    assert_eq!(baggage_value(&baggage([(key, &*value)]), key), Some(value));
+                }
+            }
+            if let Some((trace, span)) = trace_and_span(&text) {
+                assert_eq!(trace_and_span(&traceparent(trace, span)), Some((trace, span)));
+            }
+        });
+    }
 }

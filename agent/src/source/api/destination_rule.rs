@@ -84,7 +84,7 @@ fn tls(tls: Option<&ClientTls>, path: &str, found: &mut Found) {
                 found.warn(path, what);
             }
         }
-        Some(ClientTlsMode::Mutual) if !by_name && !(given(&tls.client_certificate) && given(&tls.private_key)) => {
+        Some(ClientTlsMode::Mutual) if !(by_name || given(&tls.client_certificate) && given(&tls.private_key)) => {
             let what = "MUTUAL needs clientCertificate and privateKey, or credentialName; for a service of the mesh \
                         write ISTIO_MUTUAL, which needs none [DR.8]";
             found.wrong(format!("{path}.mode"), what);
@@ -155,7 +155,7 @@ fn outliers(outliers: Option<&OutlierDetection>, path: &str, found: &mut Found) 
 }
 
 fn is_prime(number: u64) -> bool {
-    number > 1 && (2..).take_while(|divisor| divisor * divisor <= number).all(|divisor| number % divisor != 0)
+    number > 1 && (2..).take_while(|divisor| divisor * divisor <= number).all(|divisor| !number.is_multiple_of(divisor))
 }
 
 /// A host of a rule, completed with the rule's namespace ([DR.1]).

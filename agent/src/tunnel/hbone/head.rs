@@ -118,4 +118,31 @@ mod tests {
             assert!(parse_head(fields(pairs), answer).malformed.is_some(), "{pairs:?}");
         }
     }
+
+    /// Frames, the header blocks in them, and the authority of each request, as a server reads them.
+    #[test]
+    fn fuzzed_requests_are_refused_or_understood() {
+        use super::super::frame::{Event, Parser};
+
+        const MOST: usize = 64 << 10;
+        crate::fuzz::run("connect", |bytes| {
+            let (mut parser, mut decoder) = (Parser::new(MOST), hpack::Decoder::default());
+            let mut input = Bytes::copy_from_slice(bytes);
+            let mut before = input.len();
+            while let Ok(Some(event)) = parser.next(&mut input) {
+                assert!(input.len() < before || input.is_empty(), "every event takes bytes");
+                before = input.len();
+                let Event::Headers { block, .. } = event else { continue };
+                assert!(block.len() <= MOST, "a header block is bounded");
+                let Ok((fields, _)) = decoder.decode(&block, MOST) else { return };
+                assert!(fields.iter().map(|(name, value)| name.len() + value.len() + 32).sum::<usize>() <= MOST);
+                for answer in [false, true] {
+                    let head = parse_head(fields.clone(), answer);
+                    let authority = head.authority.as_deref().and_then(|bytes| str::from_utf8(bytes).ok());
+                    let _ = authority.map(str::parse::<crate::tunnel::Authority>);
+                    let _ = head.field("forwarded").map(crate::tunnel::headers::forwarded_client);
+                }
+            }
+        });
+    }
 }
