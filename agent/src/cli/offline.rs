@@ -284,6 +284,7 @@ mod tests {
     }
 
     const PEER: &str = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: ";
+    const AUTHORIZATION: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: ";
     const SIDECAR: &str = "apiVersion: networking.istio.io/v1\nkind: Sidecar\nmetadata: ";
     const RULE: &str = "apiVersion: networking.istio.io/v1\nkind: DestinationRule\nmetadata: ";
     const ENTRY: &str = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: ";
@@ -322,6 +323,25 @@ mod tests {
                 format!("{PEER}{x}{{mtls: {{mode: STRICT}}}}\n---\n{PEER}{{name: a, namespace: shop}}\nspec: {{}}\n"),
                 "[PA.2]",
             ),
+            (
+                Warn,
+                format!(
+                    "{AUTHORIZATION}{x}{{rules: [{{from: [{{source: {{principals: ['spiffe://a/ns/b/sa/c']}}}}]}}]}}\n"
+                ),
+                "never matches",
+            ),
+            (
+                Warn,
+                format!("{AUTHORIZATION}{x}{{rules: [{{to: [{{operation: {{methods: [GET], paths: [/a]}}}}]}}]}}\n"),
+                "[AP.13]",
+            ),
+            (
+                Warn,
+                format!("{AUTHORIZATION}{x}{{action: DENY, rules: [{{to: [{{operation: {{methods: [POST]}}}}]}}]}}\n"),
+                "[AP.14]",
+            ),
+            (Reject, format!("{AUTHORIZATION}{x}{{rules: [{{to: [{{operation: {{ports: [http]}}}}]}}]}}\n"), "ports"),
+            (Accept, format!("{AUTHORIZATION}{x}{{rules: [{{to: [{{operation: {{ports: ['80']}}}}]}}]}}\n"), ""),
             (Warn, format!("{SIDECAR}{x}{{egress: [{{hosts: []}}]}}\n"), "[SC.10]"),
             (Warn, format!("{SIDECAR}{x}{{egress: [{{hosts: [api.github.com]}}]}}\n"), "*/api.github.com"),
             (Warn, format!("{SIDECAR}{x}{{egress: [{{hosts: [team-b/my-service]}}]}}\n"), "team-b.svc"),
