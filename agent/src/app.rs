@@ -71,6 +71,8 @@ const LAST_PATIENCE: Duration = Duration::from_millis(100);
 const CERTIFICATE_PATIENCE: Duration = Duration::from_secs(30);
 /// How often an agent says what it waits for.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
+/// How often the pods' sockets are looked at for connections that the mesh has nothing to do with.
+const PROVE: Duration = Duration::from_secs(30);
 /// How often the configuration's file is looked at.
 const LOOK_AT_FILE: Duration = Duration::from_secs(1);
 
@@ -252,7 +254,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
             let (snapshot, identities, log) = (snapshot.clone(), identities.clone(), log.clone());
             let (names, drained, open) = (names.clone(), drain.clone(), registry.shard());
             let (tally, tracer, limiter) = (tallies.tally(), tracer.clone(), limit.limiter());
-            let pods_limits = limits.clone();
+            let (pods_limits, refuse_mismatch) = (limits.clone(), config.refuse_mismatch);
             Worker::start(number, drain.clone(), move || {
                 let tunnels = tunnel::Config::default();
                 Ok(Context {
@@ -260,6 +262,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
                     identities,
                     pool: tunnel::Pool::counted(tunnels, tally.clone()),
                     tunnel: tunnels,
+                    refuse_mismatch,
                     limits: pods_limits,
                     sockets: sockets.into(),
                     open,
@@ -276,6 +279,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     drop(drain);
     let passed =
         Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), registry.shard(), names, limit.limiter());
+    let guard = enroll::Guard { node: host.clone(), veths: config.veth_filter, udp_refused: config.udp_refused };
     let mut control = Control {
         settings,
         hangup: signal(SignalKind::hangup()).context("listen for SIGHUP")?,
@@ -284,13 +288,14 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         options,
         datapath,
         workers,
-        enrollments: Enrollments::new(limits.clone()),
+        enrollments: Enrollments::new(limits.clone(), guard),
         limits,
         states,
         passed,
         registry,
         questions,
         forgotten: Instant::now(),
+        proved: Instant::now(),
         compiles: (0, Duration::ZERO),
         identities,
         host,
@@ -473,6 +478,8 @@ struct Control {
     questions: mpsc::Receiver<metrics::Question>,
     /// When metrics of workloads that are gone were last dropped.
     forgotten: Instant,
+    /// When it was last proved that the pods' connections are the mesh's.
+    proved: Instant,
     /// How often policy was compiled, and how long it took the last time.
     compiles: (u64, Duration),
     identities: Identities,
@@ -554,6 +561,11 @@ impl Control {
                     self.datapath.maintain();
                     self.tell();
                     self.forget();
+                    if let Stage::Serving = self.stage
+                        && self.proved.elapsed() >= PROVE
+                    {
+                        self.prove();
+                    }
                     work = std::mem::take(&mut self.retry);
                 }
             }
@@ -753,13 +765,27 @@ impl Control {
 
     fn answer(&mut self, question: metrics::Question) {
         self.tell();
+        let question = match question {
+            // Who asked may have gone.
+            metrics::Question::Proof(reply) => return drop(reply.send(Box::new(self.prove()))),
+            other => other,
+        };
         let snapshot = self.snapshots.borrow().clone();
         self.passed.refresh(&snapshot, self.enrollments.pods());
         // Who asked may have gone.
         match question {
             metrics::Question::Connections(done) => drop(done.send(())),
             metrics::Question::Node(reply) => drop(reply.send(Box::new(self.facts(&snapshot)))),
+            metrics::Question::Proof(_) => {}
         }
+    }
+
+    /// Looks at the sockets of all pods whose open connections have been judged since they were brought in.
+    fn prove(&mut self) -> open::Proof {
+        self.proved = Instant::now();
+        let snapshot = self.snapshots.borrow().clone();
+        let unjudged = &self.unjudged;
+        self.passed.prove(&snapshot, self.enrollments.pods().filter(|pod| !unjudged.contains_key(&pod.uid)))
     }
 
     fn facts(&self, snapshot: &Snapshot) -> metrics::Node {
@@ -774,6 +800,7 @@ impl Control {
             compile_time: self.compiles.1,
             enrolled: self.enrollments.pods().count(),
             failed: self.enrollments.failures(),
+            strays: self.passed.strays(),
             certificates: self
                 .identities
                 .status()

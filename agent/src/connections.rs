@@ -34,10 +34,12 @@ use crate::{
         access::{self, Access, AccessLog, End},
         limit::Limiter,
         metrics,
-        open::{Carried, Counters, Facts, Open, Shard},
+        open::{Carried, Counters, Facts, Open, Proof, Shard},
         traffic::{Flag, Names, UNKNOWN},
     },
 };
+
+mod proof;
 
 /// How long the reason of a close is kept for the end that the kernel reports.
 const KEEP_REASON: Duration = Duration::from_secs(10);
@@ -59,6 +61,9 @@ pub struct Passed {
     tracked: HashMap<Flow, Tracked>,
     watched: Instant,
     limiter: Limiter,
+    older: proof::Older,
+    /// Sockets that nothing accounts for, and that were told.
+    strays: BTreeSet<u64>,
 }
 
 /// Why a connection was closed.
@@ -107,7 +112,49 @@ impl Passed {
             tracked: HashMap::new(),
             watched: Instant::now(),
             limiter,
+            older: proof::Older::default(),
+            strays: BTreeSet::new(),
         }
+    }
+
+    /// Looks at every established socket of these pods and tells those that nothing accounts for, each once. Call it only
+    /// for pods whose open connections have been judged since they were brought in.
+    pub fn prove<'a>(&mut self, snapshot: &Snapshot, pods: impl Iterator<Item = &'a Arc<ServedPod>>) -> Proof {
+        let mut proof = Proof::default();
+        let mut there = BTreeSet::new();
+        for pod in pods {
+            there.insert(pod.cookie);
+            let Some(own) = snapshot.workload(&pod.uid) else { continue };
+            let (namespace, name) = (&*own.object.namespace, &*own.object.name);
+            let query = Query { states: States::ESTABLISHED, bytes: false, storage: Some(self.storage.as_fd()) };
+            if let Err(error) = proof::look(&mut proof, pod, (namespace, name), &query, &self.older) {
+                proof.failures.push(format!("{namespace}/{name}: {error:#}"));
+            }
+        }
+        self.older.keep(|pod| there.contains(&pod));
+        let now: BTreeSet<u64> = proof.strays.iter().map(|stray| stray.socket).collect();
+        for stray in proof.strays.iter().filter(|stray| !self.strays.contains(&stray.socket)) {
+            let own = snapshot.workload_by_ip(stray.local.ip());
+            let own = own.and_then(|own| if let Occupant::One(own) = own { Some(&**own) } else { None });
+            if self.limiter.admits(own, "not-captured", Instant::now()) {
+                warn!(
+                    namespace = stray.namespace,
+                    pod = stray.pod,
+                    local = %stray.local,
+                    remote = %stray.remote,
+                    pid = stray.pid,
+                    process = stray.process,
+                    "an open connection of this pod is not the mesh's"
+                );
+            }
+        }
+        self.strays = now;
+        proof
+    }
+
+    /// How many sockets the last proof found that nothing accounts for.
+    pub fn strays(&self) -> usize {
+        self.strays.len()
     }
 
     /// The ring buffer, which becomes readable when something must be done at once.
@@ -272,6 +319,9 @@ impl Passed {
         let served: BTreeSet<u16> = listening.iter().map(|socket| socket.id.local.port()).collect();
         // The kernel cannot judge their end again if that takes more than the mode.
         let handshakes = own.authorization.judges();
+        if enrolled_now {
+            self.older.note(pod, &mut diag, &open)?;
+        }
         let mut result = Ok(());
         for socket in &open {
             let (local, remote) = (socket.id.local, socket.id.remote);

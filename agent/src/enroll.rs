@@ -20,16 +20,31 @@ use crate::{
     limits::Limits,
     listen,
     model::{PodUid, SpiffeId},
-    netns::NetnsHandle,
+    netns::{NetnsHandle, route},
     pods::{self, PodNetwork},
     policy::{Authorization, Snapshot, Workload},
     proxy::ServedPod,
     worker::{Command, Worker},
 };
 
+/// What is looked at where a pod's frames come into the node.
+#[derive(Clone, Debug)]
+pub struct Guard {
+    /// The node's own network namespace: the agent's.
+    pub node: Arc<NetnsHandle>,
+    /// Whether anything is.
+    pub veths: bool,
+    /// Whether UDP is refused where a pod says nothing by its label [`UDP_LABEL`].
+    pub udp_refused: bool,
+}
+
+/// The label by which a pod says whether its UDP is refused: `allow` or `refuse`.
+pub const UDP_LABEL: &str = "culvert.io/udp";
+
 /// The pods of this node that are in the mesh.
 pub struct Enrollments {
     limits: Arc<Limits>,
+    guard: Guard,
     enrolled: BTreeMap<PodUid, Enrolled>,
     by_cookie: BTreeMap<NetnsCookie, Arc<ServedPod>>,
     failures: BTreeMap<PodUid, String>,
@@ -66,9 +81,10 @@ pub struct Changes {
 
 impl Enrollments {
     /// None yet. Each gets its part of `limits`.
-    pub fn new(limits: Arc<Limits>) -> Self {
+    pub fn new(limits: Arc<Limits>, guard: Guard) -> Self {
         Self {
             limits,
+            guard,
             enrolled: BTreeMap::new(),
             by_cookie: BTreeMap::new(),
             failures: BTreeMap::new(),
@@ -95,7 +111,7 @@ impl Enrollments {
             self.leave(&uid, datapath, workers, comes_back);
         }
         for (uid, (workload, netns)) in &wanted {
-            let policy = policy(snapshot, workload);
+            let policy = policy(snapshot, workload, &self.guard);
             let known = self.enrolled.get_mut(uid);
             if let Some(known) = known
                 && same_policy(&known.policy, &policy)
@@ -112,7 +128,7 @@ impl Enrollments {
                     changes.changed.push(uid.clone());
                     None
                 }),
-                None => enter(datapath, workers, &self.limits, workload, netns, &policy).map(Some),
+                None => enter(datapath, workers, (&self.limits, &self.guard), workload, netns, &policy).map(Some),
             };
             match result {
                 Ok(entered) => {
@@ -284,7 +300,7 @@ fn wanted(snapshot: &Snapshot, node: &pods::Node) -> BTreeMap<PodUid, (Arc<Workl
 fn enter(
     datapath: &mut Datapath,
     workers: &[Worker],
-    limits: &Arc<Limits>,
+    (limits, guard): (&Arc<Limits>, &Guard),
     workload: &Workload,
     netns: &Arc<NetnsHandle>,
     policy: &PodPolicy,
@@ -294,6 +310,15 @@ fn enter(
     let cookie = connections::cookie(netns)?;
     has_an_address(netns, &workload.ips)?;
     datapath.prepare(cookie, netns.as_fd(), &workload.ips)?;
+    let ends = if guard.veths { route::ends(netns, &guard.node)? } else { route::Ends::default() };
+    if !ends.others.is_empty() {
+        warn!(
+            pod = %workload.object,
+            devices = ends.others.join(", "),
+            "network devices of this pod are no veths that end on the node: what packet and raw sockets send there is not seen"
+        );
+    }
+    datapath.guard(cookie, &ends.veths, policy.udp_refused)?;
     let count = u32::try_from(workers.len()).context("number of workers")?;
     let listeners = listen::open(netns, count)?;
     let pod = Arc::new(ServedPod {
@@ -335,7 +360,7 @@ fn ip(address: &nix::sys::socket::SockaddrStorage) -> Option<IpAddr> {
     v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
 }
 
-fn policy(snapshot: &Snapshot, workload: &Workload) -> PodPolicy {
+fn policy(snapshot: &Snapshot, workload: &Workload, guard: &Guard) -> PodPolicy {
     let auth = &workload.peer_auth;
     PodPolicy {
         generation: snapshot.generation,
@@ -343,12 +368,19 @@ fn policy(snapshot: &Snapshot, workload: &Workload) -> PodPolicy {
         rule: auth.rule.0,
         ports: auth.ports.iter().map(|(port, (mode, rule))| (*port, (*mode, rule.0))).collect(),
         plaintext_by_agent: workload.authorization.judges(),
+        udp_refused: match workload.labels.get(UDP_LABEL).map(String::as_str) {
+            None => guard.udp_refused,
+            Some("allow") => false,
+            // What cannot be understood must not open anything.
+            Some(_) => true,
+        },
     }
 }
 
 /// Equal but for the generation: a change elsewhere in the cluster costs this pod nothing.
 fn same_policy(a: &PodPolicy, b: &PodPolicy) -> bool {
-    (a.mode, a.rule, &a.ports, a.plaintext_by_agent) == (b.mode, b.rule, &b.ports, b.plaintext_by_agent)
+    (a.mode, a.rule, &a.ports, a.plaintext_by_agent, a.udp_refused)
+        == (b.mode, b.rule, &b.ports, b.plaintext_by_agent, b.udp_refused)
 }
 
 fn same_addresses(a: &[IpAddr], b: &[IpAddr]) -> bool {

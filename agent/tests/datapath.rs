@@ -206,7 +206,7 @@ fn refused<T>(result: io::Result<T>) -> bool {
 }
 
 fn policy(generation: u32, mode: Mode) -> PodPolicy {
-    PodPolicy { generation, mode, rule: 0, ports: BTreeMap::new(), plaintext_by_agent: false }
+    PodPolicy { generation, mode, rule: 0, ports: BTreeMap::new(), plaintext_by_agent: false, udp_refused: false }
 }
 
 fn counted(datapath: &Datapath, cookie: NetnsCookie, direction: Direction, answer: Answer, reason: Reason) -> u64 {
@@ -315,6 +315,64 @@ fn an_application_listens_on_a_port_that_a_captured_connection_has() {
     let application = node.serve(&format!("0.0.0.0:{port}"));
     let _local = node.dial_from_pod(&format!("{POD4}:{port}")).expect("connected");
     application.accept().expect("the application gets its own");
+}
+
+/// What leaves the pod by its veth has been captured, or is the agent's own: across a change of agents, with none, and with
+/// one that does not know the pod. A pod that is out is untouched.
+#[test]
+fn only_the_agents_sockets_begin_connections_that_leave_the_pod() {
+    let node = Node::new();
+    let _server = within(&node.peer, || TcpListener::bind("[::]:9080").expect("a server outside"));
+    let name = std::ffi::CString::new("eth0").expect("no NUL");
+    // SAFETY: the name ends with NUL.
+    let veth = within(&node.peer, || unsafe { libc::if_nametoindex(name.as_ptr()) });
+    assert!(veth > 0);
+    let dial = |to: &str, prepare: &mut dyn FnMut(&Socket)| {
+        let to: SocketAddr = to.parse().expect("a literal");
+        let client = within(&node.pod, || Socket::new(Domain::for_address(to), Type::STREAM, None).expect("a socket"));
+        prepare(&client);
+        client.connect_timeout(&to.into(), Duration::from_millis(700))
+    };
+    let targets = [format!("{PEER4}:9080"), format!("[{PEER6}]:9080")];
+    // As a process that no program of the node's cgroup sees.
+    let stray = || {
+        join(&cgroup_mount());
+        let results = targets.each_ref().map(|to| dial(to, &mut |_| {}).is_ok());
+        join(&node.cgroup.join("agent"));
+        results
+    };
+    let own = |datapath: &Datapath| {
+        let mut sockets = datapath.sockets().expect("the worker's maps");
+        targets.each_ref().map(|to| dial(to, &mut |client| sockets.mark(client).expect("marked")).is_ok())
+    };
+    let refusals =
+        |datapath: &Datapath| counted(datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::NotCaptured);
+
+    let (mut first, _listener) = node.enrolled(Mode::Permissive);
+    // A fresh link takes a second or two for its neighbours.
+    let until = Instant::now() + Duration::from_secs(20);
+    while stray() != [true, true] {
+        assert!(Instant::now() < until, "nothing is looked at yet, or this test shows nothing");
+    }
+    within(&node.peer, || first.guard(node.cookie, &[veth], false)).expect("attached");
+    assert_eq!((stray(), own(&first)), ([false, false], [true, true]));
+    assert!(refusals(&first) >= 2);
+
+    let (mut second, _other) = node.enrolled_next(Mode::Permissive);
+    within(&node.peer, || {
+        second.guard(node.cookie, &[veth], false).expect("written");
+        assert!(second.take_over().expect("attached").is_empty());
+    });
+    assert_eq!((stray(), own(&second)), ([false, false], [true, true]));
+    assert!(refusals(&second) >= 2, "its own maps are asked now");
+    drop((first, second));
+    assert_eq!(stray(), [false, false], "without an agent");
+
+    let mut third = node.load_next();
+    within(&node.peer, || assert!(third.take_over().expect("attached").is_empty()));
+    assert_eq!(stray(), [false, false], "the next agent does not know the pod");
+    within(&node.peer, || third.remove(node.cookie)).expect("removed");
+    assert_eq!(stray(), [true, true], "out of the mesh");
 }
 
 /// [K.4]: enrolled but not ready, no listener, silent; each with its own reason, and recovery without touching the pod.

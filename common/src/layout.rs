@@ -190,6 +190,34 @@ pub struct SocketValue {
 }
 const _: () = assert!(size_of::<SocketValue>() == 48);
 
+/// Value of `VETHS`, by the index of the device at the node's end of a pod's veth: whose frames come in there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VethValue {
+    /// Cookie of the pod's network namespace: a key of `PODS`.
+    pub netns_cookie: u64,
+    /// 1 if UDP other than DNS is refused.
+    pub udp_refused: u8,
+    /// Zero.
+    pub _pad: [u8; 7],
+}
+const _: () = assert!(size_of::<VethValue>() == 16);
+
+/// Key of `UDP_REFUSALS`, counters of packets of UDP that were refused.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct UdpKey {
+    /// Where they were to go.
+    pub addr: Addr,
+    /// Cookie of the pod's network namespace.
+    pub netns_cookie: u64,
+    /// Port that they were to go to, host byte order; 0 for parts of packets that were taken apart.
+    pub port: u16,
+    /// Zero.
+    pub _pad: [u8; 6],
+}
+const _: () = assert!(size_of::<UdpKey>() == 32);
+
 /// Key of `VERDICTS`, the counters.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -302,6 +330,8 @@ mod pod {
         FlowKey,
         FlowValue,
         SocketValue,
+        VethValue,
+        UdpKey,
         VerdictKey,
         HeartbeatValue,
         SettingsValue,

@@ -7,6 +7,7 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod addr;
+pub mod frame;
 pub mod layout;
 pub mod verdict;
 
@@ -54,7 +55,7 @@ pub const LEG_SOURCE_PREFIX: [u8; 2] = [127, 6];
 pub const SILENT_AFTER_NS: u64 = 10_000_000_000;
 
 /// Version of the pinned layout: part of the pin directory's name, raised when a map's key or value changes.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 #[cfg(test)]
 mod tests {

@@ -150,11 +150,22 @@ pub enum Reason {
     ServerNotEnrolled = 19,
     /// The client's certificate is of a trust domain that is neither the mesh's nor an alias ([I.8]).
     UntrustedTrustDomain = 20,
+    /// The first packet of a TCP connection left the pod, and no socket of the agent sent it: a raw or packet socket, or
+    /// one that was made outside the node's cgroup.
+    NotCaptured = 21,
+    /// A packet left the pod with a source address that is not the pod's.
+    ForeignSource = 22,
+    /// A packet left the pod whose headers cannot be seen: fragments of TCP, extension headers, tags.
+    HiddenHeader = 23,
+    /// A packet left the pod that is neither TCP, UDP nor ICMP.
+    Protocol = 24,
+    /// UDP, where the mesh or the pod says that it is refused (specification §3).
+    UdpRefused = 25,
 }
 
 impl Reason {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 26] = [
         Self::Captured,
         Self::TunnelPort,
         Self::NoAllowPolicies,
@@ -176,6 +187,11 @@ impl Reason {
         Self::ExplicitDeny,
         Self::ServerNotEnrolled,
         Self::UntrustedTrustDomain,
+        Self::NotCaptured,
+        Self::ForeignSource,
+        Self::HiddenHeader,
+        Self::Protocol,
+        Self::UdpRefused,
     ];
 
     /// The word for logs, metrics and documents.
@@ -202,6 +218,11 @@ impl Reason {
             Self::ExplicitDeny => "explicit-deny",
             Self::ServerNotEnrolled => "server-not-enrolled",
             Self::UntrustedTrustDomain => "untrusted-trust-domain",
+            Self::NotCaptured => "not-captured",
+            Self::ForeignSource => "foreign-source",
+            Self::HiddenHeader => "hidden-header",
+            Self::Protocol => "protocol",
+            Self::UdpRefused => "udp-refused",
         }
     }
 

@@ -6,8 +6,9 @@
 //! | `peername4`, `peername6` | `cgroup/getpeername4`, `6` | the node's cgroup | shows the application who it really talks to |
 //! | `handshake` | `sock_ops` | the node's cgroup | carries what is known of a connection from one end to the other |
 //! | `inbound` | `sk_lookup` | each enrolled pod's network namespace | passes, refuses or hands over what arrives |
+//! | `leaving` | `tc` ingress | the node's end of each enrolled pod's veth | stops what leaves a pod without having been captured |
 //!
-//! None of them runs per packet of an established connection. What a connection deserves is decided by
+//! Only `leaving` runs per packet of an established connection; all that it does then is to look at the headers. What a connection deserves is decided by
 //! `culvert_common::decide`; the files here gather its inputs and carry out its answer.
 #![no_std]
 #![no_main]
@@ -17,13 +18,14 @@ mod connect;
 mod context;
 mod handshake;
 mod inbound;
+mod leaving;
 mod maps;
 mod peername;
 mod report;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, sk_lookup, sock_ops},
-    programs::{SkLookupContext, SockAddrContext, SockOpsContext},
+    macros::{cgroup_sock_addr, classifier, sk_lookup, sock_ops},
+    programs::{SkLookupContext, SockAddrContext, SockOpsContext, TcContext},
 };
 
 /// `cgroup/connect4`: 1 lets the connect go on, 0 refuses it with the errno that was set.
@@ -63,6 +65,12 @@ pub fn handshake(ctx: SockOpsContext) -> u32 {
 #[sk_lookup]
 pub fn inbound(ctx: SkLookupContext) -> u32 {
     inbound::run(&ctx)
+}
+
+/// `tc` ingress at the node's end of a pod's veth: -1 lets other programs decide, 2 drops.
+#[classifier]
+pub fn leaving(ctx: TcContext) -> i32 {
+    leaving::run(&ctx)
 }
 
 /// Never reached: the verifier rejects a program that could panic.

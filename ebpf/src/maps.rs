@@ -7,7 +7,7 @@ use aya_ebpf::{
 };
 use culvert_common::{
     Event, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue, SettingsValue,
-    SocketValue, VerdictKey, addr::Addr,
+    SocketValue, UdpKey, VerdictKey, VethValue, addr::Addr,
 };
 
 /// Allocates entries as they come: the kernel's memory follows what is used, and adding one can fail.
@@ -40,6 +40,16 @@ pub(crate) static FLOWS: LruHashMap<FlowKey, FlowValue, 65536> = LruHashMap::new
 /// What is known of a socket, freed with it. The agent and `connect`, `handshake` write; all programs read.
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketValue> = SkStorage::new();
+
+/// The node's ends of enrolled pods' veths, by index of the device. The agent writes; `leaving` reads. As many as pods, and
+/// some with several; a device whose entry is missing lets nothing through.
+#[btf_map]
+pub(crate) static VETHS: HashMap<u32, VethValue, 32768, ON_DEMAND> = HashMap::new();
+
+/// Packets of UDP that were refused, by pod and destination. `leaving` writes; the agent and `bpftool` read. When it is full
+/// the destination that was asked for least recently is forgotten; `VERDICTS` still has the sum.
+#[btf_map]
+pub(crate) static UDP_REFUSALS: LruHashMap<UdpKey, u64, 8192> = LruHashMap::new();
 
 /// Verdicts counted per pod, rule and reason. All programs write; the agent and `bpftool` read.
 #[btf_map]

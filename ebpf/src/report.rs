@@ -20,7 +20,8 @@ pub(crate) fn count(netns_cookie: u64, direction: Direction, verdict: &Verdict) 
         _pad: 0,
     };
     match VERDICTS.get_ptr_mut(key) {
-        // SAFETY: the slot belongs to this CPU, and programs of these hooks do not nest on it.
+        // SAFETY: the slot belongs to this CPU. A program that runs for an arriving packet may interrupt one that runs for a
+        // system call in the middle of this: one of the two is not counted then.
         Some(counter) => unsafe { *counter += 1 },
         None => {
             // A full map loses the count, never the verdict.

@@ -9,11 +9,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use culvert_common::{LAYOUT_VERSION, Reason};
 use culvert_tests::command;
+use culvert_tests::programs::AttackResult;
 use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, built, own_name};
 use serde_json::Value;
 
 /// Maps of which `bpftool` can show whole entries; of the others it shows only the keys, or nothing.
-const SHOWN: [&str; 7] = ["PODS", "POD_ADDRS", "MODES", "FLOWS", "VERDICTS", "HEARTBEAT", "SETTINGS"];
+const SHOWN: [&str; 9] =
+    ["PODS", "POD_ADDRS", "MODES", "FLOWS", "VETHS", "UDP_REFUSALS", "VERDICTS", "HEARTBEAT", "SETTINGS"];
 /// A port whose connections are dropped, so that a handshake lasts.
 const QUIET: u16 = 4444;
 
@@ -73,7 +75,7 @@ fn what_bpftool_shows_is_what_the_page_explains() -> Result<()> {
     let mut sandbox = Sandbox::build(
         Plan::empty(&own_name("bpftool"))
             .pod(PodPlan::new(Node::A, "test", "server").http(&[9080]).probed(9080))
-            .pod(PodPlan::new(Node::A, "test", "client")),
+            .pod(PodPlan::new(Node::A, "test", "client").label("culvert.io/udp", "refuse")),
     )?;
     // Two modes, so that MODES has an entry.
     sandbox.manifests().apply(
@@ -84,6 +86,9 @@ fn what_bpftool_shows_is_what_the_page_explains() -> Result<()> {
     sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
     let server = sandbox.pod("test/server")?.clone();
     sandbox.http("test/client", server.at(Family::V4, 9080), "counted")?;
+    let datagram = server.at(Family::V4, 8125).to_string();
+    let _: AttackResult =
+        sandbox.call("test/client", &["attack", "--way", "udp", "--to", &datagram, "--marker", "u"])?;
     // A probe that stays in its handshake: the kubelet asks a port whose packets are dropped.
     let drop = format!(
         "table inet quiet {{\nchain in {{\ntype filter hook input priority 0\ntcp dport {QUIET} drop\n}}\n}}\n"

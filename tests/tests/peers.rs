@@ -35,6 +35,10 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// `outsider` is where this test speaks from and `impostor` where it listens: pods whose connections nobody captures.
 fn mesh(instance: &str) -> Result<Sandbox> {
+    mesh_with(instance, &[])
+}
+
+fn mesh_with(instance: &str, agent_arguments: &[&str]) -> Result<Sandbox> {
     let out = |node, name: &str| PodPlan::new(node, "test", name).label("istio.io/dataplane-mode", "none");
     let plan = Plan::empty(instance)
         .pod(PodPlan::new(Node::A, "test", "client"))
@@ -47,7 +51,9 @@ fn mesh(instance: &str) -> Result<Sandbox> {
                 .program(&["exchange-serve", &format!("--port={EXCHANGE}")]),
         );
     let mut sandbox = Sandbox::build(plan)?;
-    sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
+    let mut mesh = MeshPlan::new(built("culvert")?);
+    mesh.agent_arguments = agent_arguments.iter().map(|&argument| argument.to_owned()).collect();
+    sandbox.start_mesh(&mesh)?;
     Ok(sandbox)
 }
 
@@ -242,6 +248,26 @@ fn a_client_needs_a_certificate_of_this_mesh() -> Result<()> {
     inside(place, || async { seen(&http2(to, Some(leaf)).await?, connect(&target)?).await })?;
     let mismatch = [("reason", "identity-address-mismatch"), ("proved", CLIENT), ("known", OUTSIDER)];
     expect_told(&sandbox, Node::B, &mut log, &mismatch)
+}
+
+/// [I.11]: where the operator says so, whoever proves another identity than the pod's at the address is refused.
+#[test]
+fn a_certificate_of_another_pod_is_refused_where_the_operator_says_so() -> Result<()> {
+    let sandbox = mesh_with("t-mismatch", &["--identity-mismatch", "refuse"])?;
+    let (place, far) = (&sandbox.pod("test/outsider")?.place, sandbox.pod("default/far")?);
+    let (to, target) = (far.at(Family::V4, HBONE), far.at(Family::V4, HTTP).to_string());
+    let (_, mut log) = sandbox.agent_log(Node::B, 0)?;
+    for (account, expected) in [(OUTSIDER, 200), (CLIENT, 401)] {
+        let leaf = signed(&sandbox, account, |_| {})?;
+        let got = inside(place, || async { status(&http2(to, Some(leaf)).await?, connect(&target)?).await })?;
+        ensure!(got == expected, "{account}: {got}");
+    }
+    expect_told(
+        &sandbox,
+        Node::B,
+        &mut log,
+        &[("reason", "identity-address-mismatch"), ("src.identity", CLIENT), ("error", OUTSIDER)],
+    )
 }
 
 /// [I.9], [I.10]: the server must prove the identity of the pod that was chosen; there is no plaintext instead.

@@ -44,6 +44,7 @@ culvert agent: what it believes, for the operators of this node
 
 GET  /config_dump           workloads, services, policies, certificates (never keys), the kernel's maps, settings; JSON
 GET  /connections           open connections of this node's pods with their bytes so far; JSON
+GET  /capture_proof         sockets of this node's pods that are not the mesh's, and what accounts for the others; JSON
 GET  /logging               the log level in force
 POST /logging?level=FILTER  another log level, at once: info, or info,culvert::tunnel=debug
 GET  /readyz                where each part of the agent stands; 503 while something is missing
@@ -166,7 +167,17 @@ async fn route(request: Request<Incoming>, state: State) -> Response<Held> {
                 };
             large(&state, list, |records| records).await
         }
-        path @ ("/" | "/help" | "/readyz" | "/logging" | "/config_dump" | "/connections") => {
+        "/capture_proof" if reading => {
+            let prove =
+                async |handles: Arc<Handles>| match tokio::time::timeout(LARGE_PATIENCE, handles.connections.prove())
+                    .await
+                {
+                    Ok(proof) => proof,
+                    Err(_) => anyhow::bail!("the agent did not look at its pods' sockets in time"),
+                };
+            large(&state, prove, |proof| proof).await
+        }
+        path @ ("/" | "/help" | "/readyz" | "/logging" | "/config_dump" | "/connections" | "/capture_proof") => {
             let allow = if path == "/logging" { "GET, HEAD, POST" } else { "GET, HEAD" };
             let mut response = text(StatusCode::METHOD_NOT_ALLOWED, &format!("only {allow}"));
             response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(allow));

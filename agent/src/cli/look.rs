@@ -16,6 +16,7 @@ use super::{
 use crate::{
     admin::{dump::Dump, printable},
     config::parse_duration,
+    telemetry::open::Proof,
 };
 
 /// A question to the agent.
@@ -31,6 +32,9 @@ pub enum Look {
     Certificates(Common),
     /// Open connections of the node's pods, with their bytes so far
     Connections(Connections),
+    /// Whether the connections of the node's pods are the mesh's
+    #[command(subcommand)]
+    Capture(Capture),
     /// Metrics of the agent, by name
     Metrics(Metrics),
     /// Shows the agent's log level, or changes it at once
@@ -80,6 +84,14 @@ pub struct Connections {
     raw: bool,
 }
 
+/// `culvert capture`
+#[derive(Subcommand, Clone, Debug)]
+pub enum Capture {
+    /// Looks at every established TCP socket of the node's pods; shows those that are neither the mesh's nor exempt, and
+    /// ends with status 1 if there are any
+    Proof(Common),
+}
+
 /// `culvert metrics`
 #[derive(Args, Clone, Debug)]
 pub struct Metrics {
@@ -119,6 +131,7 @@ impl Look {
                 Self::Policies(common) => common.dumped(rows::policies).await,
                 Self::Certificates(common) => common.dumped(rows::certificates).await,
                 Self::Connections(of) => of.common.shown.show(async || of.sheet().await).await,
+                Self::Capture(Capture::Proof(common)) => common.prove().await,
                 Self::Metrics(of) => of.shown.show(async || of.sheet().await).await,
                 Self::Log(log) => log.run().await,
             }
@@ -138,6 +151,31 @@ impl Common {
             .await
     }
 
+    async fn prove(&self) -> anyhow::Result<()> {
+        let filter = self.filter();
+        let mut last = Proof::default();
+        let show = self.shown.show_or(
+            async || {
+                let answer = client::ask(&self.address, Method::GET, "/capture_proof").await?;
+                last = serde_json::from_slice(&answer).with_context(|| foreign(&self.address))?;
+                Ok(rows::strays(&last, &filter))
+            },
+            "every connection is accounted for",
+        );
+        show.await?;
+        for failure in &last.failures {
+            eprintln!("culvert: could not look at {failure}");
+        }
+        let words: Vec<String> = last.accounted.iter().map(|(word, count)| format!("{count} {word}")).collect();
+        eprintln!("{} pods, established sockets: {}", last.pods, words.join(", "));
+        match (last.strays.len(), last.failures.len()) {
+            (0, 0) => Ok(()),
+            (strays, failures) => {
+                anyhow::bail!("{strays} connections are not the mesh's, {failures} pods could not be looked at")
+            }
+        }
+    }
+
     fn filter(&self) -> Filter {
         Filter { namespace: self.shown.namespace.clone(), pod: self.pod.clone() }
     }
@@ -151,11 +189,16 @@ fn foreign(address: &Address) -> String {
 
 impl Shown {
     /// Shows what `ask` gives, once or for as long as somebody reads it.
-    async fn show(&self, mut ask: impl AsyncFnMut() -> anyhow::Result<Sheet>) -> anyhow::Result<()> {
+    async fn show(&self, ask: impl AsyncFnMut() -> anyhow::Result<Sheet>) -> anyhow::Result<()> {
+        self.show_or(ask, "nothing of that kind").await
+    }
+
+    /// The same; `nothing` says what it means that there is no row.
+    async fn show_or(&self, mut ask: impl AsyncFnMut() -> anyhow::Result<Sheet>, nothing: &str) -> anyhow::Result<()> {
         let first = ask().await?;
         if !self.watch {
             if first.rows.is_empty() && matches!(self.output, Format::Table | Format::Wide) {
-                eprintln!("nothing of that kind");
+                eprintln!("{nothing}");
                 return Ok(());
             }
             print(&first.show(self.output))?;

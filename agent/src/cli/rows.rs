@@ -6,7 +6,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::sheet::{Column, Row, Sheet};
-use crate::admin::dump::{CertificateFacts, Dump, WorkloadDump};
+use crate::{
+    admin::dump::{CertificateFacts, Dump, WorkloadDump},
+    telemetry::open::{Proof, Stray},
+};
 
 /// Which rows are wanted.
 #[derive(Clone, Debug, Default)]
@@ -94,6 +97,33 @@ pub(super) fn workloads(dump: &Dump, filter: &Filter) -> Sheet {
         }
     };
     Sheet { columns: WORKLOADS, rows: dump.workloads.iter().filter(wanted).map(row).collect() }
+}
+
+const STRAYS: &[Column] = &[
+    Column::new("NAMESPACE"),
+    Column::new("POD NAME"),
+    Column::new("LOCAL"),
+    Column::new("REMOTE"),
+    Column::new("PID"),
+    Column::new("PROCESS"),
+];
+
+/// `culvert capture proof`
+pub(super) fn strays(proof: &Proof, filter: &Filter) -> Sheet {
+    let wanted = |of: &&Stray| filter.namespace(&of.namespace) && filter.pod(&of.namespace, &of.pod);
+    let row = |of: &Stray| Row {
+        key: of.socket.to_string(),
+        cells: vec![
+            of.namespace.clone(),
+            of.pod.clone(),
+            of.local.to_string(),
+            of.remote.to_string(),
+            of.pid.to_string(),
+            of.process.clone(),
+        ],
+        object: json(of),
+    };
+    Sheet { columns: STRAYS, rows: proof.strays.iter().filter(wanted).map(row).collect() }
 }
 
 const SERVICES: &[Column] = &[

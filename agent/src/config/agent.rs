@@ -144,6 +144,26 @@ pub const SETTINGS: &[Setting] = &[
                more are counted, and told in one line as suppressed=N; 0 for no limit",
     },
     Setting {
+        name: "identity-mismatch",
+        value: "allow|refuse",
+        default: Some("allow"),
+        help: "A tunnel from the address of a pod that has another identity than the peer proves: judged by what is proved, or \
+               refused; it is counted and told in both cases",
+    },
+    Setting {
+        name: "udp",
+        value: "allow|refuse",
+        default: Some("allow"),
+        help: "UDP other than DNS that leaves pods of the mesh, where a pod does not say otherwise by its label culvert.io/udp",
+    },
+    Setting {
+        name: "veth-filter",
+        value: "on|off",
+        default: Some("on"),
+        help: "Whether what pods of the mesh send is looked at where it comes into the node, so that packet and raw sockets \
+               cannot pass by the mesh; off saves a look at the headers of each packet",
+    },
+    Setting {
         name: "otlp-endpoint",
         value: "URL",
         default: None,
@@ -229,6 +249,12 @@ pub struct Config {
     pub log_level: String,
     /// `--log-limit`; 0 for none.
     pub log_limit: u32,
+    /// `--identity-mismatch`: whether it is refused.
+    pub refuse_mismatch: bool,
+    /// `--udp`: whether it is refused.
+    pub udp_refused: bool,
+    /// `--veth-filter`
+    pub veth_filter: bool,
     /// `--otlp-endpoint`
     pub otlp_endpoint: Option<String>,
     /// `--drain-deadline`
@@ -357,6 +383,9 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let readiness_address = values.listen_address("readiness-address");
     let admin_address = values.loopback_address("admin-address");
     let log_limit = values.optional("log-limit");
+    let refuse_mismatch = values.parse("identity-mismatch", |text| one_of(text, ["allow", "refuse"]));
+    let udp_refused = values.parse("udp", |text| one_of(text, ["allow", "refuse"]));
+    let veth_filter = values.parse("veth-filter", |text| one_of(text, ["off", "on"]));
     let otlp_endpoint = values.parse("otlp-endpoint", trace::endpoint);
     let drain_deadline = values.duration("drain-deadline");
     let max_open_files = values.parse("max-open-files", |text| number(text, 64));
@@ -383,6 +412,9 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             log_format: log_format?,
             log_level: log_level?,
             log_limit: log_limit?,
+            refuse_mismatch: refuse_mismatch?,
+            udp_refused: udp_refused?,
+            veth_filter: veth_filter?,
             otlp_endpoint,
             drain_deadline: drain_deadline?,
             limits: limits?,
@@ -418,6 +450,14 @@ fn limits(values: &mut Values) -> Option<Numbers> {
         handshakes_per_peer: handshakes_per_peer?,
         open_files_reserve: open_files_reserve?,
     })
+}
+
+/// Whether it is the second of two words.
+fn one_of(text: &str, words: [&str; 2]) -> Result<bool, String> {
+    match words.iter().position(|word| *word == text) {
+        Some(which) => Ok(which == 1),
+        None => Err(format!("must be {} or {}", words[0], words[1])),
+    }
 }
 
 fn number(text: &str, least: usize) -> Result<usize, String> {
@@ -466,6 +506,9 @@ mod tests {
             ("metrics-label-sets", "0"),
             ("admin-address", "0.0.0.0:15000"),
             ("log-limit", "-1"),
+            ("identity-mismatch", "no"),
+            ("udp", "maybe"),
+            ("veth-filter", "yes"),
             ("otlp-endpoint", "collector:4317"),
             ("log-format", "xml"),
             ("log-level", "=="),

@@ -7,7 +7,7 @@ use anyhow::Context as _;
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapInfo, MapType, PerCpuHashMap, SockHash};
 use culvert_common::{
     Addr, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue, SettingsValue,
-    VerdictKey,
+    UdpKey, VerdictKey, VethValue,
 };
 
 use super::MAPS;
@@ -25,6 +25,10 @@ pub struct Content {
     pub modes: BTreeMap<ModeKey, ModeValue>,
     /// Sockets in `LISTENERS` by netns cookie.
     pub listeners: BTreeMap<u64, usize>,
+    /// `VETHS`, by index of the device.
+    pub veths: BTreeMap<u32, VethValue>,
+    /// `UDP_REFUSALS`: packets.
+    pub udp_refusals: BTreeMap<UdpKey, u64>,
     /// `VERDICTS`, summed over the CPUs.
     pub verdicts: BTreeMap<VerdictKey, u64>,
     /// `HEARTBEAT`.
@@ -55,6 +59,7 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
         pods: hash::<u64, PodValue>(dir, "PODS")?,
         addrs: hash(dir, "POD_ADDRS")?,
         modes: hash(dir, "MODES")?,
+        veths: hash(dir, "VETHS")?,
         ..Content::default()
     };
     let listeners: SockHash<MapData, ListenerKey> = Map::SockHash(open(dir, "LISTENERS")?).try_into()?;
@@ -63,6 +68,8 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
     }
     let flows: BpfHashMap<MapData, FlowKey, FlowValue> = Map::LruHashMap(open(dir, "FLOWS")?).try_into()?;
     let flows = flows.keys().filter_map(Result::ok).count();
+    let udp: BpfHashMap<MapData, UdpKey, u64> = Map::LruHashMap(open(dir, "UDP_REFUSALS")?).try_into()?;
+    content.udp_refusals = udp.iter().filter_map(Result::ok).collect();
     let verdicts: PerCpuHashMap<MapData, VerdictKey, u64> = Map::PerCpuHashMap(open(dir, "VERDICTS")?).try_into()?;
     content.verdicts = verdicts.iter().filter_map(Result::ok).map(|(key, of)| (key, of.iter().sum())).collect();
     content.heartbeat.at_ns = heartbeat(dir)?;
@@ -76,6 +83,8 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
             "MODES" => Some(content.modes.len()),
             "LISTENERS" => Some(content.listeners.values().sum()),
             "FLOWS" => Some(flows),
+            "VETHS" => Some(content.veths.len()),
+            "UDP_REFUSALS" => Some(content.udp_refusals.len()),
             "VERDICTS" => Some(content.verdicts.len()),
             "HEARTBEAT" | "SETTINGS" => Some(1),
             _ => None,

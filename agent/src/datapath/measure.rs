@@ -35,6 +35,7 @@ impl Datapath {
             fill("MODES", self.modes.keys().count(), self.modes.map())?,
             fill("LISTENERS", self.listeners.keys().count(), self.listeners.map())?,
             fill("FLOWS", flows.keys().count(), flows.map())?,
+            fill("VETHS", self.veths.keys().count(), self.veths.map())?,
             fill("VERDICTS", self.verdicts.keys().count(), self.verdicts.map())?,
         ])
     }

@@ -22,12 +22,13 @@ use anyhow::{Context as _, anyhow};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuHashMap, RingBuf, SkStorage, SockHash},
-    programs::{CgroupSockAddr, SkLookup, SockOps},
+    programs::{CgroupSockAddr, SchedClassifier, SkLookup, SockOps},
 };
 use aya_log::EbpfLogger;
 use culvert_common::{
     Addr, Event, FlowKey, FlowValue, HeartbeatValue, LAYOUT_VERSION, ListenerKey, ListenerKind, Mode, ModeKey,
     ModeValue, PodAddrValue, PodState, PodValue, SILENT_AFTER_NS, SettingsValue, SocketKind, SocketValue, VerdictKey,
+    VethValue,
 };
 use tracing::warn;
 
@@ -35,6 +36,7 @@ pub mod inspect;
 pub mod measure;
 mod owner;
 mod sys;
+mod veth;
 
 pub use owner::Turn;
 use owner::{Ownership, Part};
@@ -43,8 +45,20 @@ use sys::{AttachType, Target};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert"));
 
 /// The maps, by the names that they have in the object, in the pin directory and in `bpftool`.
-const MAPS: [&str; 10] =
-    ["PODS", "POD_ADDRS", "MODES", "LISTENERS", "FLOWS", "SOCKETS", "VERDICTS", "HEARTBEAT", "SETTINGS", "EVENTS"];
+const MAPS: [&str; 12] = [
+    "PODS",
+    "POD_ADDRS",
+    "MODES",
+    "LISTENERS",
+    "FLOWS",
+    "SOCKETS",
+    "VETHS",
+    "UDP_REFUSALS",
+    "VERDICTS",
+    "HEARTBEAT",
+    "SETTINGS",
+    "EVENTS",
+];
 
 /// The maps that belong to connections and not to an agent: whoever serves, they are the same. All others are made anew by
 /// each agent.
@@ -102,6 +116,8 @@ pub struct PodPolicy {
     pub ports: BTreeMap<u16, (Mode, u32)>,
     /// Plaintext verdicts are given by the agent.
     pub plaintext_by_agent: bool,
+    /// UDP that leaves the pod is refused, but for DNS.
+    pub udp_refused: bool,
 }
 
 /// The agent before this one.
@@ -124,6 +140,8 @@ pub struct Datapath {
     cgroup_id: u64,
     /// Namespaces of the pods that are to have the inbound program.
     pod_netns: BTreeMap<NetnsCookie, OwnedFd>,
+    /// The node's ends of the pods' veths, by index, that are to have the program for what leaves.
+    pod_veths: BTreeMap<NetnsCookie, Vec<u32>>,
     taken_over: Option<Instant>,
     looked_at_links: Instant,
     half_done: Option<Instant>,
@@ -134,6 +152,7 @@ pub struct Datapath {
     addrs: BpfHashMap<MapData, Addr, PodAddrValue>,
     modes: BpfHashMap<MapData, ModeKey, ModeValue>,
     listeners: SockHash<MapData, ListenerKey>,
+    veths: BpfHashMap<MapData, u32, VethValue>,
     verdicts: PerCpuHashMap<MapData, VerdictKey, u64>,
     heartbeat: Array<MapData, HeartbeatValue>,
     settings: Array<MapData, SettingsValue>,
@@ -176,6 +195,7 @@ impl Datapath {
             addrs: typed(&mut ebpf, "POD_ADDRS")?,
             modes: typed(&mut ebpf, "MODES")?,
             listeners: typed(&mut ebpf, "LISTENERS")?,
+            veths: typed(&mut ebpf, "VETHS")?,
             verdicts: typed(&mut ebpf, "VERDICTS")?,
             heartbeat: typed(&mut ebpf, "HEARTBEAT")?,
             settings: typed(&mut ebpf, "SETTINGS")?,
@@ -186,6 +206,7 @@ impl Datapath {
             cgroup,
             cgroup_id,
             pod_netns: BTreeMap::new(),
+            pod_veths: BTreeMap::new(),
             taken_over: None,
             looked_at_links: Instant::now(),
             half_done: None,
@@ -224,9 +245,10 @@ impl Datapath {
     pub fn take_over(&mut self) -> anyhow::Result<Vec<(NetnsCookie, anyhow::Error)>> {
         self.beat()?;
         self.adopt_pod_links()?;
+        self.adopt_veths()?;
         let mut failed = Vec::new();
         for cookie in self.pod_netns.keys().copied().collect::<Vec<_>>() {
-            if let Err(error) = self.attach_pod(cookie) {
+            if let Err(error) = self.attach_pod(cookie).and_then(|()| self.attach_veths(cookie)) {
                 self.suspend(cookie)?;
                 failed.push((cookie, error));
             }
@@ -340,6 +362,7 @@ impl Datapath {
     pub fn ready(&mut self, cookie: NetnsCookie, policy: &PodPolicy) -> anyhow::Result<()> {
         let before =
             self.pod(cookie)?.ok_or_else(|| anyhow!("pod of namespace cookie {} was not prepared", cookie.0))?;
+        self.write_veths(cookie, policy.udp_refused)?;
         let old: Vec<ModeKey> = self.mode_keys(cookie, |key| key.generation != policy.generation);
         let same_generation = before.state == PodState::Ready as u8 && before.generation == policy.generation;
         let value = match self.write_ports(cookie, policy) {
@@ -403,6 +426,7 @@ impl Datapath {
             result = ignore_absent(detached).context("detach the inbound program");
             result = result.and(ignore_absent(fs::remove_file(&path)).context("unpin the inbound program"));
         }
+        result = result.and(self.remove_veths(cookie));
         let addrs: Vec<Addr> = self.addrs_of(cookie);
         result = result.and(ignore_missing(self.pods.remove(&cookie.0)).context("remove from PODS"));
         for addr in addrs {
@@ -603,7 +627,10 @@ impl Datapath {
         }
         self.half_done = None;
         let attached = CGROUP_PROGRAMS.iter().try_for_each(|(name, kind)| self.attach_to_cgroup(name, *kind));
-        let attached = self.pod_netns.keys().fold(attached, |result, cookie| result.and(self.attach_pod(*cookie)));
+        let attached = self
+            .pod_netns
+            .keys()
+            .fold(attached, |result, cookie| result.and(self.attach_pod(*cookie)).and(self.attach_veths(*cookie)));
         match attached {
             Ok(()) => warn!(links = foreign, "took links back that another agent had changed, or somebody removed"),
             Err(error) => {
@@ -622,6 +649,7 @@ impl Datapath {
         };
         CGROUP_PROGRAMS.iter().filter(|(name, _)| !ours(&links.join(name), name)).count()
             + self.pod_netns.keys().filter(|cookie| !ours(&self.pod_link(**cookie), "inbound")).count()
+            + self.foreign_veths()
     }
 
     /// Removes what agents of other layouts have pinned: their maps, and links of their own if they had them elsewhere.
@@ -790,7 +818,9 @@ fn load_programs(ebpf: &mut Ebpf) -> anyhow::Result<()> {
     let handshake: &mut SockOps = program(ebpf, "handshake")?;
     handshake.load().context("the kernel refused program handshake")?;
     let inbound: &mut SkLookup = program(ebpf, "inbound")?;
-    inbound.load().context("the kernel refused program inbound")
+    inbound.load().context("the kernel refused program inbound")?;
+    let leaving: &mut SchedClassifier = program(ebpf, "leaving")?;
+    leaving.load().context("the kernel refused program leaving")
 }
 
 fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut P>
@@ -832,7 +862,7 @@ fn attach(
         Err(error) => return Err(error).context("open the pinned link"),
     }
     let link = sys::link_create(prog, target, kind).context("create a link")?;
-    sys::pin_over(&link, path).context("pin the link")
+    sys::pin_over(link.as_fd(), path).context("pin the link")
 }
 
 fn netns_inode(netns: BorrowedFd<'_>) -> anyhow::Result<u32> {

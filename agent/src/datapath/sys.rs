@@ -4,7 +4,7 @@ use std::{
     ffi::CString,
     io,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
@@ -27,6 +27,7 @@ pub(super) enum AttachType {
     Getpeername4 = 29,
     Getpeername6 = 30,
     SkLookup = 36,
+    TcxIngress = 46,
 }
 
 /// `attr` of BPF_LINK_CREATE and, with other names, of BPF_LINK_UPDATE: four words.
@@ -60,7 +61,7 @@ struct RawLinkInfo {
     id: u32,
     prog_id: u32,
     _pad: u32,
-    /// cgroup: the cgroup's id. netns: inode in the lower half, attach type in the upper.
+    /// cgroup: the cgroup's id. netns: inode in the lower half, attach type in the upper. tcx: the device's index likewise.
     target: u64,
     attach_type: u32,
     _rest: [u32; 33],
@@ -75,6 +76,8 @@ pub(super) enum Target {
     Cgroup(u64),
     /// Inode of the network namespace; 0 if it is gone.
     Netns(u32),
+    /// Index of the network device; 0 if it is gone.
+    Device(u32),
     /// Some other kind of link.
     Other,
 }
@@ -101,7 +104,16 @@ fn c_path(path: &Path) -> io::Result<CString> {
 
 /// Attaches a program to a cgroup or a network namespace.
 pub(super) fn link_create(prog: BorrowedFd<'_>, target: BorrowedFd<'_>, kind: AttachType) -> io::Result<OwnedFd> {
-    bpf(BPF_LINK_CREATE, &mut LinkAttr { first_fd: raw(prog), second_fd: raw(target), third: kind as u32, flags: 0 })
+    create(prog, raw(target), kind)
+}
+
+/// Attaches a program to a network device of the calling thread's namespace; `InvalidInput` before Linux 6.6.
+pub(super) fn link_create_at(prog: BorrowedFd<'_>, device: u32, kind: AttachType) -> io::Result<OwnedFd> {
+    create(prog, device, kind)
+}
+
+fn create(prog: BorrowedFd<'_>, target: u32, kind: AttachType) -> io::Result<OwnedFd> {
+    bpf(BPF_LINK_CREATE, &mut LinkAttr { first_fd: raw(prog), second_fd: target, third: kind as u32, flags: 0 })
         .map(owned)
 }
 
@@ -132,6 +144,7 @@ pub(super) fn open_pinned(path: &Path) -> io::Result<OwnedFd> {
 pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<(Target, u32)> {
     const LINK_TYPE_CGROUP: u32 = 3;
     const LINK_TYPE_NETNS: u32 = 5;
+    const LINK_TYPE_TCX: u32 = 11;
     let mut info = RawLinkInfo { kind: 0, id: 0, prog_id: 0, _pad: 0, target: 0, attach_type: 0, _rest: [0; 33] };
     let len = u32::try_from(size_of::<RawLinkInfo>()).expect("a small struct");
     let info_ptr = std::ptr::from_mut(&mut info) as u64;
@@ -139,13 +152,14 @@ pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<(Target, u32)> {
     let target = match info.kind {
         LINK_TYPE_CGROUP => Target::Cgroup(info.target),
         LINK_TYPE_NETNS => Target::Netns((info.target & u64::from(u32::MAX)) as u32),
+        LINK_TYPE_TCX => Target::Device((info.target & u64::from(u32::MAX)) as u32),
         _ => Target::Other,
     };
     Ok((target, info.prog_id))
 }
 
-/// Pins `link` at `path` in place of whatever is there, without an instant in which nothing is.
-pub(super) fn pin_over(link: &OwnedFd, path: &Path) -> io::Result<()> {
+/// Pins `link`, or a program, at `path` in place of whatever is there, without an instant in which nothing is.
+pub(super) fn pin_over(link: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     let fresh = path.with_file_name(format!(
         "{}_new",
         path.file_name().and_then(|name| name.to_str()).ok_or(io::ErrorKind::InvalidInput)?
@@ -154,6 +168,6 @@ pub(super) fn pin_over(link: &OwnedFd, path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    pin(link.as_fd(), &fresh)?;
+    pin(link, &fresh)?;
     std::fs::rename(&fresh, path)
 }

@@ -1,4 +1,5 @@
-//! Enters a network namespace and comes back; [`sock_diag`] lists, reads and destroys the sockets in it.
+//! Enters a network namespace and comes back; [`sock_diag`] lists, reads and destroys the sockets in it, [`route`] finds its
+//! devices.
 //!
 //! Which namespace is whose, and what is done inside, is the caller's business.
 //!
@@ -20,6 +21,7 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
+pub mod route;
 pub mod sock_diag;
 
 /// What tells two namespaces apart while at least one handle to each is open.

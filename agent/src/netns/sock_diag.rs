@@ -310,15 +310,15 @@ impl SockDiag {
 }
 
 /// One netlink message.
-struct Message<'a> {
-    kind: u16,
+pub(super) struct Message<'a> {
+    pub(super) kind: u16,
     flags: u16,
-    seq: u32,
-    payload: &'a [u8],
+    pub(super) seq: u32,
+    pub(super) payload: &'a [u8],
 }
 
 /// The messages of one datagram; ends at the first that is cut off.
-fn messages(mut rest: &[u8]) -> impl Iterator<Item = Message<'_>> {
+pub(super) fn messages(mut rest: &[u8]) -> impl Iterator<Item = Message<'_>> {
     std::iter::from_fn(move || {
         let len = u32_at(rest, 0)? as usize;
         let payload = rest.get(NLMSG_HEADER_BYTES..len)?;
@@ -329,7 +329,7 @@ fn messages(mut rest: &[u8]) -> impl Iterator<Item = Message<'_>> {
 }
 
 /// The attributes of a message or of a nested attribute: type without its flag bits, and value.
-fn attributes(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub(super) fn attributes(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let len = u16_at(rest, 0)? as usize;
         let value = rest.get(4..len)?;
@@ -340,7 +340,7 @@ fn attributes(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
 }
 
 /// The error number that NLMSG_ERROR and NLMSG_DONE begin with; `None` for success.
-fn error_of(payload: &[u8]) -> Option<Errno> {
+pub(super) fn error_of(payload: &[u8]) -> Option<Errno> {
     match u32_at(payload, 0).map(u32::cast_signed) {
         None | Some(0) => None,
         Some(code) => Some(Errno::from_raw(code.wrapping_neg())),
@@ -423,7 +423,7 @@ fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     bytes.get(at..at + 2)?.try_into().ok().map(u16::from_ne_bytes)
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
 }
 

@@ -129,12 +129,19 @@ fn handshake(error: Option<&server::ServeError>) -> Handshake {
     }
 }
 
+const MISMATCH: &str = "identity-address-mismatch";
+
+/// The pod at the address that a tunnel comes from, if it has another identity than the peer has proved ([I.11]).
+fn mismatched<'a>(snapshot: &'a Snapshot, remote: SocketAddr, proved: &SpiffeId) -> Option<&'a Arc<Workload>> {
+    workload_at(snapshot, remote.ip()).filter(|known| known.identity != *proved)
+}
+
 /// [I.11]: a tunnel from the address of a pod that has another service account.
 fn tell_mismatch(context: &Context, remote: SocketAddr, proved: &Result<SpiffeId, Refusal>) {
     let (Ok(proved), snapshot) = (proved, context.snapshot()) else { return };
     let remote = canonical(remote);
-    if let Some(known) = workload_at(&snapshot, remote.ip()).filter(|known| known.identity != *proved) {
-        const REASON: &str = "identity-address-mismatch";
+    if let Some(known) = mismatched(&snapshot, remote, proved) {
+        const REASON: &str = MISMATCH;
         context.tally.mismatch();
         if context.limiter.borrow_mut().admits(Some(known), REASON, std::time::Instant::now()) {
             warn!(reason = REASON, src = %remote, %proved, known = %known.identity,
@@ -213,6 +220,13 @@ async fn judge(
         Err(error) => return refuse(incoming, 401, Outcome::failed(Flag::IdentityError, error)),
     };
     let snapshot = context.snapshot();
+    if context.refuse_mismatch
+        && let Some(known) = mismatched(&snapshot, remote, &proved)
+    {
+        let detail = format!("the address is of a pod with identity {}", known.identity);
+        tell_source(story, &snapshot, remote, proved);
+        return refuse(incoming, 401, Outcome::Denied { reason: MISMATCH, detail });
+    }
     tell_source(story, &snapshot, remote, proved);
     let Some(own) = snapshot.workload(&pod.uid) else {
         let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");

@@ -66,6 +66,8 @@ pub struct Context {
     pub pool: tunnel::Pool,
     /// Limits of tunnels.
     pub tunnel: tunnel::Config,
+    /// Refuses tunnels from the address of a pod that has another identity than the peer proves ([I.11]).
+    pub refuse_mismatch: bool,
     /// What pods and peers may take.
     pub limits: Arc<Limits>,
     /// This worker's view of the kernel's maps.

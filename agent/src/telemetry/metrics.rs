@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use super::{
     access::{AccessLog, Direction},
     limit::Limit,
-    open::{Carried, Registry, Traffic},
+    open::{Carried, Proof, Registry, Traffic},
     panics,
     tally::{Handshake, Side, Sums, Tallies},
     trace,
@@ -110,6 +110,11 @@ pub const METRICS: &[Metric] = &[
         "Pods of this node that could not be brought into the mesh, and are refused",
         &[],
     ),
+    gauge(
+        "culvert_unaccounted_connections",
+        "Established TCP sockets of enrolled pods that are neither the mesh's nor exempt, by the last capture proof",
+        &[],
+    ),
     gauge("culvert_kernel_map_entries", "Entries in a map of the kernel programs", &["map"]),
     gauge("culvert_kernel_map_capacity", "Entries that fit into it", &["map"]),
     gauge(
@@ -178,6 +183,8 @@ pub struct Node {
     pub enrolled: usize,
     /// Pods that could not be brought in.
     pub failed: usize,
+    /// Established sockets that the last capture proof could not account for.
+    pub strays: usize,
     /// Identities, and the second since the epoch at which each one's certificate ends.
     pub certificates: Vec<(String, Option<u64>)>,
     /// Certificates had, and attempts that failed.
@@ -227,6 +234,8 @@ pub enum Question {
     Connections(oneshot::Sender<()>),
     /// The same, and what it knows.
     Node(oneshot::Sender<Box<Node>>),
+    /// For a capture proof.
+    Proof(oneshot::Sender<Box<Proof>>),
 }
 
 /// Where the values come from. Clones are the same.
@@ -437,6 +446,7 @@ fn of_node(samples: &mut Samples, node: &Node) {
     samples.one("culvert_snapshot_compile_seconds", node.compile_time.as_secs_f64());
     samples.one("culvert_enrolled_pods", node.enrolled as f64);
     samples.one("culvert_enrolment_failures", node.failed as f64);
+    samples.one("culvert_unaccounted_connections", node.strays as f64);
     for map in &node.maps {
         let labels = || vec![("map", Cow::from(map.name))];
         samples.plain("culvert_kernel_map_entries", labels(), map.entries as f64);

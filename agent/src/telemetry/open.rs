@@ -6,7 +6,7 @@
 //! lock guards the shard's part of the traffic metrics, so that a connection costs a worker two locks in all.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -16,7 +16,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
@@ -510,6 +510,49 @@ impl Connections {
         looked.await.context("the agent is ending")?;
         Ok(self.registry.list())
     }
+
+    /// Has every established socket of the node's pods looked at.
+    ///
+    /// # Errors
+    /// The agent is ending.
+    pub async fn prove(&self) -> anyhow::Result<Proof> {
+        let (reply, proof) = oneshot::channel();
+        self.control.send(Question::Proof(reply)).await.ok().context("the agent is ending")?;
+        Ok(*proof.await.context("the agent is ending")?)
+    }
+}
+
+/// What came of a capture proof: a look at every established TCP socket of the node's pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proof {
+    /// Pods whose sockets were looked at.
+    pub pods: usize,
+    /// Established sockets by what accounts for them: `captured`, `agent`, `leg`, `served`, `passed`, `probe`, `tunnel`,
+    /// `same-pod`, `pre-enrolment`.
+    pub accounted: BTreeMap<String, usize>,
+    /// Those that nothing accounts for.
+    pub strays: Vec<Stray>,
+    /// Pods that could not be looked at, and why.
+    pub failures: Vec<String>,
+}
+
+/// An established connection that the mesh has nothing to do with, and should have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stray {
+    /// Namespace of the pod.
+    pub namespace: String,
+    /// Its name.
+    pub pod: String,
+    /// The socket's own address.
+    pub local: SocketAddr,
+    /// Its peer.
+    pub remote: SocketAddr,
+    /// Number of a process that has it open; 0 if none was found.
+    pub pid: u32,
+    /// Name of that process.
+    pub process: String,
+    /// The socket's cookie, which no other ever has.
+    pub socket: u64,
 }
 
 fn record(slot: &Slot) -> Record {

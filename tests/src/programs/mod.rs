@@ -4,6 +4,7 @@
 //! here too, so that a scenario reads the result instead of parsing text. A client exits 0 when it could tell what
 //! happened, also if that was a refusal: a refusal is a result.
 
+mod attack;
 mod burst;
 mod conversation;
 mod cut;
@@ -17,7 +18,7 @@ mod short;
 mod trickle;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ use anyhow::Result;
 use clap::Parser;
 use serde::{Deserialize, Serialize};
 
+pub use attack::{AttackResult, Way};
 pub use burst::{BurstResult, Quantiles};
 pub use conversation::Conversation;
 pub use cut::{CutResult, CutVerb};
@@ -216,6 +218,27 @@ pub enum Program {
         #[arg(long, default_value_t = 3_000)]
         timeout_ms: u64,
     },
+    /// Try to get something out of the pod past the mesh, and print what came of it.
+    Attack {
+        /// How.
+        #[arg(long, value_enum)]
+        way: Way,
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Text that is sent.
+        #[arg(long)]
+        marker: String,
+        /// Somebody else's address, for the ways that pretend.
+        #[arg(long)]
+        from: Option<IpAddr>,
+        /// Port to bind to, for the way that does.
+        #[arg(long, default_value_t = 0)]
+        from_port: u16,
+        /// Limit of a connect or a read, milliseconds.
+        #[arg(long, default_value_t = 5_000)]
+        timeout_ms: u64,
+    },
     /// Probe pods as a kubelet does: HTTP GET, again and again, each result a line in a file.
     Kubelet {
         /// `pod=address:port`, repeated.
@@ -272,6 +295,10 @@ impl Program {
             Self::Cut { to, verb, timeout_ms } => print(&cut::call(to, verb, Duration::from_millis(timeout_ms))),
             Self::Trickle { to, marker, interval_ms, timeout_ms } => {
                 trickle::run(to, &marker, Duration::from_millis(interval_ms), Duration::from_millis(timeout_ms))
+            }
+            Self::Attack { way, to, marker, from, from_port, timeout_ms } => {
+                let limit = Duration::from_millis(timeout_ms);
+                print(&attack::run(&attack::Attack { way, to, marker, from, from_port, limit }))
             }
             Self::Kubelet { probes, period_ms, out } => probe::run(&probes, Duration::from_millis(period_ms), &out),
         }

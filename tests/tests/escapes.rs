@@ -1,0 +1,299 @@
+//! Nothing gets round the mesh: each row of docs/escapes.md, played from inside a pod as root with CAP_NET_RAW.
+//!
+//! Each is captured and judged, or refused and counted with a reason; none is passed ([K.4]).
+
+use std::fs;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use culvert::datapath::inspect;
+use culvert_common::{Answer, Direction, LAYOUT_VERSION, Reason};
+use culvert_tests::programs::{AttackResult, Failure, Way};
+use culvert_tests::sandbox::{Family, MeshPlan, Node, Place, Plan, PodPlan, Sandbox, built, own_name};
+use culvert_tests::{command, patience};
+
+const HTTP: u16 = 9080;
+const EXCHANGE: u16 = 7000;
+/// For what the kernel counts a moment after a program has ended.
+const SOON: Duration = Duration::from_secs(5);
+
+/// `client` and `far` are in the mesh, `legacy` is not: a plaintext connection to it would be accepted.
+fn mesh(name: &str, agent_arguments: &[&str]) -> Result<Sandbox> {
+    let server = |name: &str| {
+        let exchange = format!("--port={EXCHANGE}");
+        PodPlan::new(Node::B, "test", name).http(&[HTTP]).program(&["exchange-serve", &exchange])
+    };
+    let plan = Plan::empty(&own_name(name))
+        .pod(PodPlan::new(Node::A, "test", "client"))
+        .pod(PodPlan::new(Node::A, "test", "free").label("culvert.io/udp", "allow"))
+        .pod(server("far"))
+        .pod(server("legacy").label("istio.io/dataplane-mode", "none"));
+    let mut sandbox = Sandbox::build(plan)?;
+    let mut mesh = MeshPlan::new(built("culvert")?);
+    mesh.agent_arguments = agent_arguments.iter().map(|&argument| argument.to_owned()).collect();
+    sandbox.start_mesh(&mesh)?;
+    Ok(sandbox)
+}
+
+/// How often node a's kernel programs gave this answer for this reason to what leaves pods.
+fn counted(sandbox: &Sandbox, answer: Answer, reason: Reason) -> Result<u64> {
+    let maps = inspect::read(&sandbox.pin_dir(Node::A).join(format!("v{LAYOUT_VERSION}")))?;
+    let counters = maps.verdicts.iter().filter(|(key, _)| {
+        (key.direction, key.answer, key.reason) == (Direction::Outbound as u8, answer as u8, reason as u8)
+    });
+    Ok(counters.map(|(_, times)| times).sum())
+}
+
+/// One attack as a process of `place`.
+fn attack(
+    sandbox: &Sandbox,
+    place: &Place,
+    way: Way,
+    to: SocketAddr,
+    marker: &str,
+    more: &[&str],
+) -> Result<AttackResult> {
+    let value = way.to_possible_value().context("every way has a name")?;
+    let (to, limit) = (to.to_string(), (3000 * patience()).to_string());
+    let arguments = ["attack", "--way", value.get_name(), "--to", &to, "--marker", marker, "--timeout-ms", &limit];
+    sandbox.call_at(place, &[&arguments[..], more].concat())
+}
+
+/// Where a process is in the pod's network that no program of the node's cgroup sees: `nsenter` from a host's session.
+fn elsewhere(sandbox: &Sandbox, pod: &Place) -> Result<Place> {
+    let cgroup = sandbox.node_cgroup(Node::A).parent().context("the sandbox's cgroup")?.join("elsewhere");
+    fs::create_dir(&cgroup).context("a cgroup outside the node's")?;
+    Ok(Place { cgroup, netns: pod.netns.clone() })
+}
+
+/// Whatever kind of socket it is, whoever owns it, whatever it is bound to: TCP is captured, and arrives by the tunnel.
+#[test]
+fn every_way_to_connect_is_captured() -> Result<()> {
+    let sandbox = mesh("escape-tcp", &[])?;
+    let link = sandbox.capture()?;
+    let (client, far) = (sandbox.pod("test/client")?.place.clone(), sandbox.pod("test/far")?.clone());
+    let inner = Place { cgroup: client.cgroup.join("inner"), netns: client.netns.clone() };
+    fs::create_dir(&inner.cgroup).context("a cgroup inside the container's")?;
+    let rows: [(&Place, Way, &[Family], &[&str]); 13] = [
+        (&client, Way::Plain, &[Family::V4, Family::V6], &[]),
+        (&inner, Way::Plain, &[Family::V4], &[]),
+        (&client, Way::Uid, &[Family::V4, Family::V6], &[]),
+        (&client, Way::Mark, &[Family::V4, Family::V6], &[]),
+        (&client, Way::FastOpen, &[Family::V4, Family::V6], &[]),
+        (&client, Way::FastOpenConnect, &[Family::V4, Family::V6], &[]),
+        (&client, Way::Mptcp, &[Family::V4, Family::V6], &[]),
+        (&client, Way::Mapped, &[Family::V4], &[]),
+        (&client, Way::IoUring, &[Family::V4, Family::V6], &[]),
+        (&client, Way::Bound, &[Family::V4, Family::V6], &["--from-port=15001"]),
+        (&client, Way::Bound, &[Family::V4, Family::V6], &["--from-port=15006"]),
+        (&client, Way::Bound, &[Family::V4, Family::V6], &["--from-port=15008"]),
+        (&client, Way::Bound, &[Family::V4, Family::V6], &["--from-port=700"]),
+    ];
+    for (place, way, families, more) in rows {
+        for family in families {
+            let what = format!("{way:?} {family:?} {more:?}");
+            let before = counted(&sandbox, Answer::Agent, Reason::Captured)?;
+            let got = attack(&sandbox, place, way, far.at(*family, HTTP), "captured-marker", more)?;
+            println!("{what}: {got:?}");
+            ensure!(got.outcome == "answered", "{what}: {got:?}");
+            ensure!(counted(&sandbox, Answer::Agent, Reason::Captured)? > before, "{what} was not captured");
+            ensure!(!link.contains(b"captured-marker")?, "{what}: readable on the link");
+        }
+    }
+    ensure!(link.frames_with_port(15008)? > 0, "no tunnel crossed the link");
+    let (content, text) = culvert(&sandbox, &["capture", "proof"])?;
+    ensure!(content, "{text}");
+    Ok(())
+}
+
+/// What does not connect is stopped where it comes into the node, and counted with its reason.
+#[test]
+fn what_does_not_connect_does_not_leave_the_pod() -> Result<()> {
+    let sandbox = mesh("escape-raw", &[])?;
+    let link = sandbox.capture()?;
+    let (client, legacy) = (sandbox.pod("test/client")?.place.clone(), sandbox.pod("test/legacy")?.clone());
+    let elsewhere = elsewhere(&sandbox, &client)?;
+    let foreign = ["--from=10.244.1.77"];
+    let rows: [(&Place, Way, Family, &[&str], Reason); 16] = [
+        (&elsewhere, Way::Plain, Family::V4, &[], Reason::NotCaptured),
+        (&elsewhere, Way::Plain, Family::V6, &[], Reason::NotCaptured),
+        (&client, Way::RawSyn, Family::V4, &[], Reason::NotCaptured),
+        (&client, Way::PacketSyn, Family::V4, &[], Reason::NotCaptured),
+        (&client, Way::PacketSyn, Family::V6, &[], Reason::NotCaptured),
+        (&client, Way::BypassSyn, Family::V4, &[], Reason::NotCaptured),
+        (&client, Way::BypassSyn, Family::V6, &[], Reason::NotCaptured),
+        (&client, Way::FragmentSyn, Family::V4, &[], Reason::HiddenHeader),
+        (&client, Way::OptionsSyn, Family::V6, &[], Reason::HiddenHeader),
+        (&client, Way::TaggedSyn, Family::V4, &[], Reason::HiddenHeader),
+        (&client, Way::ForeignSyn, Family::V4, &foreign, Reason::ForeignSource),
+        (&client, Way::ForeignUdp, Family::V4, &foreign, Reason::ForeignSource),
+        (&client, Way::UdpLite, Family::V4, &[], Reason::Protocol),
+        (&client, Way::RawUdpLite, Family::V4, &[], Reason::Protocol),
+        (&client, Way::RawSctp, Family::V4, &[], Reason::Protocol),
+        (&client, Way::IpInIp, Family::V4, &[], Reason::Protocol),
+    ];
+    for (nth, (place, way, family, more, reason)) in rows.into_iter().enumerate() {
+        let (what, marker) = (format!("{way:?} {family:?}"), format!("escape-marker-{nth}-"));
+        let before = counted(&sandbox, Answer::Refuse, reason)?;
+        let got = attack(&sandbox, place, way, legacy.at(family, HTTP), &marker, more)?;
+        println!("{what}: {got:?}");
+        ensure!(got.outcome != "answered", "{what}: {got:?}");
+        command::wait_for(&format!("{what} is counted as {}", reason.as_str()), SOON * patience(), || {
+            Ok((counted(&sandbox, Answer::Refuse, reason)? > before).then_some(()))
+        })?;
+        ensure!(!link.contains(marker.as_bytes())?, "{what}: readable on the link");
+    }
+    // A frame of a protocol of its own; nothing of it could cross a router.
+    let before = counted(&sandbox, Answer::Refuse, Reason::Protocol)?;
+    attack(&sandbox, &client, Way::OtherFrame, legacy.at(Family::V4, HTTP), "frame", &[])?;
+    command::wait_for("a foreign frame is counted", SOON * patience(), || {
+        Ok((counted(&sandbox, Answer::Refuse, Reason::Protocol)? > before).then_some(()))
+    })?;
+    Ok(())
+}
+
+/// What a program prints that asks node a's agent, and whether it was content.
+fn culvert(sandbox: &Sandbox, arguments: &[&str]) -> Result<(bool, String)> {
+    let output = sandbox.node_place(Node::A).command(built("culvert")?)?.args(arguments).output()?;
+    let text = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    Ok((output.status.success(), text))
+}
+
+/// A socket that got past everything is found with its pod, process and peer; whatever the mesh carries is accounted for.
+#[test]
+fn a_connection_that_the_mesh_has_not_made_is_found() -> Result<()> {
+    let mut sandbox = mesh("escape-proof", &["--veth-filter", "off"])?;
+    let (client, far) = (sandbox.pod("test/client")?.clone(), sandbox.pod("test/far")?.clone());
+    let held = |port| ["hold".to_owned(), format!("--to={}", far.at(Family::V4, port))];
+    // Captured, and held open.
+    sandbox.start_in_pod("captured", "test/client", &held(EXCHANGE).each_ref().map(String::as_str))?;
+    let prove = |sandbox: &Sandbox| culvert(sandbox, &["capture", "proof"]);
+    command::wait_for("the captured connection is accounted for", SOON * patience(), || {
+        let (content, text) = prove(&sandbox)?;
+        ensure!(content, "{text}");
+        Ok(text.contains("captured").then_some(()))
+    })?;
+    // Past the mesh: from a cgroup that no program sees, without the filter.
+    let elsewhere = elsewhere(&sandbox, &client.place)?;
+    let legacy = sandbox.pod("test/legacy")?.at(Family::V4, EXCHANGE);
+    let mut stray = elsewhere.command(built("culvert-pod")?)?;
+    stray.args(["hold", "--to", &legacy.to_string()]);
+    sandbox.start("stray", stray)?;
+    let text = command::wait_for("the stray is found", SOON * patience(), || {
+        let (content, text) = prove(&sandbox)?;
+        Ok((!content).then_some(text))
+    })?;
+    let pid = sandbox.pid("stray")?.to_string();
+    for part in ["client", &legacy.to_string(), &pid, "culvert-pod"] {
+        ensure!(text.contains(part), "{part:?} is not in:\n{text}");
+    }
+    let (lines, _) = sandbox.agent_log(Node::A, 0)?;
+    let told = lines.iter().filter(|line| line.field("remote").as_deref() == Some(&*legacy.to_string()));
+    ensure!(told.count() == 1, "told once");
+    sandbox.stop("stray")?;
+    command::wait_for("it is forgotten", SOON * patience(), || Ok(prove(&sandbox)?.0.then_some(())))
+}
+
+/// The same without the filter at the veth: so the rows above are stopped by it, and this is what switching it off costs.
+#[test]
+fn without_the_filter_packet_sockets_get_out() -> Result<()> {
+    let sandbox = mesh("escape-off", &["--veth-filter", "off"])?;
+    let link = sandbox.capture()?;
+    let (client, legacy) = (sandbox.pod("test/client")?.place.clone(), sandbox.pod("test/legacy")?.clone());
+    for (way, family) in [(Way::BypassSyn, Family::V6), (Way::RawSctp, Family::V4), (Way::ForeignUdp, Family::V4)] {
+        let marker = format!("open-marker-{way:?}-");
+        let to = legacy.at(family, HTTP);
+        attack(&sandbox, &client, way, to, &marker, &["--from=10.244.1.77"])?;
+        command::wait_for(&format!("{way:?} is readable on the link"), SOON * patience(), || {
+            Ok(link.contains(marker.as_bytes())?.then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+/// An address that is somebody else's does not make a connection: it is captured, and its end in the pod is nobody's.
+#[test]
+fn a_borrowed_address_connects_nowhere() -> Result<()> {
+    let sandbox = mesh("escape-borrowed", &[])?;
+    let link = sandbox.capture()?;
+    let (client, legacy) = (sandbox.pod("test/client")?.place.clone(), sandbox.pod("test/legacy")?.clone());
+    let borrowed = ["--from=10.244.1.77"];
+    let got = attack(&sandbox, &client, Way::Transparent, legacy.at(Family::V4, HTTP), "borrowed-marker", &borrowed)?;
+    println!("{got:?}");
+    ensure!(got.outcome == "failed", "{got:?}");
+    ensure!(!link.contains(b"borrowed-marker")?, "readable on the link");
+    ensure!(link.frames_with_port(HTTP)? == 0, "something reached the server's port");
+    Ok(())
+}
+
+/// Specification §3: UDP passes unless the mesh or the pod says otherwise; then it is counted by destination, and only DNS
+/// is left.
+#[test]
+fn udp_is_refused_where_the_mesh_or_the_pod_says_so() -> Result<()> {
+    let sandbox = mesh("escape-udp", &["--udp", "refuse"])?;
+    let link = sandbox.capture()?;
+    let legacy = sandbox.pod("test/legacy")?.clone();
+    let sent = |pod: &str, port: u16, marker: &str, family| -> Result<()> {
+        let place = &sandbox.pod(pod)?.place;
+        let got = attack(&sandbox, place, Way::Udp, legacy.at(family, port), marker, &[])?;
+        ensure!(got.outcome == "sent", "{got:?}");
+        Ok(())
+    };
+    let arrives = |marker: &str| {
+        command::wait_for(&format!("{marker} crosses the link"), SOON * patience(), || {
+            Ok(link.contains(marker.as_bytes())?.then_some(()))
+        })
+    };
+    for family in [Family::V4, Family::V6] {
+        sent("test/client", 8125, "refused-datagram", family)?;
+        sent("test/client", 53, &format!("a-name-please-{family:?}"), family)?;
+        sent("test/free", 8125, &format!("allowed-datagram-{family:?}"), family)?;
+        // By the order on one device: what was sent before has been judged.
+        arrives(&format!("a-name-please-{family:?}"))?;
+        arrives(&format!("allowed-datagram-{family:?}"))?;
+    }
+    ensure!(!link.contains(b"refused-datagram")?, "readable on the link");
+    ensure!(counted(&sandbox, Answer::Refuse, Reason::UdpRefused)? == 2, "both are counted");
+    let maps = inspect::read(&sandbox.pin_dir(Node::A).join(format!("v{LAYOUT_VERSION}")))?;
+    for family in [Family::V4, Family::V6] {
+        let to = legacy.at(family, 8125);
+        let counted = maps.udp_refusals.iter().find(|(key, _)| (key.addr.ip(), key.port) == (to.ip(), to.port()));
+        ensure!(counted.is_some_and(|(_, packets)| *packets == 1), "{to}: {:?}", maps.udp_refusals);
+    }
+    // The pod's label counts while it runs.
+    let file = "pod-test-free.yaml";
+    let text = fs::read_to_string(sandbox.manifests().path().join(file))?;
+    ensure!(text.contains("culvert.io/udp: \"allow\""), "{text}");
+    sandbox.manifests().apply(file, &text.replace("culvert.io/udp: \"allow\"", "culvert.io/udp: \"refuse\""))?;
+    command::wait_for("the pod's UDP is refused", SOON * patience(), || {
+        sent("test/free", 8125, "a-late-datagram", Family::V4)?;
+        Ok((counted(&sandbox, Answer::Refuse, Reason::UdpRefused)? > 2).then_some(()))
+    })?;
+    Ok(())
+}
+
+/// [K.2]: ports of the mesh itself lead nowhere, whoever asks, by plaintext and through the tunnel.
+#[test]
+fn ports_of_the_mesh_lead_nowhere() -> Result<()> {
+    let sandbox = mesh("escape-ports", &[])?;
+    let (client, far) = (sandbox.pod("test/client")?.place.clone(), sandbox.pod("test/far")?.clone());
+    let legacy = sandbox.pod("test/legacy")?.place.clone();
+    for family in [Family::V4, Family::V6] {
+        // 65000 and the next are where the agent's listeners stand.
+        for port in [15001, 15006, 15008, 65000, 65001, 65002, 700] {
+            for (who, place) in [("the mesh", &client), ("outside", &legacy), ("the pod itself", &far.place)] {
+                let got = attack(&sandbox, place, Way::Plain, far.at(family, port), "to-a-port", &[])?;
+                ensure!(got.outcome == "failed", "{who} to {port}, {family:?}: {got:?}");
+                // A listener for tunnels waits for a handshake as long as anybody's.
+                let waits = port == 15008 || port > 65000;
+                ensure!(waits || got.failure != Some(Failure::TimedOut), "{who} to {port}, {family:?}: {got:?}");
+            }
+        }
+    }
+    // Nobody is the worse for it.
+    let got = sandbox.http("test/client", far.at(Family::V4, HTTP), "after")?;
+    ensure!(got.status == Some(200), "{got:?}");
+    Ok(())
+}
