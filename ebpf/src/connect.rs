@@ -2,6 +2,7 @@
 //! kubelet's is noted.
 
 use aya_ebpf::{
+    bindings::bpf_sock,
     helpers::{bpf_get_current_ancestor_cgroup_id, bpf_get_prandom_u32, bpf_set_retval},
     programs::SockAddrContext,
 };
@@ -100,7 +101,10 @@ fn of_pod(ctx: &SockAddrContext, pod: &PodValue, cookie: u64, v6: bool, dst: Add
         return ALLOW;
     }
     if matches!(verdict.answer, Answer::Agent) {
-        match redirect(ctx, pod, cookie, v6, dst, port) {
+        // A connection from somebody else's address (IP_TRANSPARENT) could not be recognised where it arrives.
+        let borrowed = borrows(sk, cookie, v6);
+        let redirected = if borrowed { Err(Reason::ForeignSource) } else { redirect(ctx, pod, cookie, v6, dst, port) };
+        match redirected {
             Ok(()) => {
                 count(cookie, Direction::Outbound, &verdict);
                 return ALLOW;
@@ -119,6 +123,20 @@ fn of_pod(ctx: &SockAddrContext, pod: &PodValue, cookie: u64, v6: bool, dst: Add
 fn owns(cookie: u64, addr: Addr) -> bool {
     // SAFETY: the value is compared at once.
     unsafe { POD_ADDRS.get(addr) }.is_some_and(|owner| owner.netns_cookie == cookie)
+}
+
+/// Whether a socket is bound to an address that is not the pod's.
+#[inline(always)]
+fn borrows(sk: *mut bpf_sock, cookie: u64, v6: bool) -> bool {
+    // SAFETY: the verifier checks each access to the socket.
+    let bound = unsafe {
+        if v6 {
+            Addr::from_be32x4(words(&raw const (*sk).src_ip6))
+        } else {
+            Addr::from_be32(word(&raw const (*sk).src_ip4))
+        }
+    };
+    !bound.is_unspecified() && !bound.is_loopback() && !owns(cookie, bound)
 }
 
 /// Notes the original destination and rewrites the connection to the pod's own address.

@@ -89,9 +89,17 @@ fn leaf(uri: &str) -> Result<CertificateParams> {
 
 /// Runs `work` inside a place's network, for at most [`LIMIT`].
 fn inside<T: Send, F: Future<Output = Result<T>>>(place: &Place, work: impl FnOnce() -> F + Send) -> Result<T> {
+    inside_for(place, LIMIT, work)
+}
+
+fn inside_for<T: Send, F: Future<Output = Result<T>>>(
+    place: &Place,
+    limit: Duration,
+    work: impl FnOnce() -> F + Send,
+) -> Result<T> {
     place.inside(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async { tokio::time::timeout(LIMIT, work()).await.context("the peer hangs")? })
+        runtime.block_on(async { tokio::time::timeout(limit, work()).await.context("the peer hangs")? })
     })
 }
 
@@ -444,6 +452,123 @@ fn garbage_and_abuse_leave_others_unharmed() -> Result<()> {
     sandbox.expect_running("agent-b")?;
     let got: HttpResult = sandbox.http("test/client", far.at(Family::V4, HTTP), "after")?;
     ensure!(got.status == Some(200), "{got:?}");
+    Ok(())
+}
+
+/// One frame of HTTP/2 (RFC 9113 §4.1).
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap_or(0).to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+/// What became of a connection that was misused.
+#[derive(Debug, PartialEq, Eq)]
+enum Misused {
+    /// The server ended it.
+    Ended,
+    /// The server reads no more of it.
+    HeldBack,
+    /// Everything was taken.
+    Taken,
+}
+
+/// Sends a preface and SETTINGS, `first`, and then `again` as often as it takes until the server has had enough.
+async fn misuse(to: SocketAddr, leaf: Leaf, first: &[u8], again: &[u8]) -> Result<Misused> {
+    const MOST: usize = 32 << 20;
+    let mut tls = tls(to, Some(leaf)).await?;
+    tls.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+    tls.write_all(&frame(4, 0, 0, &[])).await?;
+    let mut sent = 0;
+    let mut next = first;
+    while sent < MOST {
+        match tokio::time::timeout(Duration::from_secs(1), tls.write_all(next)).await {
+            Ok(Ok(())) => sent += next.len(),
+            Ok(Err(_)) => return Ok(Misused::Ended),
+            Err(_) => return Ok(Misused::HeldBack),
+        }
+        if again.is_empty() {
+            break;
+        }
+        next = again;
+    }
+    // What arrives while the server says why it ends is read and thrown away. However it ends: there is an end.
+    let end = tokio::time::timeout(Duration::from_secs(5), tls.read_to_end(&mut Vec::new())).await;
+    Ok(if end.is_ok() { Misused::Ended } else { Misused::Taken })
+}
+
+/// Headers without end, headers that grow when they are unpacked, windows that overflow, answers that nobody reads, a preface
+/// that never comes: each ends, or is read no further, in bounded memory, and harms nobody else (CVE-2024-27316 and its kin).
+#[test]
+fn misused_http2_is_bounded() -> Result<()> {
+    let sandbox = mesh("t-http2")?;
+    let (outsider, far) = (sandbox.pod("test/outsider")?.place.clone(), sandbox.pod("default/far")?.clone());
+    let to = far.at(Family::V4, HBONE);
+    let agent = sandbox.pid("agent-b")?;
+    let resident = || -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{agent}/status"))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    };
+    // The agent has served once, so what that takes is in the first figure.
+    let warm: ShortResult =
+        sandbox.call("test/client", &["short", "--to", &far.at(Family::V4, EXCHANGE).to_string(), "--count", "50"])?;
+    ensure!(warm.ok == 50, "{warm:?}");
+    let before = resident()?;
+    let headers = |flags: u8, block: &[u8]| frame(1, flags, 1, block);
+    // A field of 4000 bytes goes into the table of the peer, and is then named again and again, a byte each.
+    let value = [&[0x40, 1, b'x', 0x7f, 0xa1, 0x1e][..], &[b'v'; 4000]].concat();
+    let unpacked = [value, vec![0xbe; 60_000]].concat();
+    let bombs: Vec<u8> = (0..100).flat_map(|nth| frame(1, 4, 1 + 2 * nth, &unpacked[..16_000])).collect();
+    let overflow = [headers(4, &[]), frame(8, 0, 0, &0x7fff_ffff_u32.to_be_bytes())].concat();
+    let ended: &[Misused] = &[Misused::Ended];
+    let either: &[Misused] = &[Misused::Ended, Misused::HeldBack];
+    let cases: [(&str, Vec<u8>, Vec<u8>, &[Misused]); 9] = [
+        ("CONTINUATION without end", headers(0, &[]), frame(9, 0, 1, &[0; 100]), ended),
+        ("empty CONTINUATION without end", headers(0, &[]), frame(9, 0, 1, &[]), ended),
+        ("headers that grow", bombs, Vec::new(), &[Misused::Ended, Misused::Taken]),
+        ("more headers than there may be", headers(0, &[0; 16_000]), frame(9, 0, 1, &[0; 16_000]), ended),
+        ("a window that overflows", overflow.clone(), frame(8, 0, 0, &0x7fff_ffff_u32.to_be_bytes()), ended),
+        ("a window that does not grow", frame(8, 0, 0, &[0; 4]), Vec::new(), ended),
+        ("SETTINGS whose answers nobody reads", Vec::new(), frame(4, 0, 0, &[]).repeat(100), either),
+        ("PINGs whose answers nobody reads", Vec::new(), frame(6, 0, 0, &[7; 8]).repeat(100), either),
+        ("empty DATA without end", headers(4, &[]), frame(0, 0, 1, &[]).repeat(100), either),
+    ];
+    for (what, first, again, expected) in cases {
+        let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
+        let got = inside_for(&outsider, 4 * LIMIT, || async { misuse(to, leaf, &first, &again).await });
+        let got = got.with_context(|| what.to_owned())?;
+        println!("{what}: {got:?}");
+        ensure!(expected.contains(&got), "{what}: {got:?}");
+    }
+    // Prefaces that come a byte at a time, or not at all: many of them, while others go on.
+    let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
+    let (slow, got) = std::thread::scope(|scope| -> Result<_> {
+        let slow = scope.spawn(|| {
+            inside_for(&outsider, Duration::from_secs(40), || async {
+                let (chain, key) = leaf;
+                let mut waiting = Vec::new();
+                for _ in 0..50 {
+                    waiting.push(tls(to, Some((chain.clone(), key.clone_key()))).await?);
+                }
+                let start = Instant::now();
+                for (nth, mut tls) in waiting.into_iter().enumerate() {
+                    if nth % 2 == 0 {
+                        // It may have ended already.
+                        let _ = tls.write_all(b"P").await;
+                    }
+                    let _ = tls.read_to_end(&mut Vec::new()).await;
+                }
+                Ok(start.elapsed())
+            })
+        });
+        let to = far.at(Family::V4, EXCHANGE).to_string();
+        let got: ShortResult = sandbox.call("test/client", &["short", "--to", &to, "--count", "300"])?;
+        Ok((slow.join().map_err(|_| anyhow!("the peer panicked"))??, got))
+    })?;
+    ensure!(got.errors.is_empty() && got.ok == 300, "beside slow prefaces: {got:?}");
+    let after = resident()?;
+    println!("{before} KiB before, {after} KiB after; prefaces were waited for {slow:?}");
+    ensure!(after < before + (32 << 10), "{before} KiB before, {after} KiB after");
     Ok(())
 }
 
