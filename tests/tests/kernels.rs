@@ -42,7 +42,7 @@ exit 0
 const TOOLS: [&str; 5] = ["ip", "nft", "tc", "openssl", "bpftool"];
 
 /// What the sandbox's links, translation and the agent's look at sockets need; those that a kernel has built in are no error.
-const MODULES: [&str; 13] = [
+const MODULES: [&str; 15] = [
     "veth",
     "bridge",
     "nf_tables",
@@ -54,6 +54,8 @@ const MODULES: [&str; 13] = [
     "nft_reject_inet",
     "nft_hash",
     "sch_netem",
+    "sch_ingress",
+    "cls_bpf",
     "inet_diag",
     "tcp_diag",
 ];

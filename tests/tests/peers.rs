@@ -522,7 +522,8 @@ fn misused_http2_is_bounded() -> Result<()> {
     let overflow = [headers(4, &[]), frame(8, 0, 0, &0x7fff_ffff_u32.to_be_bytes())].concat();
     let ended: &[Misused] = &[Misused::Ended];
     let either: &[Misused] = &[Misused::Ended, Misused::HeldBack];
-    let cases: [(&str, Vec<u8>, Vec<u8>, &[Misused]); 9] = [
+    type Case<'a> = (&'a str, Vec<u8>, Vec<u8>, &'a [Misused]);
+    let cases: [Case<'_>; 9] = [
         ("CONTINUATION without end", headers(0, &[]), frame(9, 0, 1, &[0; 100]), ended),
         ("empty CONTINUATION without end", headers(0, &[]), frame(9, 0, 1, &[]), ended),
         ("headers that grow", bombs, Vec::new(), &[Misused::Ended, Misused::Taken]),
