@@ -225,7 +225,7 @@ async fn judge(
     {
         let detail = format!("the address is of a pod with identity {}", known.identity);
         tell_source(story, &snapshot, remote, proved);
-        return refuse(incoming, 401, Outcome::Denied { reason: MISMATCH, detail });
+        return refuse(incoming, 401, Outcome::Denied { reason: MISMATCH, detail, policy: None });
     }
     tell_source(story, &snapshot, remote, proved);
     let Some(own) = snapshot.workload(&pod.uid) else {
