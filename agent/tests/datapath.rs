@@ -667,7 +667,7 @@ fn replacing_the_programs_lets_nothing_through() {
 #[test]
 fn two_agents_on_one_machine_keep_apart() {
     let node = Node::new();
-    let (datapath, _listener) = node.enrolled(Mode::Strict);
+    let (mut datapath, _listener) = node.enrolled(Mode::Strict);
     let config =
         |dir: &str, cgroup: &Path| Config { pin_dir: node.bpffs.join(dir), cgroup_root: cgroup.to_owned(), workers: 1 };
     let other_cgroup = cgroup_mount().join(format!("{}-other", node.name));
@@ -675,6 +675,8 @@ fn two_agents_on_one_machine_keep_apart() {
     let mut other = load_at(config("other", &other_cgroup));
     other.take_over().expect("a second agent attaches");
     other.silence().expect("its heartbeat is its own");
+    // Where loading the programs takes seconds, the first has not given a sign of life for as long.
+    datapath.beat().expect("beat");
     node.dial_from_pod("10.200.0.9:80").expect("captured by the first");
     assert!(other.enrolled().is_empty());
     drop(other);
@@ -734,6 +736,8 @@ fn one_agent_follows_another() {
 
     let (mut next, listener) = node.enrolled_next(Mode::Strict);
     let _second = Answering::new(listener, 2);
+    // Here and below: where loading takes seconds, the agent that serves gives its sign of life meanwhile.
+    old.beat().expect("beat");
     assert!(!next.serves() && old.serves() && old.has_successor());
     assert_eq!(next.predecessor().expect("known"), Predecessor::Serving);
     let turn = Turn::try_take(&node.bpffs.join("culvert")).expect("a bpffs");
@@ -756,6 +760,7 @@ fn one_agent_follows_another() {
     // An agent that gives up before it serves leaves everything as it was.
     let (third, _listener) = node.enrolled_next(Mode::Strict);
     drop(third);
+    next.beat().expect("beat");
     assert_eq!(node.answered_by().expect("captured"), 2);
     assert!(next.serves());
 }
@@ -781,6 +786,7 @@ fn a_half_done_takeover_is_taken_back() {
         let since = Instant::now();
         loop {
             old.maintain();
+            old.beat().expect("beat");
             if node.answered_by().is_ok_and(|by| by == 1) {
                 break;
             }
@@ -813,7 +819,7 @@ fn a_pod_that_the_next_agent_does_not_know_is_refused() {
 #[test]
 fn an_agent_of_another_layout_is_replaced() {
     let node = Node::new();
-    let (old, listener) = node.enrolled(Mode::Strict);
+    let (mut old, listener) = node.enrolled(Mode::Strict);
     let _first = Answering::new(listener, 1);
     let pins = node.bpffs.join("culvert");
     let now = pins.join(format!("v{LAYOUT_VERSION}"));
@@ -825,6 +831,7 @@ fn an_agent_of_another_layout_is_replaced() {
     let (mut next, listener) = node.enrolled_next(Mode::Strict);
     let _second = Answering::new(listener, 2);
     assert_eq!(next.predecessor().expect("known"), Predecessor::Serving, "by its lock");
+    old.beat().expect("beat");
     assert_eq!(node.answered_by().expect("captured"), 1);
     next.take_over().expect("attached");
     assert!(!other.exists(), "what the other one had pinned is gone");
