@@ -130,62 +130,120 @@ impl Row {
 struct Step {
     title: &'static str,
     policy: &'static [Policy],
-    legacy: Legacy,
+    /// What happens to Nginx, which has an identity.
+    nginx: Treated,
+    /// What happens to Legacy-app, which comes in plaintext.
+    legacy: Treated,
     /// What the second port does to Legacy-app, where the step shows it.
-    other_port: Option<Legacy>,
+    other_port: Option<Treated>,
 }
 
-/// What happens to plaintext.
 #[derive(Clone, Copy)]
-enum Legacy {
+enum Treated {
     Served,
     Refused,
 }
 
-/// A PeerAuthentication: namespace, name, and the rest of its `spec`.
-struct Policy(&'static str, &'static str, &'static str);
+/// An object of `security.istio.io`: its kind, namespace, name, whether it is only tried ([AP.6]), and its `spec`.
+struct Policy {
+    kind: &'static str,
+    namespace: &'static str,
+    name: &'static str,
+    dry_run: bool,
+    spec: &'static str,
+}
+
+const fn mtls(namespace: &'static str, name: &'static str, spec: &'static str) -> Policy {
+    Policy { kind: "PeerAuthentication", namespace, name, dry_run: false, spec }
+}
+
+const fn authorization(name: &'static str, spec: &'static str) -> Policy {
+    Policy { kind: "AuthorizationPolicy", namespace: "default", name, dry_run: false, spec }
+}
 
 const WORKLOAD: &str = "  selector: {matchLabels: {app: productpage}}\n";
 
+/// Where this holds, plaintext is refused before any AuthorizationPolicy is asked.
+const STRICT: Policy = mtls("default", "namespace", "  mtls: {mode: STRICT}\n");
+const ALLOW_TEST: Policy = authorization("from-test", "SELECTOR  rules: [{from: [{source: {namespaces: [test]}}]}]\n");
+const ALLOW_NGINX: Policy = authorization(
+    "from-nginx",
+    "SELECTOR  rules: [{from: [{source: {principals: [cluster.local/ns/test/sa/nginx]}}], to: [{operation: {ports: ['9080']}}]}]\n",
+);
+const DENY_NGINX: Policy = authorization(
+    "not-nginx",
+    "SELECTOR  action: DENY\n  rules: [{from: [{source: {principals: [cluster.local/ns/test/sa/nginx]}}]}]\n",
+);
+
 const STEPS: &[Step] = &[
-    Step { title: "no policy", policy: &[], legacy: Legacy::Served, other_port: None },
+    Step { title: "no policy", policy: &[], nginx: Treated::Served, legacy: Treated::Served, other_port: None },
     Step {
         title: "namespace STRICT",
-        policy: &[Policy("default", "namespace", "  mtls: {mode: STRICT}\n")],
-        legacy: Legacy::Refused,
+        policy: &[STRICT],
+        nginx: Treated::Served,
+        legacy: Treated::Refused,
         other_port: None,
     },
     Step {
         title: "workload PERMISSIVE",
-        policy: &[
-            Policy("default", "namespace", "  mtls: {mode: STRICT}\n"),
-            Policy("default", "productpage", "SELECTOR  mtls: {mode: PERMISSIVE}\n"),
-        ],
-        legacy: Legacy::Served,
-        other_port: Some(Legacy::Served),
+        policy: &[STRICT, mtls("default", "productpage", "SELECTOR  mtls: {mode: PERMISSIVE}\n")],
+        nginx: Treated::Served,
+        legacy: Treated::Served,
+        other_port: Some(Treated::Served),
     },
     Step {
         title: "port 9080 PERMISSIVE",
-        policy: &[
-            Policy("default", "namespace", "  mtls: {mode: STRICT}\n"),
-            Policy("default", "productpage", "SELECTOR  portLevelMtls: {9080: {mode: PERMISSIVE}}\n"),
-        ],
-        legacy: Legacy::Served,
-        other_port: Some(Legacy::Refused),
+        policy: &[STRICT, mtls("default", "productpage", "SELECTOR  portLevelMtls: {9080: {mode: PERMISSIVE}}\n")],
+        nginx: Treated::Served,
+        legacy: Treated::Served,
+        other_port: Some(Treated::Refused),
     },
     Step {
         title: "mesh-wide STRICT",
-        policy: &[Policy("istio-system", "mesh", "  mtls: {mode: STRICT}\n")],
-        legacy: Legacy::Refused,
+        policy: &[mtls("istio-system", "mesh", "  mtls: {mode: STRICT}\n")],
+        nginx: Treated::Served,
+        legacy: Treated::Refused,
         other_port: None,
     },
     Step {
         title: "namespace DISABLE",
         policy: &[
-            Policy("istio-system", "mesh", "  mtls: {mode: STRICT}\n"),
-            Policy("default", "namespace", "  mtls: {mode: DISABLE}\n"),
+            mtls("istio-system", "mesh", "  mtls: {mode: STRICT}\n"),
+            mtls("default", "namespace", "  mtls: {mode: DISABLE}\n"),
         ],
-        legacy: Legacy::Served,
+        nginx: Treated::Served,
+        legacy: Treated::Served,
+        other_port: None,
+    },
+    Step {
+        title: "ALLOW a principal",
+        policy: &[STRICT, ALLOW_NGINX],
+        nginx: Treated::Served,
+        legacy: Treated::Refused,
+        other_port: None,
+    },
+    Step {
+        title: "ALLOW another namespace",
+        policy: &[
+            STRICT,
+            authorization("from-default", "SELECTOR  rules: [{from: [{source: {namespaces: [default]}}]}]\n"),
+        ],
+        nginx: Treated::Refused,
+        legacy: Treated::Refused,
+        other_port: None,
+    },
+    Step {
+        title: "DENY over ALLOW",
+        policy: &[STRICT, ALLOW_TEST, DENY_NGINX],
+        nginx: Treated::Refused,
+        legacy: Treated::Refused,
+        other_port: None,
+    },
+    Step {
+        title: "DENY as a dry run",
+        policy: &[STRICT, ALLOW_TEST, Policy { dry_run: true, ..DENY_NGINX }],
+        nginx: Treated::Served,
+        legacy: Treated::Refused,
         other_port: None,
     },
 ];
@@ -203,7 +261,7 @@ pub fn play(sandbox: &mut Sandbox, mut tell: impl FnMut(&Row)) -> Result<Vec<Row
         for (who, client) in [("Nginx", NGINX), ("Legacy-app", LEGACY)] {
             for (way, to) in ways(sandbox, PORT)? {
                 let call = format!("{who} → {way}");
-                let expected = expected(client, step.legacy)?;
+                let expected = expected(client, if client == NGINX { step.nginx } else { step.legacy })?;
                 let row = observe(sandbox, &capture, step.title, call, client, to, expected)?;
                 tell(&row);
                 rows.push(row);
@@ -217,9 +275,11 @@ pub fn play(sandbox: &mut Sandbox, mut tell: impl FnMut(&Row)) -> Result<Vec<Row
             }
         }
     }
-    let row = rotate(sandbox)?;
-    tell(&row);
-    rows.push(row);
+    for last in [change, rotate] {
+        let row = last(sandbox)?;
+        tell(&row);
+        rows.push(row);
+    }
     Ok(rows)
 }
 
@@ -242,9 +302,10 @@ fn apply(sandbox: &Sandbox, policies: &[Policy]) -> Result<()> {
     }
     let text: String = policies
         .iter()
-        .map(|Policy(namespace, name, spec)| {
+        .map(|Policy { kind, namespace, name, dry_run, spec }| {
+            let annotations = if *dry_run { "  annotations: {istio.io/dry-run: 'true'}\n" } else { "" };
             format!(
-                "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata:\n  name: {name}\n  namespace: {namespace}\nspec:\n{}",
+                "---\napiVersion: security.istio.io/v1\nkind: {kind}\nmetadata:\n  name: {name}\n  namespace: {namespace}\n{annotations}spec:\n{}",
                 spec.replace("SELECTOR", WORKLOAD)
             )
         })
@@ -259,11 +320,11 @@ fn ways(sandbox: &Sandbox, port: u16) -> Result<[(&'static str, SocketAddr); 2]>
     ])
 }
 
-fn expected(client: &str, legacy: Legacy) -> Result<Outcome> {
-    Ok(match (client, legacy) {
-        (LEGACY, Legacy::Served) => Outcome { answer: Answer::Status(200), peer: Peer::Nobody, readable: true },
-        (LEGACY, Legacy::Refused) => Outcome { answer: Answer::Refused, peer: Peer::NoConnection, readable: false },
-        (client, Legacy::Served | Legacy::Refused) => {
+fn expected(client: &str, treated: Treated) -> Result<Outcome> {
+    Ok(match (client, treated) {
+        (_, Treated::Refused) => Outcome { answer: Answer::Refused, peer: Peer::NoConnection, readable: false },
+        (LEGACY, Treated::Served) => Outcome { answer: Answer::Status(200), peer: Peer::Nobody, readable: true },
+        (client, Treated::Served) => {
             Outcome { answer: Answer::Status(200), peer: Peer::Identity(identity(client)?), readable: false }
         }
     })
@@ -330,22 +391,89 @@ fn seen_by_server(sandbox: &Sandbox, client: &str, offset: u64) -> Result<Peer> 
     }
 }
 
+/// Requests without a pause while policy changes three times: to another that says the same, to a DENY, and back. There is
+/// one moment for each change: before it all are answered by the old policy, after it by the new one.
+fn change(sandbox: &mut Sandbox) -> Result<Row> {
+    const STEP: &str = "change under traffic";
+    apply(sandbox, &[STRICT, ALLOW_TEST])?;
+    let traffic = Traffic::start(sandbox, "change")?;
+    // Each phase lasts until its policy is at work, and some requests longer.
+    for (policy, answer) in [
+        (&[STRICT, ALLOW_TEST][..], Answer::Status(200)),
+        (&[STRICT, ALLOW_NGINX], Answer::Status(200)),
+        (&[STRICT, ALLOW_NGINX, DENY_NGINX], Answer::Refused),
+        (&[STRICT, ALLOW_TEST], Answer::Status(200)),
+    ] {
+        apply(sandbox, policy)?;
+        let what = format!("requests are answered by {answer}");
+        command::wait_for(&what, EFFECT_LIMIT, || {
+            Ok(traffic.results(sandbox)?.last().is_some_and(|last| Answer::of(last) == answer).then_some(()))
+        })?;
+        thread::sleep(Duration::from_millis(500));
+    }
+    let (results, readable) = traffic.end(sandbox)?;
+    let mut phases: Vec<Answer> = results.iter().map(Answer::of).collect();
+    phases.dedup();
+    let shown: Vec<String> = phases.iter().map(Answer::to_string).collect();
+    let refused = results.iter().filter(|result| Answer::of(result) == Answer::Refused).count();
+    let outcome = |answer: &str, readable| Outcome {
+        answer: Answer::Otherwise(answer.to_owned()),
+        peer: Peer::NoConnection,
+        readable,
+    };
+    Ok(Row {
+        step: STEP,
+        call: "Nginx → cluster IP".to_owned(),
+        expected: outcome("200, refused, 200", false),
+        observed: outcome(&shown.join(", "), readable),
+        note: format!("{} requests, {refused} refused, in one piece", results.len()),
+    })
+}
+
+/// Nginx calls the Service again and again, with a marker that must not be readable on the link.
+struct Traffic {
+    name: String,
+    capture: Capture,
+    marker: String,
+}
+
+impl Traffic {
+    fn start(sandbox: &mut Sandbox, what: &str) -> Result<Self> {
+        let capture = sandbox.capture()?;
+        let marker = format!("culvert-secret-{what}-{}", unique());
+        let to = SocketAddr::new(sandbox.cluster_ip(SERVER, Family::V4)?, PORT).to_string();
+        let name = format!("{what}-traffic");
+        let calls = ["http-get", "--to", &to, "--marker", &marker, "--count", "100000", "--interval-ms", "20"];
+        sandbox.start_in_pod(&name, NGINX, &calls)?;
+        Ok(Self { name, capture, marker })
+    }
+
+    /// The results so far.
+    fn results(&self, sandbox: &Sandbox) -> Result<Vec<HttpResult>> {
+        let text = std::fs::read_to_string(sandbox.log_path(&self.name)).context("read the results of the traffic")?;
+        let whole = &text[..text.rfind('\n').map_or(0, |at| at + 1)];
+        whole.lines().map(serde_json::from_str).collect::<Result<_, _>>().context("read a result of the traffic")
+    }
+
+    /// All results, and whether one was readable on the link.
+    fn end(self, sandbox: &mut Sandbox) -> Result<(Vec<HttpResult>, bool)> {
+        sandbox.stop(&self.name)?;
+        let results = self.results(sandbox)?;
+        if results.is_empty() {
+            bail!("the traffic made no request");
+        }
+        Ok((results, self.capture.contains(self.marker.as_bytes())?))
+    }
+}
+
 /// Requests without a pause while both ends get new certificates; not one may fail, or be readable.
 fn rotate(sandbox: &mut Sandbox) -> Result<Row> {
     const STEP: &str = "certificate rotation";
-    const TRAFFIC: &str = "rotation-traffic";
-    let capture = sandbox.capture()?;
-    let marker = format!("culvert-secret-rotation-{}", unique());
-    let to = SocketAddr::new(sandbox.cluster_ip(SERVER, Family::V4)?, PORT);
     let offsets = [sandbox.agent_log(Node::A, u64::MAX)?.1, sandbox.agent_log(Node::B, u64::MAX)?.1];
-    sandbox.start_in_pod(
-        TRAFFIC,
-        NGINX,
-        &["http-get", "--to", &to.to_string(), "--marker", &marker, "--count", "100000", "--interval-ms", "20"],
-    )?;
+    let traffic = Traffic::start(sandbox, "rotation")?;
     let ends = [(Node::A, identity(NGINX)?), (Node::B, identity(SERVER)?)];
     let waited = command::wait_for("both ends have renewed their certificates", Duration::from_secs(60), || {
-        sandbox.expect_running(TRAFFIC)?;
+        sandbox.expect_running(&traffic.name)?;
         for ((node, identity), offset) in ends.iter().zip(offsets) {
             let renewed = sandbox.agent_log(*node, offset)?.0.iter().any(|line| {
                 line.message() == "certificate ready" && line.field("identity").as_deref() == Some(identity)
@@ -358,20 +486,13 @@ fn rotate(sandbox: &mut Sandbox) -> Result<Row> {
     });
     // Some requests after the renewal belong to the observation.
     thread::sleep(Duration::from_millis(500));
-    sandbox.stop(TRAFFIC)?;
+    let (results, readable) = traffic.end(sandbox)?;
     waited?;
-    let text = std::fs::read_to_string(sandbox.log_path(TRAFFIC)).context("read the results of the traffic")?;
-    let whole = &text[..text.rfind('\n').map_or(0, |at| at + 1)];
-    let results: Vec<HttpResult> =
-        whole.lines().map(serde_json::from_str).collect::<Result<_, _>>().context("read a result of the traffic")?;
-    if results.is_empty() {
-        bail!("the traffic during the rotation made no request");
-    }
     let failed = results.iter().find(|r| Answer::of(r) != Answer::Status(200));
-    let expected = expected(NGINX, Legacy::Served)?;
+    let expected = expected(NGINX, Treated::Served)?;
     let answer = failed.map_or(Answer::Status(200), Answer::of);
     let peer = everybody_seen(sandbox, offsets[1], &expected.peer)?;
-    let observed = Outcome { answer, peer, readable: capture.contains(marker.as_bytes())? };
+    let observed = Outcome { answer, peer, readable };
     let note = match failed {
         Some(result) => format!("of {} requests one failed: {}", results.len(), result.error.as_deref().unwrap_or("")),
         None => format!("{} requests, none failed", results.len()),
@@ -410,7 +531,7 @@ mod tests {
 
     #[test]
     fn a_row_is_as_expected_only_if_all_three_observations_are() {
-        let expected = expected(NGINX, Legacy::Served).expect("a pod's name");
+        let expected = expected(NGINX, Treated::Served).expect("a pod's name");
         let row = |observed: Outcome| Row {
             step: "",
             call: String::new(),

@@ -17,12 +17,15 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use super::sheet::{self, Column, Row, Sheet};
+use super::{
+    manifests::{Files, Of},
+    sheet::{self, Column, Row, Sheet},
+};
 use crate::{
     admin::{printable, printable_json},
-    model::{Cluster, Labels, ObjectRef, SpiffeId, TrustDomain},
+    model::{Cluster, Labels, SpiffeId, TrustDomain},
     policy::{self, Client, Connection, DecidedBy, Occupant, Options, Servers, Snapshot, Verdict, Workload},
-    source::{self, View},
+    source::View,
 };
 
 /// A question about connections.
@@ -37,9 +40,8 @@ pub enum Judge {
 /// `culvert decide`
 #[derive(Args, Clone, Debug)]
 pub struct Decide {
-    /// A manifest, or a folder of them; may be given several times
-    #[arg(short = 'f', long = "filename", value_name = "PATH", required = true)]
-    manifests: Vec<PathBuf>,
+    #[command(flatten)]
+    manifests: Files,
     #[command(flatten)]
     of: Of,
     /// Connections as JSON lines, or an agent's access log in JSON; - for standard input
@@ -67,17 +69,6 @@ pub struct Diff {
     /// How to show it
     #[arg(short, long, value_enum, value_name = "FORMAT", default_value = "table")]
     output: Format,
-}
-
-/// Whose manifests they are.
-#[derive(Args, Clone, Debug)]
-struct Of {
-    /// Namespace of ConfigMap istio, the mesh configuration
-    #[arg(long, value_name = "NAME", default_value = "istio-system")]
-    system_namespace: String,
-    /// Revision: objects labelled istio.io/rev with another one do not apply
-    #[arg(long, value_name = "NAME", default_value = "default")]
-    revision: String,
 }
 
 /// One connection in flags.
@@ -258,37 +249,6 @@ impl One {
 
 // ---- Manifests, and what they say of a connection.
 
-/// The manifests at these paths, as an agent would find them at its start.
-fn read(paths: &[PathBuf], of: &Of) -> anyhow::Result<View> {
-    let mut texts = BTreeMap::new();
-    let mut take = |path: &Path| -> anyhow::Result<()> {
-        let name = path.display().to_string();
-        let text = std::fs::read_to_string(path).with_context(|| format!("read {name}"))?;
-        texts.insert(name, text);
-        Ok(())
-    };
-    for path in paths {
-        let shown = path.display();
-        if !std::fs::metadata(path).with_context(|| format!("read {shown}"))?.is_dir() {
-            take(path)?;
-            continue;
-        }
-        let mut some = false;
-        for entry in std::fs::read_dir(path).with_context(|| format!("list {shown}"))? {
-            let file = path.join(entry.with_context(|| format!("list {shown}"))?.file_name());
-            if source::file::is_manifest(&file) {
-                take(&file)?;
-                some = true;
-            }
-        }
-        anyhow::ensure!(
-            some,
-            "{shown} has no manifest: no file whose name ends in .yaml, .yml or .json; name another folder, or a file"
-        );
-    }
-    Ok(source::of_texts(texts, &of.system_namespace))
-}
-
 /// Compiled manifests.
 struct Mesh {
     cluster: Arc<Cluster>,
@@ -300,23 +260,17 @@ struct Mesh {
 
 impl Mesh {
     /// Says on standard error what is wrong with them.
-    fn read(paths: &[PathBuf], of: &Of) -> anyhow::Result<Self> {
-        let view = read(paths, of)?;
+    fn of(view: View, options: Options) -> Self {
         for problem in &view.problems {
             eprintln!("culvert: {}", printable(&problem.to_string()));
         }
-        let options = Options {
-            revision: of.revision.clone(),
-            own_accounts: [ObjectRef::new(&of.system_namespace, "culvert")].into(),
-            ..Options::default()
-        };
         let snapshot = policy::compile(&view.cluster, &options, None);
         let by_workload = snapshot
             .workloads
             .values()
             .map(|known| ((known.object.namespace.clone(), known.workload_name.clone()), known.clone()))
             .collect();
-        Ok(Self { cluster: view.cluster, options, snapshot, by_workload })
+        Self { cluster: view.cluster, options, snapshot, by_workload }
     }
 
     fn pod(&self, ip: IpAddr) -> Option<&Arc<Workload>> {
@@ -616,7 +570,11 @@ fn status(bad: bool) -> ExitCode {
 impl Decide {
     fn run(self) -> anyhow::Result<ExitCode> {
         let one = self.one.written()?;
-        let mesh = Mesh::read(&self.manifests, &self.of)?;
+        anyhow::ensure!(
+            !(self.manifests.has_standard_input() && self.connections.as_deref() == Some(Path::new("-"))),
+            "both the manifests and the connections are standard input (-); name a file for one of them"
+        );
+        let mesh = Mesh::of(self.manifests.view(&self.of)?, self.of.options());
         let mut judging = Judging::new(&mesh);
         let (mut out, mut rows, mut bad) = (Out::new(), Vec::new(), false);
         let mut each = |number: usize, _: &str, recorded: Result<Recorded, String>| {
@@ -668,8 +626,8 @@ struct Difference<'a> {
 
 impl Diff {
     fn run(self) -> anyhow::Result<ExitCode> {
-        let old = Mesh::read(std::slice::from_ref(&self.old), &self.of)?;
-        let new = Mesh::read(std::slice::from_ref(&self.new), &self.of)?;
+        let read = |path| anyhow::Ok(Mesh::of(self.of.view(&[path])?, self.of.options()));
+        let (old, new) = (read(self.old)?, read(self.new)?);
         let (mut before, mut after) = (Judging::new(&old), Judging::new(&new));
         let (mut out, mut rows, mut bad) = (Out::new(), Vec::new(), false);
         lines(&self.connections, |number, text, recorded| {
@@ -718,5 +676,55 @@ impl Diff {
             }
         }
         Ok(status(bad))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::source::review::Manifests;
+
+    #[derive(Parser)]
+    struct Flags {
+        #[command(flatten)]
+        of: Of,
+    }
+
+    /// A line is a connection with one answer, or is refused with one line that says why.
+    #[test]
+    fn fuzzed_connections_are_judged_or_refused() {
+        const MANIFESTS: &str = "
+apiVersion: v1
+kind: Namespace
+metadata: {name: default, labels: {istio.io/dataplane-mode: ambient}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: productpage, namespace: default, uid: p, labels: {app: productpage}}
+spec: {nodeName: node-b, containers: [{name: c}]}
+status: {phase: Running, podIP: 10.244.2.10, podIPs: [{ip: 10.244.2.10}]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: from-test, namespace: default}
+spec:
+  selector: {matchLabels: {app: productpage}}
+  rules: [{from: [{source: {namespaces: [test], notIpBlocks: [10.0.0.0/9]}}], to: [{operation: {ports: ['9080']}}]}]
+";
+        let of = Flags::parse_from(["decide"]).of;
+        let mesh = Mesh::of(Manifests::of("manifests.yaml", MANIFESTS).view("istio-system"), of.options());
+        assert_eq!(mesh.snapshot.workloads.len(), 1, "the manifests are valid");
+        let judging = std::cell::RefCell::new(Judging::new(&mesh));
+        crate::fuzz::run("connections", |bytes| {
+            for line in bytes.split(|byte| *byte == b'\n').filter_map(|line| std::str::from_utf8(line).ok()) {
+                match Recorded::parse(line).and_then(|recorded| judging.borrow_mut().judge(&recorded)) {
+                    Ok(answer) => assert!(matches!(answer.decision, "allow" | "deny") && !answer.reason.is_empty()),
+                    // It may repeat what the line says, and is shown so.
+                    Err(error) => assert!(!error.is_empty() && !printable(&error).contains('\n'), "{error:?}"),
+                }
+            }
+        });
     }
 }

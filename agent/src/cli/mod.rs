@@ -5,6 +5,7 @@
 //! | [`mod@decide`] | the commands that judge connections by files of manifests |
 //! | [`look`] | the commands that look at a running agent, or change its log level |
 //! | [`offline`] | the commands that judge files of manifests |
+//! | `manifests` | which manifests those two groups are about |
 //! | `client` | one request to an agent |
 //! | `sheet` | rows as a table, JSON or YAML, once or again and again |
 //! | [`mod@reference`] | completions, man pages and the reference, made from the commands themselves |
@@ -17,6 +18,7 @@ use crate::config::{self, Values, agent, ca};
 mod client;
 pub mod decide;
 pub mod look;
+mod manifests;
 pub mod offline;
 pub mod reference;
 mod rows;

@@ -2,18 +2,21 @@
 //!
 //! They decode and compile as the agent does ([`crate::source::review`], [`crate::policy`]).
 
-use std::{collections::BTreeSet, path::PathBuf, process::ExitCode};
+use std::{collections::BTreeSet, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
 use serde_json::json;
 
-use super::print;
+use super::{
+    manifests::{Files, Of},
+    print,
+};
 use crate::{
     admin::{printable, printable_json},
     model::ObjectRef,
     policy::{self, Options},
-    source::review::{Manifests, Remark, Review, Reviewed},
+    source::review::{Remark, Review, Reviewed},
 };
 
 /// A question about files.
@@ -23,37 +26,6 @@ pub enum Offline {
     Validate(Validate),
     /// Says whether a pod is in the mesh, and which rule decided
     Enrollment(Enrollment),
-}
-
-/// Which manifests.
-#[derive(Args, Clone, Debug)]
-struct Files {
-    /// A manifest, a folder of them, or - for standard input; may be given several times
-    #[arg(short = 'f', long = "filename", value_name = "PATH", required = true)]
-    paths: Vec<PathBuf>,
-    /// Namespace of ConfigMap istio and of the mesh's own pods
-    #[arg(long, value_name = "NAME", default_value = "istio-system")]
-    system_namespace: String,
-    /// Revision: objects labelled istio.io/rev with another one do not concern this mesh
-    #[arg(long, value_name = "NAME", default_value = "default")]
-    revision: String,
-    /// Namespaces whose pods are never enrolled, separated by commas
-    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_value = "kube-system")]
-    exclude_namespaces: Vec<String>,
-}
-
-impl Files {
-    fn review(&self) -> anyhow::Result<Review> {
-        Ok(Manifests::read(&self.paths)?.review(&self.system_namespace))
-    }
-
-    fn options(&self) -> Options {
-        Options {
-            revision: self.revision.clone(),
-            exclude_namespaces: self.exclude_namespaces.iter().filter(|name| !name.is_empty()).cloned().collect(),
-            own_accounts: [ObjectRef::new(&self.system_namespace, "culvert")].into(),
-        }
-    }
 }
 
 /// How an answer is shown.
@@ -71,6 +43,8 @@ enum Format {
 pub struct Validate {
     #[command(flatten)]
     files: Files,
+    #[command(flatten)]
+    of: Of,
     /// How to show it
     #[arg(short, long, value_enum, value_name = "FORMAT", default_value = "table")]
     output: Format,
@@ -81,6 +55,8 @@ pub struct Validate {
 pub struct Enrollment {
     #[command(flatten)]
     files: Files,
+    #[command(flatten)]
+    of: Of,
     /// The pod's namespace
     #[arg(short, long, value_name = "NAMESPACE", default_value = "default")]
     namespace: String,
@@ -160,7 +136,7 @@ fn judge(review: Review, options: &Options) -> Vec<Judged> {
 
 impl Validate {
     fn run(self) -> anyhow::Result<ExitCode> {
-        let judged = judge(self.files.review()?, &self.files.options());
+        let judged = judge(self.files.review(&self.of)?, &self.of.options());
         print(&match self.output {
             Format::Json => lines(&judged),
             Format::Table => table(&judged),
@@ -224,7 +200,7 @@ fn table(judged: &[Judged]) -> String {
 
 impl Enrollment {
     fn run(self) -> anyhow::Result<ExitCode> {
-        let review = self.files.review()?;
+        let review = self.files.review(&self.of)?;
         let wanted = ObjectRef::new(&self.namespace, &self.pod);
         for object in review.objects.iter().filter(|object| !object.faults.is_empty()) {
             let decides = match object.kind.as_str() {
@@ -245,7 +221,7 @@ impl Enrollment {
             format!("the manifests have no Pod {}; there is {}", printable(&wanted.to_string()), printable(&there))
         })?;
         let namespace = cluster.namespaces.get(&pod.object.namespace).map(|namespace| &**namespace);
-        let answer = policy::enrollment(pod, namespace, &self.files.options());
+        let answer = policy::enrollment(pod, namespace, &self.of.options());
         for warning in &answer.warnings {
             eprintln!("culvert: Pod {}: {}", printable(&wanted.to_string()), printable(warning));
         }
@@ -271,6 +247,7 @@ impl Enrollment {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::review::Manifests;
 
     fn judged(text: &str) -> Vec<Judged> {
         judge(Manifests::of("a.yaml", text).review("istio-system"), &Options::default())

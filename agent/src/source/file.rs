@@ -337,11 +337,6 @@ impl Watcher {
     }
 }
 
-/// Whether a file of a folder is one that is read: by its name, and not a folder.
-pub fn is_manifest(path: &Path) -> bool {
-    path.file_name().and_then(manifest_name).is_some() && !path.is_dir()
-}
-
 /// The name, if it is one of a manifest.
 pub(super) fn manifest_name(name: &OsStr) -> Option<String> {
     let name = name.to_str()?;

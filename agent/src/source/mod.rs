@@ -41,13 +41,6 @@ pub struct View {
     pub authorization_policies: BTreeMap<ObjectRef, Place>,
 }
 
-/// What a folder of these texts gives when it is read for the first time; each comes with the name of its file.
-/// `system_namespace` is the home of the ConfigMap that is the mesh configuration.
-pub fn of_texts(texts: impl IntoIterator<Item = (String, String)>, system_namespace: &str) -> View {
-    folder::Folder::new(system_namespace)
-        .update(texts.into_iter().map(|(name, text)| (name, folder::Content::Text(text))))
-}
-
 /// Where an object is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {

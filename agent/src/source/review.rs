@@ -116,6 +116,12 @@ impl Manifests {
         Self([(name.into(), Content::Text(text.into()))].into())
     }
 
+    /// What an agent would have in force that found them at its start. `system_namespace` is the one of ConfigMap `istio`,
+    /// the mesh configuration.
+    pub fn view(self, system_namespace: &str) -> View {
+        Folder::new(system_namespace).update(self.0)
+    }
+
     /// Judges every object. `system_namespace` is the one of ConfigMap `istio`, the mesh configuration.
     pub fn review(self, system_namespace: &str) -> Review {
         let mesh_config = ObjectRef::new(system_namespace, "istio");
@@ -144,8 +150,7 @@ impl Manifests {
                 }
             }
         }
-        let mut folder = Folder::new(system_namespace);
-        let view = folder.update(self.0);
+        let view = self.view(system_namespace);
         for problem in &view.problems {
             let place = |line| (problem.file.clone(), line, problem.object.clone());
             match problem.line.and_then(|line| found.get(&place(line))) {

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use culvert::{
     model::{PodUid, SpiffeId},
     policy::{self, Client, Connection, DecidedBy, Options, Snapshot, Verdict},
-    source::{self, View},
+    source::{View, review::Manifests},
 };
 
 mod oracle;
@@ -58,7 +58,7 @@ fn view(policies: &[String]) -> View {
         pod("outside", "legacy", "app: nginx", "10.0.0.4"),
     ];
     let text = CLUSTER.to_owned() + &pods.concat() + &policies.concat();
-    source::of_texts([("manifests.yaml".to_owned(), text)], "istio-system")
+    Manifests::of("manifests.yaml", text).view("istio-system")
 }
 
 fn compiled(policies: &[String]) -> Snapshot {
