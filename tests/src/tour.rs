@@ -259,9 +259,10 @@ pub fn play(sandbox: &mut Sandbox, mut tell: impl FnMut(&Row)) -> Result<Vec<Row
         // The recording starts afresh, so that a row is proven by its own step's traffic.
         let capture = sandbox.capture()?;
         for (who, client) in [("Nginx", NGINX), ("Legacy-app", LEGACY)] {
+            let treated = |plaintext| if client == NGINX { step.nginx } else { plaintext };
             for (way, to) in ways(sandbox, PORT)? {
                 let call = format!("{who} → {way}");
-                let expected = expected(client, if client == NGINX { step.nginx } else { step.legacy })?;
+                let expected = expected(client, treated(step.legacy))?;
                 let row = observe(sandbox, &capture, step.title, call, client, to, expected)?;
                 tell(&row);
                 rows.push(row);
@@ -269,7 +270,7 @@ pub fn play(sandbox: &mut Sandbox, mut tell: impl FnMut(&Row)) -> Result<Vec<Row
             if let Some(other) = step.other_port {
                 let to = sandbox.pod(SERVER)?.at(Family::V4, OTHER_PORT);
                 let call = format!("{who} → pod IP:{OTHER_PORT}");
-                let row = observe(sandbox, &capture, step.title, call, client, to, expected(client, other)?)?;
+                let row = observe(sandbox, &capture, step.title, call, client, to, expected(client, treated(other))?)?;
                 tell(&row);
                 rows.push(row);
             }
