@@ -701,16 +701,16 @@ impl Control {
 
     /// Judges open connections where policy has changed; what fails stays to be done ([D.1]).
     fn judge_again(&mut self, snapshot: &Snapshot) {
-        for (uid, mut todo) in std::mem::take(&mut self.unjudged) {
+        for (uid, mut left) in std::mem::take(&mut self.unjudged) {
             let (Some(pod), Some(own)) = (self.enrollments.pod(&uid), snapshot.workload(&uid)) else { continue };
-            if let Err(error) = self.passed.judge_again(snapshot, pod, own, todo.entered) {
-                if !std::mem::replace(&mut todo.told, true) {
+            if let Err(error) = self.passed.judge_again(snapshot, pod, own, left.entered) {
+                if !std::mem::replace(&mut left.told, true) {
                     let error = format!("{error:#}");
                     warn!(pod = %own.object, error, "open connections could not be judged again; trying on");
                 }
                 self.retry = true;
-                self.unjudged.insert(uid, todo);
-            } else if own.authorization.judges() && !todo.again {
+                self.unjudged.insert(uid, left);
+            } else if own.authorization.judges() && !left.again {
                 self.retry = true;
                 self.unjudged.insert(uid, Unjudged { again: true, ..Unjudged::default() });
             }

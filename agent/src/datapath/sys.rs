@@ -104,17 +104,18 @@ fn c_path(path: &Path) -> io::Result<CString> {
 
 /// Attaches a program to a cgroup or a network namespace.
 pub(super) fn link_create(prog: BorrowedFd<'_>, target: BorrowedFd<'_>, kind: AttachType) -> io::Result<OwnedFd> {
-    create(prog, raw(target), kind)
+    create(prog, raw(target), kind, 0)
 }
 
-/// Attaches a program to a network device of the calling thread's namespace; `InvalidInput` before Linux 6.6.
+/// Attaches a program to a network device of the calling thread's namespace, before all that are there: one that passes or
+/// redirects a frame ends the row. `InvalidInput` before Linux 6.6.
 pub(super) fn link_create_at(prog: BorrowedFd<'_>, device: u32, kind: AttachType) -> io::Result<OwnedFd> {
-    create(prog, device, kind)
+    const BPF_F_BEFORE: u32 = 1 << 3;
+    create(prog, device, kind, BPF_F_BEFORE)
 }
 
-fn create(prog: BorrowedFd<'_>, target: u32, kind: AttachType) -> io::Result<OwnedFd> {
-    bpf(BPF_LINK_CREATE, &mut LinkAttr { first_fd: raw(prog), second_fd: target, third: kind as u32, flags: 0 })
-        .map(owned)
+fn create(prog: BorrowedFd<'_>, target: u32, kind: AttachType, flags: u32) -> io::Result<OwnedFd> {
+    bpf(BPF_LINK_CREATE, &mut LinkAttr { first_fd: raw(prog), second_fd: target, third: kind as u32, flags }).map(owned)
 }
 
 /// Replaces the program of a link; at no instant is there none.
@@ -170,4 +171,58 @@ pub(super) fn pin_over(link: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     }
     pin(link, &fresh)?;
     std::fs::rename(&fresh, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd as _;
+
+    use super::*;
+    use crate::netns::testing::{new_netns, program};
+
+    /// `attr` of BPF_PROG_QUERY.
+    #[repr(C, align(8))]
+    struct QueryAttr {
+        target: u32,
+        kind: u32,
+        flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        _pad: u32,
+        _rest: [u64; 4],
+    }
+
+    /// Programs at a device, the first that is asked first.
+    fn at(device: u32) -> Vec<u32> {
+        const BPF_PROG_QUERY: libc::c_long = 16;
+        let mut ids = [0u32; 8];
+        let mut attr = QueryAttr {
+            target: device,
+            kind: AttachType::TcxIngress as u32,
+            flags: 0,
+            attach_flags: 0,
+            ids: ids.as_mut_ptr() as u64,
+            count: 8,
+            _pad: 0,
+            _rest: [0; 4],
+        };
+        bpf(BPF_PROG_QUERY, &mut attr).expect("listed");
+        ids[..attr.count as usize].to_vec()
+    }
+
+    /// A program of somebody else's that passes every frame must not hide any from ours.
+    #[test]
+    fn a_program_at_a_device_is_asked_before_those_that_are_there() {
+        const LOOPBACK: u32 = 1;
+        let (passing, ours) = (program(0), program(2));
+        let there = new_netns();
+        let order = there.run(|| {
+            let other = create(passing.as_fd(), LOOPBACK, AttachType::TcxIngress, 0).expect("attached");
+            let own = link_create_at(ours.as_fd(), LOOPBACK, AttachType::TcxIngress).expect("attached");
+            let id = |link: &OwnedFd| link_info(link.as_fd()).expect("known").1;
+            assert_eq!(at(LOOPBACK), [id(&own), id(&other)]);
+        });
+        order.expect("enter");
+    }
 }

@@ -214,6 +214,8 @@ fn cookie_here() -> io::Result<u64> {
 /// Namespaces for tests of this crate.
 #[cfg(test)]
 pub(crate) mod testing {
+    use std::os::fd::{FromRawFd as _, OwnedFd};
+
     use super::*;
 
     /// Makes a network namespace with nothing in it but `lo`, brought up if asked for.
@@ -227,6 +229,35 @@ pub(crate) mod testing {
         .expect("the thread above does not panic");
         handle.run(lo_up).expect("enter").expect("bring lo up");
         handle
+    }
+
+    /// A loaded program for a device's frames that does nothing but say what becomes of them: `TC_ACT_*` of
+    /// linux/pkt_cls.h.
+    pub(crate) fn program(verdict: i32) -> OwnedFd {
+        const BPF_PROG_LOAD: libc::c_long = 5;
+        const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+        #[repr(C, align(8))]
+        struct Load {
+            kind: u32,
+            instructions: u32,
+            code: u64,
+            license: u64,
+            _rest: [u64; 3],
+        }
+        // r0 = verdict; exit
+        let code = [0xb7 | u64::from(verdict.cast_unsigned()) << 32, 0x95];
+        let mut attr = Load {
+            kind: BPF_PROG_TYPE_SCHED_CLS,
+            instructions: 2,
+            code: code.as_ptr() as u64,
+            license: c"GPL".as_ptr() as u64,
+            _rest: [0; 3],
+        };
+        // SAFETY: `attr` is a fully initialised `repr(C)` value, passed with its size; what it points at lives on.
+        let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw mut attr, size_of::<Load>()) };
+        assert!(fd >= 0, "load a program: {}", io::Error::last_os_error());
+        // SAFETY: the kernel has just returned this descriptor.
+        unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).expect("a descriptor")) }
     }
 
     fn lo_up() -> io::Result<()> {

@@ -2,7 +2,7 @@
 //!
 //! Layouts: linux/rtnetlink.h, linux/if_link.h, linux/pkt_cls.h.
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, bail, ensure};
 use nix::{
@@ -32,6 +32,8 @@ pub struct Device {
     pub kind: String,
     /// Index of the device that it belongs to: for a veth, of the other end in *its* namespace; 0 for none.
     pub link: u32,
+    /// The number by which this namespace knows the other end's, where that is another (ip-netns(8), `list-id`).
+    pub link_netns: Option<u32>,
     /// `IFF_*`.
     pub flags: u32,
 }
@@ -66,9 +68,14 @@ const RTM_NEWQDISC: u16 = 36;
 const RTM_NEWTFILTER: u16 = 44;
 const RTM_DELTFILTER: u16 = 45;
 const RTM_GETTFILTER: u16 = 46;
+const RTM_NEWNSID: u16 = 88;
+const RTM_GETNSID: u16 = 90;
+const NETNSA_NSID: u16 = 1;
+const NETNSA_FD: u16 = 3;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_LINK: u16 = 5;
 const IFLA_LINKINFO: u16 = 18;
+const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_INFO_KIND: u16 = 1;
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
@@ -82,11 +89,13 @@ const CLSACT: u32 = 0xffff_fff1;
 const CLSACT_HANDLE: u32 = 0xffff_0000;
 const CLSACT_INGRESS: u32 = 0xffff_fff2;
 const ETH_P_ALL: u16 = 3;
-/// The first of all filters.
+/// The first of all filters, among them by a number that others do not use (Cilium has 1): at the same priority each
+/// stays, the youngest is asked first, and what we do not stop goes on to the next.
 const PRIORITY: u32 = 1;
-const HANDLE: u32 = 1;
-/// `struct ifinfomsg`, `struct tcmsg`.
+const HANDLE: u32 = 0x6375;
+/// `struct ifinfomsg`, `struct tcmsg`, and `struct rtgenmsg` with its padding.
 const IFINFO_BYTES: usize = 16;
+const GENMSG_BYTES: usize = 4;
 const TCMSG_BYTES: usize = 20;
 /// More than the kernel puts into one message of a list.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -130,11 +139,34 @@ impl Route {
         Ok(devices)
     }
 
+    /// The number by which this namespace knows another; `None` where it has none for it, so that no device here is joined
+    /// to one there.
+    fn netns_id(&mut self, other: BorrowedFd<'_>) -> anyhow::Result<Option<u32>> {
+        let mut request = self.request(RTM_GETNSID, NLM_F_REQUEST | NLM_F_ACK);
+        request.extend([0; GENMSG_BYTES]);
+        attribute(&mut request, NETNSA_FD, &other.as_raw_fd().to_ne_bytes());
+        let mut id = None;
+        self.talk(request, |kind, payload| {
+            if kind == RTM_NEWNSID {
+                let mut answered = attributes(payload.get(GENMSG_BYTES..).unwrap_or_default());
+                id = answered.find(|(kind, _)| *kind == NETNSA_NSID).and_then(|(_, value)| u32_at(value, 0));
+            }
+            Ok(())
+        })
+        .context("ask for the number of a network namespace (rtnetlink)")?;
+        // -1: not assigned.
+        Ok(id.filter(|id| *id != u32::MAX))
+    }
+
     /// Puts a program first among the ingress filters of a device, over an earlier one of ours.
     ///
     /// # Errors
     /// The kernel refused: no CAP_NET_ADMIN, no such device, or no clsact (module sch_ingress).
     pub fn set_ingress(&mut self, index: u32, prog: BorrowedFd<'_>) -> anyhow::Result<()> {
+        self.set_filter(index, HANDLE, prog)
+    }
+
+    fn set_filter(&mut self, index: u32, handle: u32, prog: BorrowedFd<'_>) -> anyhow::Result<()> {
         let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
         let mut request = self.tc(RTM_NEWQDISC, flags, index, (CLSACT_HANDLE, CLSACT, 0));
         attribute(&mut request, TCA_KIND, b"clsact\0");
@@ -142,7 +174,7 @@ impl Route {
             Err(error) if error.downcast_ref::<Errno>() == Some(&Errno::EEXIST) => {}
             other => other.with_context(|| format!("add clsact to device {index}"))?,
         }
-        let mut request = self.filter(RTM_NEWTFILTER, NLM_F_ACK | NLM_F_CREATE, index);
+        let mut request = self.filter(RTM_NEWTFILTER, NLM_F_ACK | NLM_F_CREATE, index, handle);
         let mut options = Vec::new();
         attribute(&mut options, TCA_BPF_FD, &prog.as_raw_fd().to_ne_bytes());
         attribute(&mut options, TCA_BPF_NAME, b"culvert\0");
@@ -156,7 +188,11 @@ impl Route {
     /// # Errors
     /// The kernel refused for another reason than that there is no such filter or device.
     pub fn ingress(&mut self, index: u32) -> anyhow::Result<Option<u32>> {
-        let request = self.filter(RTM_GETTFILTER, NLM_F_ACK, index);
+        self.filter_at(index, HANDLE)
+    }
+
+    fn filter_at(&mut self, index: u32, handle: u32) -> anyhow::Result<Option<u32>> {
+        let request = self.filter(RTM_GETTFILTER, NLM_F_ACK, index, handle);
         let mut id = None;
         let result = self.talk(request, |kind, payload| {
             if kind == RTM_NEWTFILTER {
@@ -175,14 +211,14 @@ impl Route {
     /// # Errors
     /// The kernel refused.
     pub fn remove_ingress(&mut self, index: u32) -> anyhow::Result<()> {
-        let request = self.filter(RTM_DELTFILTER, NLM_F_ACK, index);
+        let request = self.filter(RTM_DELTFILTER, NLM_F_ACK, index, HANDLE);
         absent(self.talk(request, |_, _| Ok(())))
             .with_context(|| format!("remove the ingress filter of device {index}"))
     }
 
-    fn filter(&mut self, kind: u16, flags: u16, index: u32) -> Vec<u8> {
+    fn filter(&mut self, kind: u16, flags: u16, index: u32, handle: u32) -> Vec<u8> {
         let info = PRIORITY << 16 | u32::from(ETH_P_ALL.to_be());
-        let mut request = self.tc(kind, NLM_F_REQUEST | flags, index, (HANDLE, CLSACT_INGRESS, info));
+        let mut request = self.tc(kind, NLM_F_REQUEST | flags, index, (handle, CLSACT_INGRESS, info));
         attribute(&mut request, TCA_KIND, b"bpf\0");
         request
     }
@@ -243,16 +279,22 @@ impl Route {
 /// A namespace's devices could not be listed.
 pub fn ends(pod: &NetnsHandle, node: &NetnsHandle) -> anyhow::Result<Ends> {
     let inside = Route::open(pod)?.devices()?;
-    let outside = Route::open(node)?.devices()?;
-    Ok(matched(&inside, &outside))
+    let mut there = Route::open(node)?;
+    // Listing them gives a number to each namespace that one is joined to.
+    let outside = there.devices()?;
+    let pod = there.netns_id(pod.as_fd())?;
+    Ok(matched(&inside, &outside, pod))
 }
 
-fn matched(inside: &[Device], outside: &[Device]) -> Ends {
+/// Indices alone say nothing: a pod with CAP_NET_ADMIN can make a pair of its own with those of another pod's.
+fn matched(inside: &[Device], outside: &[Device], pod: Option<u32>) -> Ends {
     let mut ends = Ends::default();
     for device in inside {
         let (up, loopback) = (device.flags & libc::IFF_UP as u32 != 0, device.flags & libc::IFF_LOOPBACK as u32 != 0);
         let joined = |other: &&Device| {
-            device.kind == "veth" && other.kind == "veth" && other.index == device.link && other.link == device.index
+            let veths = device.kind == "veth" && other.kind == "veth";
+            let indices = other.index == device.link && other.link == device.index;
+            veths && indices && pod.is_some() && other.link_netns == pod
         };
         match outside.iter().find(joined) {
             Some(other) => ends.veths.push(other.index),
@@ -265,11 +307,19 @@ fn matched(inside: &[Device], outside: &[Device]) -> Ends {
 
 fn device(message: &[u8]) -> anyhow::Result<Device> {
     let word = |at| u32_at(message, at).context("a message about a device is too short");
-    let mut device = Device { index: word(4)?, name: String::new(), kind: String::new(), link: 0, flags: word(8)? };
+    let mut device = Device {
+        index: word(4)?,
+        name: String::new(),
+        kind: String::new(),
+        link: 0,
+        link_netns: None,
+        flags: word(8)?,
+    };
     for (kind, value) in attributes(message.get(IFINFO_BYTES..).unwrap_or_default()) {
         match kind {
             IFLA_IFNAME => device.name = text(value),
             IFLA_LINK => device.link = u32_at(value, 0).unwrap_or(0),
+            IFLA_LINK_NETNSID => device.link_netns = u32_at(value, 0),
             IFLA_LINKINFO => {
                 device.kind = attributes(value)
                     .find(|(kind, _)| *kind == IFLA_INFO_KIND)
@@ -312,7 +362,7 @@ fn absent(result: anyhow::Result<()>) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netns::testing::new_netns;
+    use crate::netns::testing::{new_netns, program};
 
     #[test]
     fn the_nodes_end_of_a_pods_veth_is_found() {
@@ -330,7 +380,7 @@ mod tests {
             devices.into_iter().find(|device| device.name == name).expect("made above").index
         };
         let outer = index("outer");
-        let path = format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsFd::as_fd(&pod).as_raw_fd());
+        let path = format!("/proc/{}/fd/{}", std::process::id(), pod.as_fd().as_raw_fd());
         ip(&format!("link set inner netns {path}"));
         assert_eq!(ends(&pod, &node).expect("listed").veths, [outer]);
         // The pair that stayed on the node is nobody's; a device of another kind is named.
@@ -341,5 +391,51 @@ mod tests {
         })
         .expect("enter");
         assert_eq!(ends(&pod, &node).expect("listed"), Ends { veths: vec![outer], others: vec!["lonely".to_owned()] });
+    }
+
+    /// A pod that may make devices makes a pair of its own with the indices of another pod's pair.
+    #[test]
+    fn a_pair_with_the_indices_of_another_pods_is_not_taken_for_it() {
+        let (victim, attacker, node) = (new_netns(), new_netns(), new_netns());
+        let ip = |there: &NetnsHandle, words: &str| {
+            let status = there.run(|| std::process::Command::new("ip").args(words.split(' ')).status());
+            assert!(status.expect("enter").expect("start ip").success(), "{words}");
+        };
+        let path = |of: &NetnsHandle| format!("/proc/{}/fd/{}", std::process::id(), of.as_fd().as_raw_fd());
+        ip(&node, "link add outer index 70 type veth peer name inner index 60");
+        ip(&node, &format!("link set inner netns {}", path(&victim)));
+        assert_eq!(ends(&victim, &node).expect("listed").veths, [70]);
+        ip(&attacker, "link add fake index 60 type veth peer name other index 70");
+        let devices = Route::open(&attacker).expect("opened").devices().expect("listed");
+        assert!(devices.iter().any(|device| (device.index, device.link) == (60, 70)), "{devices:?}");
+        assert_eq!(ends(&attacker, &node).expect("listed").veths, [0; 0]);
+    }
+
+    /// Before Linux 6.6 all filters stand in one row, and others have theirs there.
+    #[test]
+    fn a_filter_leaves_those_of_others_where_they_are() {
+        const LOOPBACK: u32 = 1;
+        let (passing, first, second) = (program(0), program(2), program(2));
+        let there = new_netns();
+        let mut route = Route::open(&there).expect("opened");
+        let (of_others, ours) = (1, HANDLE);
+        route.set_filter(LOOPBACK, of_others, passing.as_fd()).expect("set");
+        let theirs = route.filter_at(LOOPBACK, of_others).expect("asked").expect("there");
+        route.set_ingress(LOOPBACK, first.as_fd()).expect("set");
+        let before = route.ingress(LOOPBACK).expect("asked");
+        route.set_ingress(LOOPBACK, second.as_fd()).expect("replaced");
+        assert!(before.is_some() && route.ingress(LOOPBACK).expect("asked") != before, "over our own");
+        assert_eq!(route.filter_at(LOOPBACK, of_others).expect("asked"), Some(theirs));
+        // The kernel lists them as it asks them.
+        let listed =
+            there.run(|| std::process::Command::new("tc").args(["filter", "show", "dev", "lo", "ingress"]).output());
+        let listed = String::from_utf8(listed.expect("enter").expect("start tc").stdout).expect("text");
+        let place = |handle: u32| {
+            listed.find(&format!("handle {handle:#x} ")).unwrap_or_else(|| panic!("{handle:#x}: {listed}"))
+        };
+        assert!(place(ours) < place(of_others), "{listed}");
+        route.remove_ingress(LOOPBACK).expect("removed");
+        assert_eq!(route.ingress(LOOPBACK).expect("asked"), None);
+        assert_eq!(route.filter_at(LOOPBACK, of_others).expect("asked"), Some(theirs));
     }
 }
