@@ -480,11 +480,11 @@ fn workload(of: &Workload, local: Option<LocalPod>, rule: &impl Fn(RuleId) -> Op
         waypoint: None,
         protocol: protocol(of.enrollment.enrolled && !of.ips.is_empty()),
         identity: of.identity.to_string(),
-        labels: of.labels.clone(),
+        labels: (*of.labels).clone(),
         enrolment: EnrolmentDump {
             enrolled: of.enrollment.enrolled,
             row: of.enrollment.row,
-            reason: of.enrollment.reason.clone(),
+            reason: of.enrollment.reason.to_string(),
             warnings: of.enrollment.warnings.clone(),
         },
         local,

@@ -330,7 +330,7 @@ impl<'a> Judging<'a> {
                 "dest.namespace: is missing, and dest.ip is not the address of a pod of the manifests".to_owned()
             );
         };
-        let labels = of.dest.labels.as_ref().or(known.map(|pod| &pod.labels));
+        let labels = of.dest.labels.as_ref().or(known.map(|pod| &*pod.labels));
         let none = Labels::new();
         let protection = self.servers.protection(namespace, labels.unwrap_or(&none));
         let mut notes = Vec::new();

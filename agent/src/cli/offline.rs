@@ -231,7 +231,7 @@ impl Enrollment {
                     "{{\"enrolled\":{},\"row\":{},\"reason\":{}}}\n",
                     answer.enrolled,
                     answer.row,
-                    json!(answer.reason)
+                    json!(&*answer.reason)
                 );
                 printable_json(&line).into_owned()
             }

@@ -123,8 +123,8 @@ pub struct Pod {
     pub uid: PodUid,
     /// `metadata.namespace` and `metadata.name`.
     pub object: ObjectRef,
-    /// `metadata.labels`.
-    pub labels: Labels,
+    /// `metadata.labels`; pods of one workload mostly share them.
+    pub labels: Arc<Labels>,
     /// The annotations that mean something to us: `sidecar.istio.io/*`, `ambient.istio.io/*`, `istio.io/*`,
     /// `kubernetes.io/config.hash`.
     pub annotations: Labels,
@@ -142,10 +142,10 @@ pub struct Pod {
     pub ready: bool,
     /// `metadata.deletionTimestamp` is set.
     pub terminating: bool,
-    /// Names of containers and init containers (specification §2 row 4 looks for `istio-proxy`).
-    pub container_names: Vec<String>,
-    /// Container port name → number, TCP only; containers and native sidecars.
-    pub named_ports: BTreeMap<String, u16>,
+    /// A container or init container is named `istio-proxy` (specification §2 row 4).
+    pub has_proxy_container: bool,
+    /// Container port name → number, TCP only; containers and native sidecars. Shared as the labels are.
+    pub named_ports: Arc<BTreeMap<String, u16>>,
     /// Name of the owning workload, as telemetry shows it (specification §16).
     pub workload_name: Arc<str>,
 }

@@ -3,7 +3,7 @@
 //! What did not change since the previous snapshot is shared with it, so that readers can tell by pointer.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map::Entry},
     hash::Hash,
     sync::Arc,
 };
@@ -50,8 +50,14 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
             (name, (place(node, region), place(node, zone)))
         })
         .collect();
+    // Few texts for many pods.
+    let mut reasons: HashSet<Arc<str>> = HashSet::new();
     for pod in cluster.pods.values() {
-        let enrollment = enrollment(pod, cluster.namespaces.get(&pod.object.namespace).map(|n| &**n), options);
+        let mut enrollment = enrollment(pod, cluster.namespaces.get(&pod.object.namespace).map(|n| &**n), options);
+        match reasons.get(&enrollment.reason) {
+            Some(same) => enrollment.reason = same.clone(),
+            None => drop(reasons.insert(enrollment.reason.clone())),
+        }
         warnings.extend(enrollment.warnings.iter().map(|warning| format!("Pod {}: {warning}", pod.object)));
         if enrollment.enrolled {
             let unread = UNREAD_OPTIONS.into_iter().filter(|name| pod.annotations.contains_key(*name));
@@ -272,7 +278,7 @@ mod tests {
     #[test]
     fn what_did_not_change_is_shared() {
         let mut cluster = cluster();
-        cluster.put(Pod { labels: app("web"), ..pod("default", "web", "10.0.0.2") });
+        cluster.put(Pod { labels: app("web").into(), ..pod("default", "web", "10.0.0.2") });
         cluster.put(pod("test", "nginx", "10.0.0.1"));
         cluster.put(service("default", "web", "10.96.0.1", 80, TargetPort::Number(8080)));
         let first = compile(&cluster, &Options::default(), None);
@@ -359,7 +365,7 @@ mod tests {
     #[test]
     fn odd_labels_are_reported() {
         let mut cluster = cluster();
-        let labels = [("istio.io/dataplane-mode".to_owned(), "off".to_owned())].into();
+        let labels = Arc::new([("istio.io/dataplane-mode".to_owned(), "off".to_owned())].into());
         cluster.put(Pod { labels, ..pod("test", "nginx", "10.0.0.1") });
         let snapshot = compile(&cluster, &Options::default(), None);
         assert!(snapshot.warnings[0].starts_with("Pod test/nginx: label istio.io/dataplane-mode=\"off\" of the pod"));

@@ -1,5 +1,7 @@
 //! Which pods are in the mesh: the table of specification §2, row by row. What follows from it is for `enroll`.
 
+use std::sync::Arc;
+
 use crate::model::{Labels, Namespace, ObjectRef, Pod};
 
 use super::Options;
@@ -25,7 +27,7 @@ pub struct Enrollment {
     /// The row of the table in specification §2, 1 to 16.
     pub row: u8,
     /// One line for humans.
-    pub reason: String,
+    pub reason: Arc<str>,
     /// What was written but does not count ([E.1], [E.3]), one line each.
     pub warnings: Vec<String>,
 }
@@ -38,7 +40,7 @@ pub fn enrollment(pod: &Pod, namespace: Option<&Namespace>, options: &Options) -
     let no_labels = Labels::new();
     let mut table = Table { pod, labels: namespace.map_or(&no_labels, |n| &n.labels), options, warnings: Vec::new() };
     let (row, enrolled, reason) = table.first_row();
-    Enrollment { enrolled, row, reason, warnings: table.warnings }
+    Enrollment { enrolled, row, reason: reason.into(), warnings: table.warnings }
 }
 
 struct Table<'a> {
@@ -68,7 +70,7 @@ impl Table<'_> {
         if pod.annotations.contains_key(SIDECAR_STATUS) {
             return (4, false, format!("the pod has a sidecar (annotation {SIDECAR_STATUS})"));
         }
-        if pod.container_names.iter().any(|name| name == "istio-proxy") {
+        if pod.has_proxy_container {
             return (4, false, "the pod has a sidecar (container istio-proxy)".into());
         }
         let pod_mode = self.dataplane_mode(&pod.labels, "pod");
@@ -183,52 +185,52 @@ mod tests {
     fn each_row_of_the_table_decides() {
         check(1, false, AMBIENT, |p| {
             p.host_network = true;
-            p.labels = labels(AMBIENT);
+            p.labels = labels(AMBIENT).into();
         });
         check(2, false, AMBIENT, |p| p.finished = true);
         check(3, false, AMBIENT, |p| {
             p.object.namespace = "kube-system".into();
-            p.labels = labels(AMBIENT);
+            p.labels = labels(AMBIENT).into();
         });
         check(3, false, AMBIENT, |p| {
             p.object.namespace = "istio-system".into();
             p.service_account = "culvert".into();
         });
         check(4, false, AMBIENT, |p| p.annotations = labels("sidecar.istio.io/status={}"));
-        check(4, false, AMBIENT, |p| p.container_names.push("istio-proxy".into()));
-        check(5, false, AMBIENT, |p| p.labels = labels("istio.io/dataplane-mode=none"));
-        check(6, true, "istio.io/dataplane-mode=none", |p| p.labels = labels(AMBIENT));
+        check(4, false, AMBIENT, |p| p.has_proxy_container = true);
+        check(5, false, AMBIENT, |p| p.labels = labels("istio.io/dataplane-mode=none").into());
+        check(6, true, "istio.io/dataplane-mode=none", |p| p.labels = labels(AMBIENT).into());
         check(7, true, AMBIENT, |_| {});
         check(8, false, "istio.io/dataplane-mode=none istio-injection=enabled", |_| {});
-        check(9, false, "istio-injection=enabled", |p| p.labels = labels("sidecar.istio.io/inject=false"));
+        check(9, false, "istio-injection=enabled", |p| p.labels = labels("sidecar.istio.io/inject=false").into());
         check(9, false, "istio-injection=enabled", |p| p.annotations = labels("sidecar.istio.io/inject=false"));
         for system in ["kube-public", "kube-node-lease", "local-path-storage"] {
             check(10, false, "istio-injection=enabled", |p| p.object.namespace = system.into());
         }
         check(11, true, "istio-injection=enabled istio.io/rev=other", |_| {});
         check(12, false, "istio-injection=disabled istio.io/rev=default", |_| {});
-        check(12, false, "istio-injection=true", |p| p.labels = labels("sidecar.istio.io/inject=true"));
+        check(12, false, "istio-injection=true", |p| p.labels = labels("sidecar.istio.io/inject=true").into());
         check(13, true, "istio.io/rev=default", |_| {});
-        check(13, false, "istio.io/rev=canary", |p| p.labels = labels("istio.io/rev=default"));
-        check(14, true, "", |p| p.labels = labels("istio.io/rev=default"));
-        check(15, true, "", |p| p.labels = labels("sidecar.istio.io/inject=true"));
-        check(16, false, "", |p| p.labels = labels("istio.io/rev=canary"));
+        check(13, false, "istio.io/rev=canary", |p| p.labels = labels("istio.io/rev=default").into());
+        check(14, true, "", |p| p.labels = labels("istio.io/rev=default").into());
+        check(15, true, "", |p| p.labels = labels("sidecar.istio.io/inject=true").into());
+        check(16, false, "", |p| p.labels = labels("istio.io/rev=canary").into());
         check(16, false, "", |_| {});
     }
 
     /// [E.2]
     #[test]
     fn inject_false_speaks_about_sidecars_only() {
-        check(7, true, AMBIENT, |p| p.labels = labels("sidecar.istio.io/inject=false"));
+        check(7, true, AMBIENT, |p| p.labels = labels("sidecar.istio.io/inject=false").into());
         check(7, true, AMBIENT, |p| p.annotations = labels("sidecar.istio.io/inject=false"));
-        check(9, false, "istio-injection=enabled", |p| p.labels = labels("sidecar.istio.io/inject=false"));
+        check(9, false, "istio-injection=enabled", |p| p.labels = labels("sidecar.istio.io/inject=false").into());
     }
 
     /// Row 9: a label hides the annotation.
     #[test]
     fn the_inject_label_hides_the_annotation() {
         check(11, true, "istio-injection=enabled", |p| {
-            p.labels = labels("sidecar.istio.io/inject=true");
+            p.labels = labels("sidecar.istio.io/inject=true").into();
             p.annotations = labels("sidecar.istio.io/inject=false");
         });
     }
@@ -250,7 +252,7 @@ mod tests {
             (16, false, "", "", "sidecar.istio.io/inject=true", "does not opt in"),
         ] {
             let mut pod = pod("default", "productpage", "10.0.0.1");
-            pod.labels = labels(pod_labels);
+            pod.labels = labels(pod_labels).into();
             pod.annotations = labels(annotations);
             let result = decide(&Case { row, enrolled, pod, namespace: labels(namespace) });
             assert_eq!((result.row, result.enrolled), (row, enrolled), "{namespace} {pod_labels} {annotations}");
@@ -271,10 +273,10 @@ mod tests {
         let options =
             Options { revision: "canary".into(), exclude_namespaces: ["default".into()].into(), ..Options::default() };
         let mut pod = pod("default", "a", "10.0.0.1");
-        pod.labels = labels(AMBIENT);
+        pod.labels = labels(AMBIENT).into();
         assert_eq!(enrollment(&pod, None, &options).row, 3);
         pod.object.namespace = "other".into();
-        pod.labels = labels("istio.io/rev=canary");
+        pod.labels = labels("istio.io/rev=canary").into();
         assert_eq!(enrollment(&pod, None, &options).row, 14);
     }
 }

@@ -19,7 +19,7 @@ mod peer_auth;
 mod route;
 mod snapshot;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use authorization::{Authorization, RuleRef, hints};
 pub use compile::{Protection, Servers, compile};

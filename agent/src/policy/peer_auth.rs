@@ -195,7 +195,7 @@ mod tests {
         for (namespace, name, ip) in
             [("test", "nginx", "10.0.0.1"), ("default", "web", "10.0.0.2"), ("istio-system", "gateway", "10.0.0.3")]
         {
-            cluster.put(Pod { labels: app(name), ..pod(namespace, name, ip) });
+            cluster.put(Pod { labels: app(name).into(), ..pod(namespace, name, ip) });
         }
         policies.into_iter().for_each(|policy| cluster.put(policy));
         compile(&cluster, &Options::default(), None)
@@ -263,7 +263,7 @@ mod tests {
         let mut cluster = cluster();
         let mut labels = app("nginx");
         labels.insert("tier".into(), "front".into());
-        cluster.put(Pod { labels, ..pod("test", "nginx", "10.0.0.1") });
+        cluster.put(Pod { labels: labels.into(), ..pod("test", "nginx", "10.0.0.1") });
         cluster.put(two_labels);
         cluster.put(workload("b", 1, Disable, &[]));
         assert_eq!(of(&compile(&cluster, &Options::default(), None), "test/nginx", 80), Mode::Disable);
@@ -385,7 +385,7 @@ mod tests {
     #[test]
     fn a_pod_outside_the_mesh_has_no_policy() {
         let mut cluster = cluster();
-        let label = |value: &str| [("istio.io/dataplane-mode".to_owned(), value.to_owned())].into();
+        let label = |value: &str| Arc::new([("istio.io/dataplane-mode".to_owned(), value.to_owned())].into());
         cluster.put(Pod { labels: label("none"), ..pod("test", "legacy", "10.0.0.1") });
         cluster.put(policy("test", "strict", 1, Strict));
         let snapshot = compile(&cluster, &Options::default(), None);
@@ -401,7 +401,7 @@ mod tests {
         for (key, hinted) in [(80, true), (8080, false), (9999, false)] {
             let mut cluster = cluster();
             for name in ["a", "b"] {
-                cluster.put(Pod { labels: app("nginx"), ..pod("test", name, "10.0.0.1") });
+                cluster.put(Pod { labels: app("nginx").into(), ..pod("test", name, "10.0.0.1") });
             }
             cluster.put(service("test", "nginx", "10.96.0.1", 80, TargetPort::Number(8080)));
             cluster.put(workload("w", 1, Strict, &[(key, Permissive)]));
@@ -481,7 +481,7 @@ mod tests {
                 kept.push(policy);
             }
             for (namespace, name) in [("test", "nginx"), ("default", "web"), ("istio-system", "gateway")] {
-                let subject = Pod { labels: app(name), ..pod(namespace, name, "10.0.0.1") };
+                let subject = Pod { labels: app(name).into(), ..pod(namespace, name, "10.0.0.1") };
                 for port in [80, 8080, 8081, 8082] {
                     prop_assert_eq!(of(&snapshot, &subject.uid.0, port), by_the_book(&kept, &subject, port));
                 }

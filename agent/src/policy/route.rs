@@ -201,7 +201,7 @@ mod tests {
     }
 
     fn web(name: &str, ip: &str) -> Pod {
-        Pod { labels: app("web"), ..pod("default", name, ip) }
+        Pod { labels: app("web").into(), ..pod("default", name, ip) }
     }
 
     fn web_service() -> Service {
@@ -210,7 +210,7 @@ mod tests {
 
     fn outside(pod: Pod) -> Pod {
         let mut labels = pod.labels.clone();
-        labels.insert("istio.io/dataplane-mode".into(), "none".into());
+        Arc::make_mut(&mut labels).insert("istio.io/dataplane-mode".into(), "none".into());
         Pod { labels, ..pod }
     }
 
@@ -268,7 +268,7 @@ mod tests {
         let going = || Pod { terminating: true, ..web("a", "10.0.0.1") };
         let done = || Pod { finished: true, ..web("a", "10.0.0.1") };
         let other = || pod("default", "other", "10.0.0.1");
-        let elsewhere = || Pod { labels: app("web"), ..pod("test", "a", "10.0.0.1") };
+        let elsewhere = || Pod { labels: app("web").into(), ..pod("test", "a", "10.0.0.1") };
         for unfit in [down(), going(), done(), other(), elsewhere()] {
             assert_eq!(go(&with([unfit], web_service()), "10.96.0.1:80"), "no-endpoint");
         }
@@ -281,7 +281,7 @@ mod tests {
     /// Named target ports are resolved pod by pod.
     #[test]
     fn a_pod_without_the_named_port_is_no_endpoint() {
-        let named = |name, ip, port| Pod { named_ports: [("http".to_owned(), port)].into(), ..web(name, ip) };
+        let named = |name, ip, port| Pod { named_ports: Arc::new([("http".to_owned(), port)].into()), ..web(name, ip) };
         let service = || service("default", "web", "10.96.0.1", 80, TargetPort::Name("http".into()));
         let pods = [named("a", "10.0.0.1", 8001), named("b", "10.0.0.2", 8002), web("c", "10.0.0.3")];
         let cluster = with(pods, service());

@@ -64,8 +64,8 @@ pub struct Workload {
     pub authorization: Authorization,
     /// For telemetry (§16).
     pub workload_name: Arc<str>,
-    /// For telemetry and selectors.
-    pub labels: Labels,
+    /// For telemetry and selectors; the pod's own.
+    pub labels: Arc<Labels>,
     /// Region of its node, for telemetry; `None` where the node's labels do not say.
     pub region: Option<Arc<str>>,
     /// Zone of its node, likewise.

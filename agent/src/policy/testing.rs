@@ -8,11 +8,11 @@ use crate::model::{
 };
 
 /// A ready pod without labels; its UID is `namespace/name`.
-pub(super) fn pod(namespace: &str, name: &str, ip: &str) -> Pod {
+pub(crate) fn pod(namespace: &str, name: &str, ip: &str) -> Pod {
     Pod {
         uid: PodUid(format!("{namespace}/{name}").into()),
         object: ObjectRef::new(namespace, name),
-        labels: Labels::new(),
+        labels: Default::default(),
         annotations: Labels::new(),
         service_account: "default".into(),
         node: "node-1".into(),
@@ -21,8 +21,8 @@ pub(super) fn pod(namespace: &str, name: &str, ip: &str) -> Pod {
         finished: false,
         ready: true,
         terminating: false,
-        container_names: vec!["main".into()],
-        named_ports: [].into(),
+        has_proxy_container: false,
+        named_ports: Default::default(),
         workload_name: name.into(),
     }
 }
@@ -53,7 +53,7 @@ pub(super) fn service(namespace: &str, name: &str, vip: &str, port: u16, target:
 }
 
 /// The label `app`.
-pub(super) fn app(name: &str) -> Labels {
+pub(crate) fn app(name: &str) -> Labels {
     [("app".to_owned(), name.to_owned())].into()
 }
 

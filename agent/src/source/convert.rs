@@ -94,12 +94,13 @@ pub(super) fn pod(pod: &core::Pod) -> Result<Pod, Vec<Wrong>> {
             (_, Some(_)) => {}
         }
     }
+    ips.shrink_to_fit();
     let phase = status.and_then(|status| status.phase.as_deref()).unwrap_or_default();
     let conditions = status.and_then(|status| status.conditions.as_deref()).unwrap_or_default();
     let workload_name = workload_name(meta);
     let result = Pod {
         uid: pod_uid(meta, &object, &annotations),
-        labels: meta.labels.clone().unwrap_or_default(),
+        labels: Arc::new(meta.labels.clone().unwrap_or_default()),
         annotations: annotations
             .into_iter()
             .filter(|(key, _)| {
@@ -114,8 +115,8 @@ pub(super) fn pod(pod: &core::Pod) -> Result<Pod, Vec<Wrong>> {
         finished: matches!(phase, "Succeeded" | "Failed"),
         ready: conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True"),
         terminating: meta.deletion_timestamp.is_some(),
-        container_names: containers.iter().chain(init).map(|container| container.name.clone()).collect(),
-        named_ports,
+        has_proxy_container: containers.iter().chain(init).any(|container| container.name == "istio-proxy"),
+        named_ports: Arc::new(named_ports),
         workload_name: workload_name.unwrap_or_else(|| object.name.clone()),
         object,
     };

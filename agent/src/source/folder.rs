@@ -12,6 +12,7 @@ use crate::model::{Cluster, ObjectRef, PodUid};
 use super::{
     Place, Problem, View,
     decode::{self, Key, Object},
+    pool::Pool,
     yaml,
 };
 
@@ -21,7 +22,15 @@ pub(super) struct Folder {
     mesh_config: ObjectRef,
     files: BTreeMap<String, File>,
     /// What the last view was made from.
-    in_force: HashMap<Key, Given>,
+    in_force: HashMap<Key, InForce>,
+    pool: Pool,
+}
+
+/// The version of an object that is in force.
+#[derive(Clone)]
+struct InForce {
+    object: Object,
+    valid: bool,
 }
 
 #[derive(Default)]
@@ -57,7 +66,7 @@ pub(super) enum Content {
 impl Folder {
     pub(super) fn new(system_namespace: &str) -> Self {
         let mesh_config = ObjectRef::new(system_namespace, "istio");
-        Self { mesh_config, files: BTreeMap::new(), in_force: HashMap::new() }
+        Self { mesh_config, files: BTreeMap::new(), in_force: HashMap::new(), pool: Pool::default() }
     }
 
     /// Names of the files that it holds something of.
@@ -82,6 +91,7 @@ impl Folder {
                 },
             }
         }
+        self.pool.forget_unused();
         self.view()
     }
 
@@ -94,7 +104,7 @@ impl Folder {
         file.problems = vec![Problem { file: name, document: None, line, object: None, message }];
     }
 
-    fn read(&self, name: &str, documents: &[yaml::Document]) -> File {
+    fn read(&mut self, name: &str, documents: &[yaml::Document]) -> File {
         let mut file = File::default();
         let mut unknown = false;
         for (document, number) in documents.iter().zip(1..) {
@@ -109,7 +119,12 @@ impl Folder {
                 let line = decoded.line;
                 let given = |key, object, valid, stale| Given { key, document: number, line, object, valid, stale };
                 let invalid = match (decoded.result, decoded.key.clone()) {
-                    (Ok(object), Some(key)) => {
+                    (Ok(mut object), Some(key)) => {
+                        if let Object::Pod(pod) = &mut object
+                            && let Some(pod) = Arc::get_mut(pod)
+                        {
+                            self.pool.share(pod);
+                        }
                         file.given.push(given(key, object, true, false));
                         continue;
                     }
@@ -154,7 +169,7 @@ impl Folder {
     /// Joins all files: the first by file name and place in the file wins, and what is said now goes before what was.
     fn view(&mut self) -> View {
         let mut problems: Vec<Problem> = self.files.values().flat_map(|file| file.problems.iter().cloned()).collect();
-        let mut in_force: HashMap<Key, Given> = HashMap::new();
+        let mut in_force: HashMap<Key, &Given> = HashMap::new();
         let mut places: HashMap<Key, (&str, usize, usize)> = HashMap::new();
         let mut pods: HashMap<PodUid, Key> = HashMap::new();
         for stale in [false, true] {
@@ -183,7 +198,7 @@ impl Folder {
                         pods.insert(pod.uid.clone(), given.key.clone());
                     }
                     places.insert(given.key.clone(), (name, given.document, given.line));
-                    in_force.insert(given.key.clone(), given.clone());
+                    in_force.insert(given.key.clone(), given);
                 }
             }
         }
@@ -217,7 +232,10 @@ impl Folder {
         let notices = notices.into_iter().cloned().collect();
         problems.sort();
         problems.dedup();
-        self.in_force = in_force;
+        self.in_force = in_force
+            .into_iter()
+            .map(|(key, given)| (key, InForce { object: given.object.clone(), valid: given.valid }))
+            .collect();
         View { cluster: Arc::new(cluster), problems, notices, policies, authorization_policies }
     }
 }

@@ -16,6 +16,7 @@ pub mod file;
 mod folder;
 mod kinds;
 mod mesh;
+mod pool;
 pub mod review;
 mod schema;
 pub(crate) mod yaml;

@@ -83,7 +83,7 @@ fn a_pod_is_read_with_all_that_counts() {
     assert_eq!(pod.object, ObjectRef::new("default", "productpage"), "no namespace = default [C.11]");
     assert_eq!((&*pod.service_account, &*pod.node, pod.ready, pod.finished), ("bookinfo", "node-1", true, false));
     assert_eq!(pod.ips.len(), 2);
-    assert_eq!(pod.named_ports, [("http".to_owned(), 9080)].into());
+    assert_eq!(*pod.named_ports, [("http".to_owned(), 9080)].into());
     assert_eq!(pod.annotations.keys().collect::<Vec<_>>(), ["sidecar.istio.io/inject"]);
     assert_eq!(&*pod.workload_name, "productpage-7d4c");
 }
