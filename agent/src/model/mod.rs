@@ -34,7 +34,7 @@ pub struct ObjectRef {
 pub type Labels = BTreeMap<String, String>;
 
 /// Everything that the mesh needs to know of a cluster at one moment. Published whole, never changed in place.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Cluster {
     /// Mesh configuration, specification §1.1.
     pub mesh: MeshConfig,
@@ -55,7 +55,7 @@ pub struct Cluster {
 }
 
 /// ConfigMap `istio`, key `mesh` (specification §1.1).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MeshConfig {
     /// Home of mesh-wide policy.
     pub root_namespace: Arc<str>,
@@ -99,7 +99,7 @@ impl Default for MeshConfig {
 }
 
 /// A namespace: its labels decide enrolment.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Namespace {
     /// `metadata.labels`.
     pub labels: Labels,
@@ -108,7 +108,7 @@ pub struct Namespace {
 }
 
 /// A node.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
     /// `metadata.labels`: region and zone.
     pub labels: Labels,
@@ -117,7 +117,7 @@ pub struct Node {
 }
 
 /// A pod, cut down to what the mesh needs.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pod {
     /// See [`PodUid`].
     pub uid: PodUid,
@@ -161,7 +161,7 @@ pub enum SessionAffinity {
 }
 
 /// A Service.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     /// `metadata.namespace` and `metadata.name`.
     pub object: ObjectRef,
@@ -180,7 +180,7 @@ pub struct Service {
 }
 
 /// One port of a Service.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServicePort {
     /// `name`; empty where there is one port without a name.
     pub name: Arc<str>,
@@ -200,7 +200,7 @@ pub enum TargetPort {
 }
 
 /// An EndpointSlice (discovery.k8s.io/v1).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointSlice {
     /// The Service: label `kubernetes.io/service-name`, in the slice's namespace.
     pub service: ObjectRef,
@@ -211,7 +211,7 @@ pub struct EndpointSlice {
 }
 
 /// One endpoint of a slice.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SliceEndpoint {
     /// The addresses that are addresses.
     pub addresses: Vec<IpAddr>,
@@ -269,7 +269,7 @@ pub enum MtlsMode {
 }
 
 /// A PeerAuthentication as the user wrote it (specification §5).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerAuthentication {
     /// Where it stands in the age order, and its name.
     pub age: Age,

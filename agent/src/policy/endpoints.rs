@@ -15,7 +15,7 @@ use crate::model::{
     Cluster, EndpointSlice, ObjectRef, Pod, Service, ServicePort, SessionAffinity, SliceEndpoint, TargetPort,
 };
 
-use super::{Occupant, Snapshot, Workload, peer_auth::matches};
+use super::{Occupant, Snapshot, Workload, selecting::matches};
 
 /// A Service, ready to be called.
 #[derive(Clone, Debug, PartialEq, Eq)]

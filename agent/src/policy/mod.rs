@@ -17,6 +17,7 @@ mod endpoints;
 mod enrollment;
 mod peer_auth;
 mod route;
+mod selecting;
 mod snapshot;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -9,7 +9,10 @@ use culvert_common::Mode;
 
 use crate::model::{Cluster, Labels, MtlsMode, ObjectRef, PeerAuthentication, Pod, Service, TargetPort};
 
-use super::{Options, RuleId};
+use super::{
+    Options, RuleId,
+    selecting::{Selecting, matches},
+};
 
 /// Effective PeerAuthentication of one pod (specification §5.2), a single unit ([PA.13]).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,11 +32,6 @@ impl PeerAuth {
     }
 }
 
-/// Whether every pair of `selector` is among `labels` ([C.3]).
-pub(super) fn matches(selector: &Labels, labels: &Labels) -> bool {
-    selector.iter().all(|(key, value)| labels.get(key) == Some(value))
-}
-
 /// The policies of a cluster, by scope; within a scope the oldest first ([C.2]).
 pub(super) struct Policies<'a> {
     mesh: Option<&'a PeerAuthentication>,
@@ -43,7 +41,7 @@ pub(super) struct Policies<'a> {
 #[derive(Default)]
 struct Scope<'a> {
     wide: Option<&'a PeerAuthentication>,
-    selecting: Vec<&'a PeerAuthentication>,
+    selecting: Option<Selecting<PeerAuthentication>>,
 }
 
 impl<'a> Policies<'a> {
@@ -57,6 +55,7 @@ impl<'a> Policies<'a> {
         all.sort_by(|a, b| a.age.cmp(&b.age));
         let root = &*cluster.mesh.root_namespace;
         let mut policies = Self { mesh: None, namespaces: HashMap::new() };
+        let mut selecting: HashMap<&str, Vec<_>> = HashMap::new();
         for policy in all {
             let name = policy.object();
             if policy.selector_written_empty {
@@ -76,20 +75,22 @@ impl<'a> Policies<'a> {
                 }
                 continue;
             }
-            let scope = policies.namespaces.entry(namespace).or_default();
             if policy.selector.is_empty() {
+                let scope = policies.namespaces.entry(namespace).or_default();
                 keep_oldest(&mut scope.wide, policy, "namespace-wide", "PA.2", warnings);
             } else {
-                scope.selecting.push(policy);
+                selecting.entry(namespace).or_default().push(policy.clone());
             }
+        }
+        for (namespace, selecting) in selecting {
+            policies.namespaces.entry(namespace).or_default().selecting = Some(Selecting::new(selecting));
         }
         policies
     }
 
     /// [PA.3]; the winner is chosen by age before inheritance ([PA.5]).
-    fn workload(&self, namespace: &str, labels: &Labels) -> Option<&'a PeerAuthentication> {
-        let scope = self.namespaces.get(namespace)?;
-        scope.selecting.iter().find(|policy| matches(&policy.selector, labels)).copied()
+    fn workload(&self, namespace: &str, labels: &Labels) -> Option<&PeerAuthentication> {
+        self.namespaces.get(namespace)?.selecting.as_ref()?.oldest(labels).map(|policy| &**policy)
     }
 
     /// Specification §5.2, for every port of a pod at once.

@@ -19,7 +19,7 @@ use self::{
     index::Index,
     rule::{Facts, Rule, Trust},
 };
-use super::{Options, peer_auth::matches};
+use super::{Options, selecting::Selecting};
 
 mod index;
 pub(super) mod rule;
@@ -240,7 +240,7 @@ pub(super) struct Authorizations {
     trust: Arc<Trust>,
     root: Arc<str>,
     wide: HashMap<Scope, Arc<Layer>>,
-    selecting: HashMap<Scope, Selecting>,
+    selecting: HashMap<Scope, Selecting<AuthorizationPolicy>>,
     /// Layers of policies that select by labels, by those policies.
     selected: HashMap<Vec<*const AuthorizationPolicy>, Arc<Layer>>,
     before: Layers,
@@ -257,43 +257,6 @@ pub(super) struct Layers {
 impl PartialEq for Layers {
     fn eq(&self, _: &Self) -> bool {
         true
-    }
-}
-
-/// Policies with a selector, by one of its labels.
-#[derive(Default)]
-struct Selecting {
-    /// The oldest first.
-    policies: Vec<Arc<AuthorizationPolicy>>,
-    by_label: HashMap<(String, String), Vec<usize>>,
-}
-
-impl Selecting {
-    fn new(policies: Vec<Arc<AuthorizationPolicy>>) -> Self {
-        let mut times: HashMap<(&String, &String), usize> = HashMap::new();
-        for label in policies.iter().flat_map(|policy| &policy.selector) {
-            *times.entry(label).or_default() += 1;
-        }
-        let mut by_label: HashMap<_, Vec<usize>> = HashMap::new();
-        for (place, policy) in policies.iter().enumerate() {
-            // The label that the fewest selectors have.
-            if let Some((key, value)) = policy.selector.iter().min_by_key(|label| times.get(label).copied()) {
-                by_label.entry((key.clone(), value.clone())).or_default().push(place);
-            }
-        }
-        Self { policies, by_label }
-    }
-
-    /// Those that select a pod with these labels, the oldest first.
-    fn of(&self, labels: &Labels) -> Vec<&Arc<AuthorizationPolicy>> {
-        if self.by_label.is_empty() {
-            return Vec::new();
-        }
-        let lists = labels.iter().filter_map(|(key, value)| self.by_label.get(&(key.clone(), value.clone())));
-        let mut places: Vec<usize> =
-            lists.flatten().copied().filter(|place| matches(&self.policies[*place].selector, labels)).collect();
-        places.sort_unstable();
-        places.into_iter().map(|place| &self.policies[place]).collect()
     }
 }
 
