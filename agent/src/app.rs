@@ -41,7 +41,7 @@ use crate::{
     identity::{self, Identities},
     limits::{self, Limits},
     listen::NodePort,
-    model::{ObjectRef, PodUid, TrustDomain},
+    model::{Cluster, ObjectRef, PodUid, TrustDomain},
     netns::NetnsHandle,
     pods::{self, Kubelet},
     policy::{self, Snapshot},
@@ -191,7 +191,8 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     info!(open_files = files, "limit of open files");
     let limits = Limits::new(config.limits, files);
 
-    let mut first = policy::compile(&views.borrow().cluster, &options, None);
+    let compiled = views.borrow().cluster.clone();
+    let mut first = policy::compile(&compiled, &options, None);
     first.generation = datapath.first_generation();
     let (snapshots, snapshot) = watch::channel(Arc::new(first));
     let registry = open::Registry::new(names.clone(), config.metrics_label_sets);
@@ -297,6 +298,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         forgotten: Instant::now(),
         proved: Instant::now(),
         compiles: (0, Duration::ZERO),
+        compiled,
         identities,
         host,
         kubelet: None,
@@ -482,6 +484,8 @@ struct Control {
     proved: Instant,
     /// How often policy was compiled, and how long it took the last time.
     compiles: (u64, Duration),
+    /// What the snapshot in force comes from.
+    compiled: Arc<Cluster>,
     identities: Identities,
     host: Arc<NetnsHandle>,
     kubelet: Option<Kubelet>,
@@ -661,7 +665,9 @@ impl Control {
     fn compile(&mut self, view: &View, node: &pods::Node) {
         let before = self.snapshots.borrow().clone();
         let begun = Instant::now();
-        let next = policy::compile(&view.cluster, &self.options, Some(&before));
+        let last = policy::Before { cluster: &self.compiled, snapshot: &before };
+        let next = policy::compile(&view.cluster, &self.options, Some(last));
+        self.compiled = view.cluster.clone();
         self.compiles = (self.compiles.0 + 1, begun.elapsed());
         for warning in next.warnings.iter().filter(|warning| !before.warnings.contains(warning)) {
             warn!("{warning}");

@@ -3,6 +3,7 @@
 //! What did not change since the previous snapshot is shared with it, so that readers can tell by pointer.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map::Entry},
     hash::Hash,
     sync::Arc,
@@ -12,7 +13,11 @@ use crate::model::{Cluster, Labels, Node, ObjectRef, Pod, SpiffeId};
 
 use super::{
     Authorization, Occupant, Options, PeerAuth, RuleId, RuleKind, RuleObject, Server, Snapshot, Workload,
-    authorization::Authorizations, endpoints::Lookup, enrollment, peer_auth::Policies,
+    authorization::Authorizations,
+    changes::{Before, Changes},
+    endpoints::Lookup,
+    enrollment,
+    peer_auth::Policies,
 };
 
 /// Options of enrolled pods that are known, but not read by this version ([E.6]).
@@ -21,9 +26,11 @@ const UNREAD_OPTIONS: [&str; 3] =
 
 /// Compiles `cluster` as it is now.
 ///
-/// `previous` gives rules their numbers and the generation its successor; where the content is the same, the
-/// generation is too.
-pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>) -> Snapshot {
+/// `before` gives rules their numbers and the generation its successor; where the content is the same, the generation
+/// is too. What is made from objects that are still the same ones is taken over from it.
+pub fn compile(cluster: &Cluster, options: &Options, before: Option<Before<'_>>) -> Snapshot {
+    let mut changes = Changes::of(cluster, before);
+    let previous = before.map(|before| before.snapshot);
     let mut warnings = Vec::new();
     let policies = Policies::of(cluster, options, &mut warnings);
     let layers = previous.map(|previous| previous.layers.clone()).unwrap_or_default();
@@ -53,11 +60,19 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
     // Few texts for many pods.
     let mut reasons: HashSet<Arc<str>> = HashSet::new();
     for pod in cluster.pods.values() {
-        let mut enrollment = enrollment(pod, cluster.namespaces.get(&pod.object.namespace).map(|n| &**n), options);
-        match reasons.get(&enrollment.reason) {
-            Some(same) => enrollment.reason = same.clone(),
-            None => drop(reasons.insert(enrollment.reason.clone())),
-        }
+        let namespace = &pod.object.namespace;
+        let known = changes.workload(pod);
+        let enrollment = known.map_or_else(
+            || {
+                let mut enrollment = enrollment(pod, cluster.namespaces.get(namespace).map(|n| &**n), options);
+                match reasons.get(&enrollment.reason) {
+                    Some(same) => enrollment.reason = same.clone(),
+                    None => drop(reasons.insert(enrollment.reason.clone())),
+                }
+                Cow::Owned(enrollment)
+            },
+            |known| Cow::Borrowed(&known.enrollment),
+        );
         warnings.extend(enrollment.warnings.iter().map(|warning| format!("Pod {}: {warning}", pod.object)));
         if enrollment.enrolled {
             let unread = UNREAD_OPTIONS.into_iter().filter(|name| pod.annotations.contains_key(*name));
@@ -69,12 +84,8 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
             }));
             policies.hint_service_ports(pod, lookup.services_of(&pod.object.namespace), &mut warnings);
         }
-        let namespace = &pod.object.namespace;
         let number = |object: &ObjectRef| numbers.get(object).copied().unwrap_or_default();
-        let peer_auth = policies.effective(namespace, &pod.labels, number);
-        let authorization = authorizations.effective(namespace, &pod.labels);
-        let (region, zone) = places.get(&pod.node).cloned().unwrap_or_default();
-        let workload = Workload {
+        let make = |authorizations: &mut Authorizations| Workload {
             uid: pod.uid.clone(),
             object: pod.object.clone(),
             identity: SpiffeId {
@@ -84,17 +95,28 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
             },
             ips: addresses(pod),
             node: pod.node.clone(),
-            enrollment,
-            peer_auth,
-            authorization,
+            peer_auth: policies.effective(namespace, &pod.labels, number),
+            authorization: authorizations.effective(namespace, &pod.labels),
+            enrollment: enrollment.clone().into_owned(),
             workload_name: pod.workload_name.clone(),
             labels: pod.labels.clone(),
-            region,
-            zone,
+            region: places.get(&pod.node).and_then(|(region, _)| region.clone()),
+            zone: places.get(&pod.node).and_then(|(_, zone)| zone.clone()),
         };
-        let workload = shared(workload, previous.and_then(|p| p.workloads.get(&pod.uid)));
+        let workload = match known.filter(|_| changes.same_policy(namespace)) {
+            Some(known) => known.clone(),
+            None => {
+                let old = previous.and_then(|previous| previous.workloads.get(&pod.uid));
+                let workload = shared(make(&mut authorizations), old);
+                if old.is_none_or(|old| !Arc::ptr_eq(old, &workload)) {
+                    changes.changed(&workload);
+                }
+                workload
+            }
+        };
         for ip in &workload.ips {
             if let Some(other) = occupy(&mut snapshot.by_ip, *ip, &workload, |a, b| a.uid == b.uid) {
+                changes.ambiguous();
                 warnings.push(format!(
                     "Pods {} and {} both have the address {ip}: connections to it are refused until one of them is gone",
                     other.object, workload.object
@@ -104,8 +126,13 @@ pub fn compile(cluster: &Cluster, options: &Options, previous: Option<&Snapshot>
         snapshot.workloads.insert(pod.uid.clone(), workload);
     }
     for service in cluster.services.values() {
-        let compiled = lookup.compile(service, &snapshot);
-        let compiled = shared(compiled, previous.and_then(|p| p.services.get(&service.object)));
+        let compiled = match changes.service(service, lookup.slices(&service.object)) {
+            Some(same) => same.clone(),
+            None => {
+                let compiled = lookup.compile(service, &snapshot);
+                shared(compiled, previous.and_then(|p| p.services.get(&service.object)))
+            }
+        };
         for vip in &compiled.cluster_ips {
             if let Some(other) = occupy(&mut snapshot.by_vip, *vip, &compiled, |a, b| a.object == b.object) {
                 warnings.push(format!(
@@ -238,7 +265,7 @@ fn occupy<K: Eq + Hash, T>(
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
+    use std::{net::IpAddr, sync::LazyLock};
 
     use super::{
         super::{
@@ -253,6 +280,12 @@ mod tests {
         text.parse().expect("an address of a test")
     }
 
+    /// Nothing is recognised by its source.
+    fn after(snapshot: &Snapshot) -> Before<'_> {
+        static NONE: LazyLock<Cluster> = LazyLock::new(Cluster::default);
+        Before { cluster: &NONE, snapshot }
+    }
+
     fn uid(text: &str) -> PodUid {
         PodUid(text.into())
     }
@@ -265,14 +298,14 @@ mod tests {
         let options = Options::default();
         let first = compile(&cluster, &options, None);
         assert_eq!(first.generation, 1);
-        let same = compile(&cluster, &options, Some(&first));
+        let same = compile(&cluster, &options, Some(after(&first)));
         assert_eq!(same, first);
         cluster.put(policy("test", "strict", 1, MtlsMode::Strict));
-        let second = compile(&cluster, &options, Some(&same));
+        let second = compile(&cluster, &options, Some(after(&same)));
         assert_eq!(second.generation, 2);
         assert_ne!(second.workload(&uid("test/nginx")), first.workload(&uid("test/nginx")));
         let last = Snapshot { generation: u32::MAX, ..first };
-        assert_eq!(compile(&cluster, &options, Some(&last)).generation, 1, "0 means none");
+        assert_eq!(compile(&cluster, &options, Some(after(&last))).generation, 1, "0 means none");
     }
 
     #[test]
@@ -283,7 +316,7 @@ mod tests {
         cluster.put(service("default", "web", "10.96.0.1", 80, TargetPort::Number(8080)));
         let first = compile(&cluster, &Options::default(), None);
         cluster.put(policy("test", "strict", 1, MtlsMode::Strict));
-        let second = compile(&cluster, &Options::default(), Some(&first));
+        let second = compile(&cluster, &Options::default(), Some(after(&first)));
         assert!(Arc::ptr_eq(&first.workloads[&uid("default/web")], &second.workloads[&uid("default/web")]));
         assert!(!Arc::ptr_eq(&first.workloads[&uid("test/nginx")], &second.workloads[&uid("test/nginx")]));
         let web = ObjectRef::new("default", "web");
@@ -297,9 +330,9 @@ mod tests {
         cluster.put(policy("test", "b", 5, MtlsMode::Strict));
         let first = compile(&cluster, &Options::default(), None);
         cluster.put(policy("test", "a", 1, MtlsMode::Disable));
-        let second = compile(&cluster, &Options::default(), Some(&first));
+        let second = compile(&cluster, &Options::default(), Some(after(&first)));
         cluster.peer_authentications.remove(&ObjectRef::new("test", "b"));
-        let third = compile(&cluster, &Options::default(), Some(&second));
+        let third = compile(&cluster, &Options::default(), Some(after(&second)));
         let rule = |s: &Snapshot| s.workload(&uid("test/nginx")).map(|w| w.peer_auth.rule);
         assert_eq!((rule(&first), rule(&second), rule(&third)), (Some(RuleId(1)), Some(RuleId(2)), Some(RuleId(2))));
         assert_eq!(third.rule(RuleId(1)).map(ToString::to_string).as_deref(), Some("PeerAuthentication test/b"));
@@ -335,7 +368,7 @@ mod tests {
         cluster.pods.clear();
         cluster.put(pod("test", "a", "10.0.0.1"));
         cluster.put(Pod { finished: true, ..pod("test", "b", "10.0.0.1") });
-        let snapshot = compile(&cluster, &Options::default(), Some(&snapshot));
+        let snapshot = compile(&cluster, &Options::default(), Some(after(&snapshot)));
         assert!(matches!(snapshot.workload_by_ip(ip("10.0.0.1")), Some(Occupant::One(w)) if w.uid == uid("test/a")));
     }
 

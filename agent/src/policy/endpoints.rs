@@ -6,13 +6,14 @@
 //! that refers to a pod which the source does not have is left out: nothing says whether it needs a tunnel.
 
 use std::{
+    cell::OnceCell,
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
 use crate::model::{
-    Cluster, EndpointSlice, ObjectRef, Pod, Service, ServicePort, SessionAffinity, SliceEndpoint, TargetPort,
+    Cluster, EndpointSlice, Labels, ObjectRef, Pod, Service, ServicePort, SessionAffinity, SliceEndpoint, TargetPort,
 };
 
 use super::{Occupant, Snapshot, Workload, selecting::matches};
@@ -48,25 +49,42 @@ pub struct Endpoint {
 /// Look-ups that the endpoints of all Services share.
 pub(super) struct Lookup<'a> {
     cluster: &'a Cluster,
-    pods_by_name: HashMap<&'a ObjectRef, &'a Arc<Pod>>,
-    pods_by_namespace: HashMap<&'a str, Vec<&'a Arc<Pod>>>,
+    pods: OnceCell<Pods<'a>>,
     slices: HashMap<&'a ObjectRef, Vec<&'a EndpointSlice>>,
     services_by_namespace: HashMap<&'a str, Vec<&'a Service>>,
 }
 
+/// The pods of the cluster by what Services name them by.
+struct Pods<'a> {
+    by_name: HashMap<&'a ObjectRef, &'a Arc<Pod>>,
+    /// By namespace, and key and value of each label.
+    by_label: HashMap<(&'a str, &'a str, &'a str), Vec<&'a Arc<Pod>>>,
+}
+
+impl<'a> Pods<'a> {
+    fn of(cluster: &'a Cluster) -> Self {
+        let mut pods = Self { by_name: HashMap::new(), by_label: HashMap::new() };
+        for pod in cluster.pods.values() {
+            pods.by_name.insert(&pod.object, pod);
+            for (key, value) in &*pod.labels {
+                pods.by_label.entry((&pod.object.namespace, key, value)).or_default().push(pod);
+            }
+        }
+        pods
+    }
+
+    /// Those that a Service's selector, which is not empty, selects.
+    fn selected<'s>(&'s self, namespace: &'s str, selector: &'s Labels) -> impl Iterator<Item = &'a Arc<Pod>> {
+        let lists = selector.iter().map(|(key, value)| self.by_label.get(&(namespace, &**key, &**value)));
+        let fewest = lists.map(|list| list.map(Vec::as_slice).unwrap_or_default()).min_by_key(|list| list.len());
+        fewest.unwrap_or_default().iter().copied().filter(|pod| matches(selector, &pod.labels))
+    }
+}
+
 impl<'a> Lookup<'a> {
     pub(super) fn of(cluster: &'a Cluster) -> Self {
-        let mut lookup = Self {
-            cluster,
-            pods_by_name: HashMap::new(),
-            pods_by_namespace: HashMap::new(),
-            slices: HashMap::new(),
-            services_by_namespace: HashMap::new(),
-        };
-        for pod in cluster.pods.values() {
-            lookup.pods_by_name.insert(&pod.object, pod);
-            lookup.pods_by_namespace.entry(&pod.object.namespace).or_default().push(pod);
-        }
+        let mut lookup =
+            Self { cluster, pods: OnceCell::new(), slices: HashMap::new(), services_by_namespace: HashMap::new() };
         for slice in cluster.endpoint_slices.values() {
             lookup.slices.entry(&slice.service).or_default().push(slice);
         }
@@ -78,6 +96,15 @@ impl<'a> Lookup<'a> {
 
     pub(super) fn services_of(&self, namespace: &str) -> impl Iterator<Item = &'a Service> {
         self.services_by_namespace.get(namespace).into_iter().flatten().copied()
+    }
+
+    fn pods(&self) -> &Pods<'a> {
+        self.pods.get_or_init(|| Pods::of(self.cluster))
+    }
+
+    /// The slices of a Service.
+    pub(super) fn slices(&self, service: &ObjectRef) -> &[&'a EndpointSlice] {
+        self.slices.get(service).map(Vec::as_slice).unwrap_or_default()
     }
 
     /// `snapshot` has its workloads and addresses already.
@@ -110,8 +137,7 @@ impl<'a> Lookup<'a> {
                 }
             }
         } else if !service.selector.is_empty() {
-            let namespace = self.pods_by_namespace.get(&*service.object.namespace).into_iter().flatten();
-            for pod in namespace.filter(|pod| matches(&service.selector, &pod.labels)) {
+            for pod in self.pods().selected(&service.object.namespace, &service.selector) {
                 // A pod that lacks the name is not an endpoint.
                 let target = match &port.target {
                     TargetPort::Number(number) => Some(*number),
@@ -141,7 +167,7 @@ impl<'a> Lookup<'a> {
         bare: &mut BTreeSet<(SocketAddr, Arc<str>)>,
     ) {
         if let Some((uid, name)) = &endpoint.pod {
-            let pod = self.pods_by_name.get(name).filter(|pod| uid.as_ref().is_none_or(|uid| *uid == pod.uid));
+            let pod = self.pods().by_name.get(name).filter(|pod| uid.as_ref().is_none_or(|uid| *uid == pod.uid));
             if let Some((pod, found)) = pod.and_then(|p| Some((p, pod_endpoint(p, target, service, snapshot)?))) {
                 pods.insert(pod.uid.clone(), found);
             }

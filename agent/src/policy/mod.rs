@@ -11,6 +11,7 @@ use std::collections::BTreeSet;
 use crate::model::ObjectRef;
 
 mod authorization;
+mod changes;
 mod compile;
 mod decide;
 mod endpoints;
@@ -23,6 +24,7 @@ mod snapshot;
 pub(crate) mod testing;
 
 pub use authorization::{Authorization, RuleRef, hints};
+pub use changes::Before;
 pub use compile::{Protection, Servers, compile};
 pub use decide::{Client, Connection, DecidedBy, DryRun, Server, Verdict, decide};
 pub use endpoints::{CompiledService, Endpoint};

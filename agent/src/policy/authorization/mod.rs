@@ -243,14 +243,18 @@ pub(super) struct Authorizations {
     selecting: HashMap<Scope, Selecting<AuthorizationPolicy>>,
     /// Layers of policies that select by labels, by those policies.
     selected: HashMap<Vec<*const AuthorizationPolicy>, Arc<Layer>>,
+    hints: HashMap<ObjectRef, (Arc<AuthorizationPolicy>, Vec<String>)>,
     before: Layers,
 }
 
 /// Layers of a snapshot, so that the next one need not compile what stays.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Layers {
+    trust: Arc<Trust>,
     wide: HashMap<Scope, Arc<Layer>>,
     selected: HashMap<Vec<ObjectRef>, Arc<Layer>>,
+    /// Of each policy, what is to be said of it.
+    hints: HashMap<ObjectRef, (Arc<AuthorizationPolicy>, Vec<String>)>,
 }
 
 /// Layers follow from the cluster and are no content of their own.
@@ -262,20 +266,28 @@ impl PartialEq for Layers {
 
 impl Authorizations {
     /// Sorts the policies of this revision ([C.5]) by what they select, and warns of what they do not do.
-    pub(super) fn of(cluster: &Cluster, options: &Options, before: Layers, warnings: &mut Vec<String>) -> Self {
+    pub(super) fn of(cluster: &Cluster, options: &Options, mut before: Layers, warnings: &mut Vec<String>) -> Self {
         let mut all: Vec<&Arc<AuthorizationPolicy>> = cluster
             .authorization_policies
             .values()
             .filter(|policy| policy.revision.as_ref().is_none_or(|revision| *revision == options.revision))
             .collect();
         all.sort_by(|a, b| a.age.cmp(&b.age));
-        let trust = Arc::new(Trust::of(&cluster.mesh));
+        let trust = Trust::of(&cluster.mesh);
+        let trust = if trust == *before.trust { before.trust.clone() } else { Arc::new(trust) };
+        let mut known = std::mem::take(&mut before.hints);
+        known.retain(|_, _| Arc::ptr_eq(&trust, &before.trust));
+        let mut said = HashMap::with_capacity(all.len());
         let root = &cluster.mesh.root_namespace;
         let (mut wide, mut selecting): (HashMap<Scope, Vec<_>>, HashMap<Scope, Vec<_>>) = Default::default();
         for policy in all {
             let name = policy.object();
-            let hints = hints(policy, &cluster.mesh);
-            warnings.extend(hints.into_iter().map(|hint| format!("AuthorizationPolicy {name}{hint}")));
+            let hints = match known.remove(&name) {
+                Some((same, hints)) if Arc::ptr_eq(&same, policy) => hints,
+                Some(_) | None => hints(policy, &cluster.mesh),
+            };
+            warnings.extend(hints.iter().map(|hint| format!("AuthorizationPolicy {name}{hint}")));
+            said.insert(name, (policy.clone(), hints));
             if policy.has_targets {
                 continue;
             }
@@ -290,6 +302,7 @@ impl Authorizations {
             wide: HashMap::new(),
             selecting: selecting.into_iter().map(|(scope, policies)| (scope, Selecting::new(policies))).collect(),
             selected: HashMap::new(),
+            hints: said,
             before,
         };
         for (scope, policies) in wide {
@@ -335,8 +348,17 @@ impl Authorizations {
     /// What the next snapshot can use.
     pub(super) fn into_layers(self) -> Layers {
         let named = |layer: &Arc<Layer>| layer.policies.iter().map(|policy| policy.object()).collect();
-        let selected = self.selected.values().map(|layer| (named(layer), layer.clone())).collect();
-        Layers { wide: self.wide, selected }
+        let asked: HashMap<_, _> = self.selected.values().map(|layer| (named(layer), layer.clone())).collect();
+        // Of pods that nobody has asked about because nothing has changed for them.
+        let mut selected = self.before.selected;
+        selected.retain(|_, layer| {
+            let current = |policy: &Arc<AuthorizationPolicy>| {
+                self.hints.get(&policy.object()).is_some_and(|(known, _)| Arc::ptr_eq(known, policy))
+            };
+            Arc::ptr_eq(&layer.trust, &self.trust) && layer.policies.iter().all(current)
+        });
+        selected.extend(asked);
+        Layers { trust: self.trust, wide: self.wide, selected, hints: self.hints }
     }
 }
 

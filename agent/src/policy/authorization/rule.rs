@@ -72,7 +72,7 @@ impl<'a> Facts<'a> {
 }
 
 /// The mesh's trust domain and its aliases: one set, whichever is written ([AP.12]).
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(in crate::policy) struct Trust {
     domains: Vec<String>,
 }
