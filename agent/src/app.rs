@@ -58,6 +58,10 @@ use crate::{
 
 /// Period of the sign of life, and of whatever is looked at again.
 const TICK: Duration = Duration::from_millis(250);
+/// From taking over until the start's text is given back: certificates are there, first connections too.
+const FIRST_GIVE_BACK: Duration = Duration::from_secs(2);
+/// How often after that. What runs all the time comes back within microseconds, from the page cache.
+const GIVE_BACK: Duration = Duration::from_mins(10);
 /// A worker that is silent for longer is stuck, and the sign of life is withheld.
 const WORKER_SILENCE: Duration = Duration::from_secs(5);
 /// How often the metrics of workloads that are gone are dropped.
@@ -298,6 +302,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         forgotten: Instant::now(),
         proved: Instant::now(),
         compiles: (0, Duration::ZERO),
+        give_back_at: None,
         compiled,
         identities,
         host,
@@ -484,6 +489,8 @@ struct Control {
     proved: Instant,
     /// How often policy was compiled, and how long it took the last time.
     compiles: (u64, Duration),
+    /// When text that has run is given back; `None` until it serves.
+    give_back_at: Option<Instant>,
     /// What the snapshot in force comes from.
     compiled: Arc<Cluster>,
     identities: Identities,
@@ -565,6 +572,7 @@ impl Control {
                     self.datapath.maintain();
                     self.tell();
                     self.forget();
+                    self.give_back();
                     if let Stage::Serving = self.stage
                         && self.proved.elapsed() >= PROVE
                     {
@@ -653,12 +661,20 @@ impl Control {
         self.answering.send_replace(true);
         self.first_pass = None;
         info!(generation = snapshot.generation, pods = node.pods.len(), "ready");
+        self.give_back_at = Some(Instant::now() + FIRST_GIVE_BACK);
+        Ok(())
+    }
+
+    fn give_back(&mut self) {
+        if self.give_back_at.is_none_or(|at| Instant::now() < at) {
+            return;
+        }
+        self.give_back_at = Some(Instant::now() + GIVE_BACK);
         match resident::give_back_text() {
-            Ok(kib) => debug!(kib, "what only the start needed of the program is not resident any more"),
+            Ok(kib) => debug!(kib, "text of the program that does not run is not resident any more"),
             // It holds more than it needs, and is right.
             Err(error) => debug!(error = format!("{error:#}"), "the program's text stays resident"),
         }
-        Ok(())
     }
 
     /// From what the source says to a snapshot; the workers see it at once.

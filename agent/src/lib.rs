@@ -31,7 +31,7 @@
 //! | [`enroll`] | bring a pod in and out, in the right order, and again without harm |
 //! | [`admin`] | what an operator can ask a running agent: what it believes, its connections, its log level |
 //! | [`ca`] | the server side of the CA API: who may ask for which identity, and the signing |
-//! | [`resident`] | gives back what only the start has needed of memory |
+//! | [`resident`] | gives back text of the program that does not run |
 //! | [`cli`], [`config`] | what was typed; then what it means |
 //! | [`app`] | wiring, and nothing clever |
 //!

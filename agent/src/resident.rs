@@ -1,7 +1,8 @@
-//! Gives back what only the start has needed of memory.
+//! Gives back program text that does not run.
 //!
-//! Half of what an idle agent would hold is program text that has run once: reading manifests, the kernel's types and the
-//! command line. It is clean, so the kernel can have it for others; what runs again is mapped again from the page cache.
+//! Half of what an idle agent would hold is text that has run once: reading manifests, the kernel's types and the command
+//! line, the first handshakes. It is clean, so the kernel can have it for others; what runs again is mapped again from the
+//! page cache.
 
 use std::{fs, io};
 

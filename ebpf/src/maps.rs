@@ -66,4 +66,4 @@ pub(crate) static SETTINGS: Array<SettingsValue, 1> = Array::new();
 /// Refusals and ends of connections that no process of the agent saw; bytes. When it is full the event is lost and the
 /// counter in `VERDICTS` still stands.
 #[btf_map]
-pub(crate) static EVENTS: RingBuf<Event, 1_048_576> = RingBuf::new();
+pub(crate) static EVENTS: RingBuf<Event, 524_288> = RingBuf::new();
