@@ -35,7 +35,7 @@ use super::{
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
 /// Quiet after an event before anything is read: one `kubectl`-like save, or one copy of many files, is one view.
-const DEBOUNCE: Duration = Duration::from_millis(50);
+const DEBOUNCE: Duration = Duration::from_millis(10);
 
 /// Longest time that events in a row put off reading.
 const MAX_DELAY: Duration = Duration::from_millis(500);

@@ -9,12 +9,16 @@ use culvert_tests::load::usage::Cpu;
 use culvert_tests::load::{Latency, LoadResult};
 
 use super::Peer;
-use super::session::{FAR, NEAR, Session, Tools};
+use super::session::{FAR, NEAR, Session, Tools, elsewhere, policies};
 
 type Figures = BTreeMap<&'static str, f64>;
 
 /// Workloads of the large configuration.
 pub(super) const WORKLOADS: usize = 50_000;
+/// Pods and policies of the cluster in which a policy is changed, and the namespaces that they are in.
+pub(super) const CHANGED: (usize, usize, usize) = (10_000, 2_000, 100);
+/// How often it is changed.
+const CHANGES: usize = 200;
 /// Nodes of a session.
 const NODES: f64 = 2.0;
 /// Stalled readers, and the connections that must finish beside them.
@@ -73,6 +77,7 @@ pub(super) const MEASURES: &[Measure] = &[
     Measure::shared_as("stalled", stalled),
     Measure { name: "memory", scope: Scope::Own(memory) },
     Measure { name: "workloads", scope: Scope::Own(workloads) },
+    Measure { name: "changes", scope: Scope::Own(changes) },
 ];
 
 fn spread(figures: &mut Figures, latency: &Latency) {
@@ -199,7 +204,7 @@ fn memory(peer: Peer, tools: &Tools) -> Result<Option<Figures>> {
     if peer == Peer::Plain {
         return Ok(None);
     }
-    let session = Session::up(peer, tools, 0)?;
+    let session = Session::up(peer, tools, None)?;
     let per_node = || -> Result<f64> { Ok(session.memory_kib()?.context("a peer without proxies")? / NODES) };
     let settle = || thread::sleep(Duration::from_secs(3));
     settle();
@@ -228,7 +233,8 @@ fn workloads(peer: Peer, tools: &Tools) -> Result<Option<Figures>> {
     let mut figures = Figures::new();
     let mut memory = Vec::new();
     for (count, ready) in [(0, "ready_s_without"), (WORKLOADS, "ready_s")] {
-        let session = Session::up(peer, tools, count)?;
+        let more = if count > 0 { Some(elsewhere(count, 1)?) } else { None };
+        let session = Session::up(peer, tools, more.as_deref())?;
         thread::sleep(Duration::from_secs(5));
         memory.push(session.memory_kib()?.context("a peer without proxies")? / NODES);
         figures.insert(ready, session.ready.as_secs_f64());
@@ -238,5 +244,25 @@ fn workloads(peer: Peer, tools: &Tools) -> Result<Option<Figures>> {
         }
         session.down()?;
     }
+    Ok(Some(figures))
+}
+
+/// From a manifest that is in place to a verdict of the kernel that follows it.
+fn changes(peer: Peer, tools: &Tools) -> Result<Option<Figures>> {
+    if peer != Peer::Culvert {
+        return Ok(None);
+    }
+    let (pods, count, namespaces) = CHANGED;
+    let more = elsewhere(pods, namespaces)? + &policies(count, namespaces)?;
+    let session = Session::up(peer, tools, Some(&more))?;
+    let (took, cpu) = session.with_cpu(|| session.changes(CHANGES))?;
+    let mut took: Vec<f64> = took.iter().map(|took| took.as_secs_f64() * 1e6).collect();
+    took.sort_by(f64::total_cmp);
+    let at = |share: f64| took.get(((took.len() - 1) as f64 * share).round() as usize).copied().unwrap_or_default();
+    let mut figures = Figures::from([("p50_us", at(0.5)), ("p99_us", at(0.99))]);
+    if let Some(cpu) = cpu {
+        figures.insert("cpu_ms", cpu.total() * 1e3 / CHANGES as f64 / NODES);
+    }
+    session.down()?;
     Ok(Some(figures))
 }

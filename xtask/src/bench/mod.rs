@@ -163,7 +163,7 @@ fn measure(
     let mut all = Vec::new();
     let shared: Vec<_> = chosen.iter().filter_map(|m| Some((m.name, m.shared()?))).collect();
     if !shared.is_empty() {
-        let session = Session::up(peer, tools, 0)?;
+        let session = Session::up(peer, tools, None)?;
         for (name, take) in shared {
             wait_quiet(quiet)?;
             let figures = take(&session).with_context(|| format!("{peer}: {name}"))?;

@@ -22,6 +22,8 @@ const CLIENT: &str = "test/client";
 pub(super) const FAR: &str = "default/server";
 /// A server on the client's own node.
 pub(super) const NEAR: &str = "default/local";
+/// A pod of the client's node that is not in the mesh.
+const OUTSIDE: &str = "test/outside";
 /// Port of both servers.
 const PORT: u16 = 7000;
 /// Addresses of the far server that are used for nothing but first contacts.
@@ -47,10 +49,11 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    /// Builds two nodes and puts the peer between their pods. `workloads` are further pods of nodes elsewhere.
-    pub(super) fn up(peer: Peer, tools: &'a Tools, workloads: usize) -> Result<Self> {
+    /// Builds two nodes and puts the peer between their pods. `more` is a manifest that the agents have besides.
+    pub(super) fn up(peer: Peer, tools: &'a Tools, more: Option<&str>) -> Result<Self> {
         let plan = Plan::empty("bench")
             .pod(PodPlan::new(Node::A, "test", "client"))
+            .pod(PodPlan::new(Node::A, "test", "outside").label("istio.io/dataplane-mode", "none"))
             .pod(PodPlan::new(Node::A, "default", "local"))
             .pod(PodPlan::new(Node::B, "default", "server").more_addresses(FIRST_CONTACTS));
         let mut sandbox = Sandbox::build(plan)?;
@@ -60,8 +63,8 @@ impl<'a> Session<'a> {
             .chain(sandbox.pods().map(|pod| pod.place.clone()))
             .collect();
         places.iter().try_for_each(tune)?;
-        if workloads > 0 {
-            sandbox.manifests().apply("elsewhere.yaml", &elsewhere(workloads)?)?;
+        if let Some(more) = more {
+            sandbox.manifests().apply("more.yaml", more)?;
         }
         let mut ready = Duration::ZERO;
         let names: Vec<String> = match peer {
@@ -121,6 +124,35 @@ impl<'a> Session<'a> {
 
     pub(super) fn down(self) -> Result<()> {
         self.sandbox.take_down()
+    }
+
+    /// Makes the far server's mode STRICT and PERMISSIVE in turn: how long after the manifest was in place the kernel
+    /// answered a pod outside the mesh accordingly.
+    pub(super) fn changes(&self, count: usize) -> Result<Vec<Duration>> {
+        const LIMIT: Duration = Duration::from_secs(20);
+        let to: SocketAddr = self.at(FAR)?.parse().context("the server's address")?;
+        let folder = self.sandbox.manifests();
+        self.sandbox.pod(OUTSIDE)?.place.inside(|| {
+            let mut took = Vec::with_capacity(count);
+            for strict in (0..count).map(|nth| nth % 2 == 0) {
+                interrupt::check()?;
+                thread::sleep(Duration::from_millis(50));
+                let mode = if strict { "STRICT" } else { "PERMISSIVE" };
+                let policy = format!(
+                    "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{namespace: default, name: \
+                     changed}}\nspec: {{selector: {{matchLabels: {{app: server}}}}, mtls: {{mode: {mode}}}}}\n"
+                );
+                folder.apply("changed.yaml", &policy)?;
+                let begun = Instant::now();
+                // A refusal is a reset, and comes at once.
+                while TcpStream::connect_timeout(&to, Duration::from_secs(1)).is_err() != strict {
+                    ensure!(begun.elapsed() < LIMIT, "mode {mode} is not in force after {LIMIT:?}");
+                    thread::sleep(Duration::from_micros(200));
+                }
+                took.push(begun.elapsed());
+            }
+            Ok(took)
+        })
     }
 
     /// A server's address and port.
@@ -240,14 +272,42 @@ fn tune(place: &Place) -> Result<()> {
     })
 }
 
+fn namespace(nth: usize) -> String {
+    if nth == 0 { "default".to_owned() } else { format!("elsewhere-{nth}") }
+}
+
+/// Policies for those pods, as many of each kind; all of them allow what nobody does.
+pub(super) fn policies(count: usize, namespaces: usize) -> Result<String> {
+    let mut out = String::new();
+    for nth in 0..count / 2 {
+        let namespace = namespace(nth % namespaces);
+        let of = |kind: &str| {
+            format!(
+                "---\napiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{namespace: {namespace}, name: \
+                 elsewhere-{nth}}}\nspec:\n  selector: {{matchLabels: {{app: elsewhere-{}}}}}\n",
+                nth % 1000
+            )
+        };
+        write!(out, "{}  mtls: {{mode: STRICT}}\n", of("PeerAuthentication"))?;
+        writeln!(
+            out,
+            "{}  rules: [{{from: [{{source: {{principals: [cluster.local/ns/{namespace}/sa/elsewhere-{}]}}}}]}}]",
+            of("AuthorizationPolicy"),
+            nth % 100
+        )?;
+    }
+    Ok(out)
+}
+
 /// Pods of nodes that are not here, an address each; a hundred service accounts.
-fn elsewhere(count: usize) -> Result<String> {
+pub(super) fn elsewhere(count: usize, namespaces: usize) -> Result<String> {
     let mut out = String::new();
     for nth in 0..count {
+        let namespace = namespace(nth % namespaces);
         let (high, low) = (nth / 250, 1 + nth % 250);
         write!(
             out,
-            "---\napiVersion: v1\nkind: Pod\nmetadata: {{namespace: default, name: elsewhere-{nth}, \
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{namespace: {namespace}, name: elsewhere-{nth}, \
              uid: 00000000-0000-4000-8000-{nth:012x}, labels: {{app: elsewhere-{}}}}}\n\
              spec: {{nodeName: elsewhere-{}, serviceAccountName: elsewhere-{}, containers: [{{name: app, image: none}}]}}\n\
              status: {{phase: Running, conditions: [{{type: Ready, status: \"True\"}}], podIPs: [{{ip: 10.{}.{}.{low}}}]}}\n",
