@@ -822,6 +822,7 @@ impl Control {
             compile_time: self.compiles.1,
             enrolled: self.enrollments.pods().count(),
             failed: self.enrollments.failures(),
+            judged_by_agent: self.datapath.judged_by_agent(),
             strays: self.passed.strays(),
             certificates: self
                 .identities

@@ -317,7 +317,7 @@ impl Passed {
         let open = diag.list(&query(States::OPEN.and(States::SYN_RECV))).context("list the pod's sockets")?;
         let listening = diag.list(&query(States::LISTEN)).context("list the pod's listeners")?;
         let served: BTreeSet<u16> = listening.iter().map(|socket| socket.id.local.port()).collect();
-        // The kernel cannot judge their end again if that takes more than the mode.
+        // The kernel cannot judge their end again where the agent gives the verdicts.
         let handshakes = own.authorization.judges();
         if enrolled_now {
             self.older.note(pod, &mut diag, &open)?;
@@ -438,7 +438,7 @@ impl Passed {
         let ours = self.closed_by_us.remove(&(src(event), dst(event)));
         let (reason, detail, policy) = match &ours {
             Some((_, why)) => (why.reason, Some(&why.detail as &dyn fmt::Display), why.policy.clone()),
-            None => (word(event), None, None),
+            None => (word(event), None, allowed_by(snapshot, event)),
         };
         open.close(if ours.is_some() { Flag::Deny } else { Flag::None });
         self.line(snapshot, event, access::Event::Complete, reason, policy, detail);
@@ -449,7 +449,13 @@ impl Passed {
         let flow = (NetnsCookie(event.netns_cookie), src(event), dst(event));
         let facts = self.facts(snapshot, direction(event), flow, Carried::Kernel);
         let flag = match Reason::from_u8(event.reason) {
-            Some(Reason::StrictRequiresMtls | Reason::PolicyMissing | Reason::Loop) => Flag::Deny,
+            Some(
+                Reason::StrictRequiresMtls
+                | Reason::PolicyMissing
+                | Reason::Loop
+                | Reason::NoAllowMatch
+                | Reason::ExplicitDeny,
+            ) => Flag::Deny,
             // Not policy: the mesh could not take it.
             _ => Flag::Connect,
         };
@@ -489,6 +495,8 @@ impl Passed {
         if !self.limiter.admits(own, reason, Instant::now()) {
             return;
         }
+        let aside = own.and_then(|own| aside(snapshot, own, event));
+        let (dry_run, audit) = aside.map_or((None, None), |verdict| (verdict.dry_run, verdict.audit));
         let (sent, received) = by_side(event);
         self.access.record(&Access {
             event: kind,
@@ -506,8 +514,8 @@ impl Passed {
             error,
             reason: Some(&reason),
             policy: policy.as_ref().map(|policy| policy as &dyn fmt::Display),
-            dry_run: None,
-            audit: None,
+            dry_run: dry_run.as_ref().map(|dry| dry as &dyn fmt::Display),
+            audit: audit.as_ref().map(|rule| rule as &dyn fmt::Display),
             trace_id: None,
         });
     }
@@ -618,7 +626,32 @@ fn by_side(event: &Event) -> (u64, u64) {
 
 /// The object that decided in the kernel, as the access log names it.
 fn decided_by(snapshot: &Snapshot, event: &Event) -> Option<String> {
-    snapshot.rule(RuleId(event.rule)).map(|rule| rule.object.to_string())
+    snapshot.rule(RuleId(event.rule)).map(|rule| rule.decided_by().to_string())
+}
+
+/// The rule that allowed what the kernel passed. Where no ALLOW policy selects the pod, the number is of who set the mode.
+fn allowed_by(snapshot: &Snapshot, event: &Event) -> Option<String> {
+    (event.reason == Reason::AllowMatch as u8).then(|| decided_by(snapshot, event)).flatten()
+}
+
+/// What policies that are not enforced say of a plaintext connection that the kernel has judged ([AP.5], [AP.6]): as they are
+/// when it is told. Nothing where there are none, and of what never came to policy.
+fn aside(snapshot: &Snapshot, own: &Workload, event: &Event) -> Option<policy::Verdict> {
+    let judged = matches!(
+        Reason::from_u8(event.reason)?,
+        Reason::NoAllowPolicies | Reason::AllowMatch | Reason::NoAllowMatch | Reason::ExplicitDeny
+    );
+    let inbound = direction(event) == access::Direction::Inbound;
+    (judged && inbound && own.authorization.judges()).then(|| {
+        let connection = Connection {
+            server: own.server(),
+            client: Client::Plain,
+            source_ip: Some(event.src.ip()),
+            destination_ip: Some(event.dst.ip()),
+            port: event.dport,
+        };
+        policy::decide(snapshot, &connection)
+    })
 }
 
 fn word(event: &Event) -> &'static str {

@@ -16,7 +16,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     connections,
-    datapath::{Datapath, NetnsCookie, PodPolicy},
+    datapath::{Datapath, NetnsCookie, Plaintext, PodPolicy},
     limits::Limits,
     listen,
     model::{PodUid, SpiffeId},
@@ -37,6 +37,9 @@ pub struct Guard {
     /// Whether UDP is refused where a pod says nothing by its label [`UDP_LABEL`].
     pub udp_refused: bool,
 }
+
+/// Policies that a warning names.
+const NAMED: usize = 8;
 
 /// The label by which a pod says whether its UDP is refused: `allow` or `refuse`.
 pub const UDP_LABEL: &str = "culvert.io/udp";
@@ -64,7 +67,7 @@ pub enum State {
 struct Enrolled {
     pod: Arc<ServedPod>,
     policy: PodPolicy,
-    /// What the kernel has none of; when it changes, open connections are to be judged again.
+    /// What [`PodPolicy::plaintext`] is made of, and more; when it changes, open connections are to be judged again.
     authorization: Authorization,
 }
 
@@ -110,8 +113,14 @@ impl Enrollments {
             });
             self.leave(&uid, datapath, workers, comes_back);
         }
+        let mut tables = TablesOfPods::default();
         for (uid, (workload, netns)) in &wanted {
-            let policy = policy(snapshot, workload, &self.guard);
+            let same = self.enrolled.get(uid).filter(|known| known.authorization == workload.authorization);
+            let plaintext = match same {
+                Some(known) => known.policy.plaintext.clone(),
+                None => tables.of(snapshot, workload),
+            };
+            let policy = PodPolicy::of(snapshot, workload, plaintext, udp_refused(workload, &self.guard));
             let known = self.enrolled.get_mut(uid);
             if let Some(known) = known
                 && same_policy(&known.policy, &policy)
@@ -360,27 +369,48 @@ fn ip(address: &nix::sys::socket::SockaddrStorage) -> Option<IpAddr> {
     v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
 }
 
-fn policy(snapshot: &Snapshot, workload: &Workload, guard: &Guard) -> PodPolicy {
-    let auth = &workload.peer_auth;
-    PodPolicy {
-        generation: snapshot.generation,
-        mode: auth.mode,
-        rule: auth.rule.0,
-        ports: auth.ports.iter().map(|(port, (mode, rule))| (*port, (*mode, rule.0))).collect(),
-        plaintext_by_agent: workload.authorization.judges(),
-        udp_refused: match workload.labels.get(UDP_LABEL).map(String::as_str) {
-            None => guard.udp_refused,
-            Some("allow") => false,
-            // What cannot be understood must not open anything.
-            Some(_) => true,
-        },
+/// What policies say of plaintext, made once for all pods of one pass that have the same.
+#[derive(Default)]
+struct TablesOfPods(Vec<(Authorization, Vec<IpAddr>, Plaintext)>);
+
+impl TablesOfPods {
+    fn of(&mut self, snapshot: &Snapshot, workload: &Workload) -> Plaintext {
+        let authorization = &workload.authorization;
+        let ips = if authorization.asks_for_destination_ip() { workload.ips.as_slice() } else { &[] };
+        if let Some((.., known)) = self.0.iter().find(|(of, own, _)| of == authorization && own == ips) {
+            return known.clone();
+        }
+        let plaintext = match Plaintext::of(snapshot, workload) {
+            Ok(plaintext) => plaintext,
+            Err(why) => {
+                let policies: Vec<String> =
+                    authorization.policies().take(NAMED).map(|policy| policy.object().to_string()).collect();
+                warn!(
+                    pod = %workload.object,
+                    policies = policies.join(", "),
+                    %why,
+                    "AuthorizationPolicies of this pod do not fit into the kernel: the agent gives its verdicts on plaintext"
+                );
+                Plaintext::ByAgent
+            }
+        };
+        self.0.push((authorization.clone(), ips.to_vec(), plaintext.clone()));
+        plaintext
+    }
+}
+
+fn udp_refused(workload: &Workload, guard: &Guard) -> bool {
+    match workload.labels.get(UDP_LABEL).map(String::as_str) {
+        None => guard.udp_refused,
+        Some("allow") => false,
+        // What cannot be understood must not open anything.
+        Some(_) => true,
     }
 }
 
 /// Equal but for the generation: a change elsewhere in the cluster costs this pod nothing.
 fn same_policy(a: &PodPolicy, b: &PodPolicy) -> bool {
-    (a.mode, a.rule, &a.ports, a.plaintext_by_agent, a.udp_refused)
-        == (b.mode, b.rule, &b.ports, b.plaintext_by_agent, b.udp_refused)
+    (a.mode, a.rule, &a.ports, &a.plaintext, a.udp_refused) == (b.mode, b.rule, &b.ports, &b.plaintext, b.udp_refused)
 }
 
 fn same_addresses(a: &[IpAddr], b: &[IpAddr]) -> bool {

@@ -19,11 +19,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{HashMap as BpfHashMap, Map, MapData};
-use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy, Predecessor, Turn};
+use aya::maps::{HashMap as BpfHashMap, LpmTrie, Map, MapData};
+use culvert::{
+    datapath::{Config, Datapath, Leg, NetnsCookie, Plaintext, PodPolicy, Predecessor, Turn, inspect},
+    policy::{Decision, RuleId, Table},
+};
 use culvert_common::{
-    Addr, Answer, Direction, EventKind, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE,
-    PodAddrValue, REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue,
+    Addr, Answer, Asked, Authorization, AuthorizationKey, AuthorizationValue, ClassValue, Direction, Event, EventKind,
+    Inputs, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE, Peer, PodAddrValue, PodState, PortKey,
+    REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue, SourceKey, decide,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -206,7 +210,8 @@ fn refused<T>(result: io::Result<T>) -> bool {
 }
 
 fn policy(generation: u32, mode: Mode) -> PodPolicy {
-    PodPolicy { generation, mode, rule: 0, ports: BTreeMap::new(), plaintext_by_agent: false, udp_refused: false }
+    let plaintext = Plaintext::Passed;
+    PodPolicy { generation, mode, rule: 0, ports: BTreeMap::new(), plaintext, udp_refused: false }
 }
 
 fn counted(datapath: &Datapath, cookie: NetnsCookie, direction: Direction, answer: Answer, reason: Reason) -> u64 {
@@ -855,7 +860,7 @@ fn what_needs_the_agent_reaches_its_listeners() {
     assert_eq!(from.port(), client.local_addr().expect("own address").port());
     assert_eq!(accepted.local_addr().expect("local").ip().to_canonical().to_string(), POD4);
     datapath
-        .ready(node.cookie, &PodPolicy { plaintext_by_agent: true, ..policy(2, Mode::Permissive) })
+        .ready(node.cookie, &PodPolicy { plaintext: Plaintext::ByAgent, ..policy(2, Mode::Permissive) })
         .expect("generation 2");
     node.dial_from_peer("10.99.0.2:9080").expect("the agent's plaintext listener");
     let (accepted, _) = plaintext.accept().expect("accept");
@@ -905,6 +910,367 @@ fn a_full_map_of_modes_makes_the_agent_decide() {
     node.dial_from_peer("10.99.0.2:9080").expect("reaches the agent");
     plaintext.accept().expect("the agent decides");
     assert!(matches!(application.accept(), Err(error) if error.kind() == ErrorKind::WouldBlock));
+}
+
+/// Policies as a table: of the peer's IPv4 address, and of all others, the decisions about port 9080, 9081 and others.
+fn table(of_peer: [(Reason, u32); 3], of_others: [(Reason, u32); 3]) -> Plaintext {
+    let decisions = |[http, second, other]: [(Reason, u32); 3]| {
+        [other, http, second].map(|(reason, rule)| Decision { reason, rule: RuleId(rule) }).to_vec()
+    };
+    let block = |text: &str, length| (text.parse().expect("a literal"), length);
+    Plaintext::ByTable(Arc::new(Table {
+        sources: vec![(block("0.0.0.0", 0), 0), (block(PEER4, 32), 1), (block("::", 0), 0)],
+        ports: vec![(0, 0), (9080, 1), (9081, 2)],
+        decisions: vec![decisions(of_others), decisions(of_peer)],
+    }))
+}
+
+const NO_MATCH: (Reason, u32) = (Reason::NoAllowMatch, 0);
+
+fn allowed_by(rule: u32) -> (Reason, u32) {
+    (Reason::AllowMatch, rule)
+}
+
+fn denied_by(rule: u32) -> (Reason, u32) {
+    (Reason::ExplicitDeny, rule)
+}
+
+/// How often a verdict about what arrives was counted for a rule.
+fn by_rule(datapath: &Datapath, node: &Node, answer: Answer, (reason, rule): (Reason, u32)) -> u64 {
+    let verdicts = datapath.verdicts();
+    let matches = |key: &culvert_common::VerdictKey| {
+        (key.netns_cookie, key.direction, key.answer, key.reason, key.rule)
+            == (node.cookie.0, Direction::Inbound as u8, answer as u8, reason as u8, rule)
+    };
+    verdicts.iter().filter(|(key, _)| matches(key)).map(|(_, count)| count).sum()
+}
+
+/// What the kernel would say of a connection from the peer.
+fn verdict(datapath: &mut Datapath, src: &str, dst: &str, dport: u16) -> (u8, u8, u32) {
+    let addr = |text: &str| Addr::from(text.parse::<IpAddr>().expect("a literal"));
+    let mut asked = [Asked { src: addr(src), dst: addr(dst), sport: 40000, dport, ..Asked::default() }];
+    datapath.judge(&mut asked).expect("asked");
+    (asked[0].answer, asked[0].reason, asked[0].rule)
+}
+
+/// §6.2, [PA.12]: whom the policies allow reaches the application itself, and whom they do not gets a reset; each counted by
+/// its rule, and told when it ends. A mode that refuses is not opened by a policy that allows.
+#[test]
+fn policies_decide_plaintext_in_the_kernel() {
+    let node = Node::new();
+    let applications = [node.serve("[::]:9080"), node.serve("[::]:9081")];
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let mut events = datapath.events().expect("the ring buffer");
+    let of_peer = [allowed_by(5), denied_by(6), NO_MATCH];
+    let plaintext = table(of_peer, [NO_MATCH, denied_by(6), NO_MATCH]);
+    let with = |generation, mode| PodPolicy { plaintext: plaintext.clone(), ..policy(generation, mode) };
+    datapath.ready(node.cookie, &with(2, Mode::Permissive)).expect("in force");
+    let client = node.dial_from_peer("10.99.0.2:9080").expect("the peer is allowed");
+    let (served, from) = applications[0].accept().expect("by the application itself");
+    assert_eq!(from.port(), client.local_addr().expect("own address").port(), "and nobody is between them");
+    assert!(refused(node.dial_from_peer("10.99.0.2:9081")), "the peer is denied the second port");
+    assert!(refused(node.dial_from_peer("10.99.0.2:9082")));
+    assert!(refused(node.dial_from_peer("[fd99::2]:9080")), "nobody else is allowed");
+    assert!(refused(node.dial_from_peer("[fd99::2]:9081")));
+    assert_eq!(by_rule(&datapath, &node, Answer::Pass, allowed_by(5)), 1);
+    assert_eq!(by_rule(&datapath, &node, Answer::Refuse, denied_by(6)), 2);
+    assert_eq!(by_rule(&datapath, &node, Answer::Refuse, NO_MATCH), 2);
+    drop((client, served));
+    let until = Instant::now() + Duration::from_secs(10);
+    let mut told = Vec::new();
+    while told.len() < 5 {
+        assert!(Instant::now() < until, "{told:?}");
+        told.extend(events.by_ref().map(|event: Event| (event.kind, event.reason, event.rule, event.generation)));
+    }
+    let end = (EventKind::Closed as u8, Reason::AllowMatch as u8, 5, 2);
+    assert!(told.contains(&end), "{told:?}");
+    assert!(told.contains(&(EventKind::Refused as u8, Reason::ExplicitDeny as u8, 6, 2)), "{told:?}");
+
+    datapath.ready(node.cookie, &with(3, Mode::Strict)).expect("in force");
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")));
+    assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Refuse, Reason::StrictRequiresMtls), 1);
+}
+
+/// [PA.13]: an entry that is not there denies, whichever it is.
+#[test]
+fn a_table_that_misses_an_entry_denies() {
+    let node = Node::new();
+    let _application = node.serve("[::]:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let open = |name: &str| MapData::from_pin(datapath.pin_dir().join(name)).expect("the map is pinned");
+    let mut sources = LpmTrie::<_, SourceKey, ClassValue>::try_from(Map::LpmTrie(open("SOURCES"))).expect("a trie");
+    let mut ports = BpfHashMap::<_, PortKey, ClassValue>::try_from(Map::HashMap(open("PORTS"))).expect("a map");
+    let mut verdicts =
+        BpfHashMap::<_, AuthorizationKey, AuthorizationValue>::try_from(Map::HashMap(open("AUTHORIZATION")))
+            .expect("a map");
+    for (generation, missing) in [(2, "no"), (3, "source"), (4, "port"), (5, "verdict"), (6, "sense")] {
+        // Another one each time: a table that is there is used again.
+        let all = [allowed_by(generation); 3];
+        let plaintext = table(all, all);
+        datapath
+            .ready(node.cookie, &PodPolicy { plaintext, ..policy(generation, Mode::Permissive) })
+            .expect("in force");
+        datapath.beat().expect("beat");
+        assert_eq!(verdict(&mut datapath, PEER4, POD4, 7).0, Answer::Pass as u8);
+        let table = inspect::read(datapath.pin_dir()).expect("read").pods[&node.cookie.0].table;
+        let keys: Vec<_> = sources.keys().filter_map(Result::ok).filter(|key| { key.data() }.table == table).collect();
+        assert_eq!(keys.len(), 3);
+        let verdict_key = AuthorizationKey { table, source_class: 1, port_class: 1 };
+        match missing {
+            "source" => keys.iter().for_each(|key| sources.remove(key).expect("removed")),
+            "port" => {
+                for port in [0, 9080] {
+                    ports.remove(&PortKey { table, port, _pad: 0 }).expect("removed");
+                }
+            }
+            "verdict" => verdicts.remove(&verdict_key).expect("removed"),
+            "sense" => {
+                let value = AuthorizationValue { rule: 1, reason: Reason::Captured as u8, _pad: [0; 3] };
+                verdicts.insert(verdict_key, value, 0).expect("written");
+            }
+            _ => {
+                node.dial_from_peer("10.99.0.2:9080").expect("nothing is missing");
+                continue;
+            }
+        }
+        assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "without a {missing}");
+        let expected = (Answer::Refuse as u8, Reason::PolicyMissing as u8, 0);
+        assert_eq!(verdict(&mut datapath, PEER4, POD4, 9080), expected, "without a {missing}");
+    }
+}
+
+/// A table that does not fit makes the agent decide; when others need less, it is the kernel's again.
+#[test]
+fn a_full_map_of_tables_makes_the_agent_decide_until_there_is_room() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    application.set_nonblocking(true).expect("nonblocking");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let plaintext = node.listener();
+    datapath.listener(node.cookie, ListenerKind::Plaintext, 0, plaintext.as_fd()).expect("listener");
+    let with = |rule, generation| {
+        let plaintext = table([allowed_by(rule); 3], [NO_MATCH; 3]);
+        PodPolicy { plaintext, ..policy(generation, Mode::Permissive) }
+    };
+    datapath.ready(node.cookie, &with(1, 2)).expect("in force");
+    let junk = |n: u64| PortKey { table: u32::MAX - n as u32, port: 1, _pad: 0 };
+    assert_eq!(fill::<PortKey, ClassValue>(&datapath, "PORTS", junk), 65536 - 3);
+    datapath.ready(node.cookie, &with(2, 3)).expect("in force, by the agent");
+    assert_eq!(datapath.judged_by_agent(), 1);
+    let _client = node.dial_from_peer("10.99.0.2:9080").expect("reaches the agent");
+    plaintext.accept().expect("the agent decides");
+    assert!(matches!(application.accept(), Err(error) if error.kind() == ErrorKind::WouldBlock));
+    // The table before goes after a while, and leaves room for just this one.
+    let until = Instant::now() + Duration::from_secs(30);
+    while datapath.judged_by_agent() > 0 {
+        assert!(Instant::now() < until, "nobody tried again");
+        datapath.beat().expect("beat");
+        datapath.maintain();
+        thread::sleep(Duration::from_millis(20));
+    }
+    let _client = node.dial_from_peer("10.99.0.2:9080").expect("reaches the application");
+    assert_eq!(by_rule(&datapath, &node, Answer::Pass, allowed_by(2)), 1);
+}
+
+/// What no pod refers to is removed, and pods that have the same policies share one table.
+#[test]
+fn tables_are_shared_and_go_with_their_last_pod() {
+    let node = Node::new();
+    let mut datapath = node.load_next();
+    datapath.beat().expect("beat");
+    let other = NetnsCookie(u64::MAX);
+    let ips: Vec<IpAddr> = vec!["10.99.0.77".parse().expect("a literal")];
+    datapath.prepare(node.cookie, node.pod.as_fd(), &[POD4.parse().expect("a literal")]).expect("prepared");
+    datapath.prepare(other, node.pod.as_fd(), &ips).expect("prepared");
+    let entries = |datapath: &Datapath| {
+        let fill = datapath.fill().expect("counted");
+        let of = |name| fill.iter().find(|map| map.name == name).expect("there").entries;
+        (of("SOURCES"), of("PORTS"), of("AUTHORIZATION"))
+    };
+    let with =
+        |rule| PodPolicy { plaintext: table([allowed_by(rule); 3], [NO_MATCH; 3]), ..policy(2, Mode::Permissive) };
+    for cookie in [node.cookie, other] {
+        datapath.ready(cookie, &with(1)).expect("in force");
+        assert_eq!(entries(&datapath), (3, 3, 6));
+    }
+    datapath.ready(other, &with(2)).expect("in force");
+    assert_eq!(entries(&datapath), (6, 6, 12));
+    datapath.remove(other).expect("removed");
+    let until = Instant::now() + Duration::from_secs(30);
+    while entries(&datapath) != (3, 3, 6) {
+        assert!(Instant::now() < until, "{:?}", entries(&datapath));
+        datapath.maintain();
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(verdict(&mut datapath, PEER4, POD4, 9080), (Answer::Pass as u8, Reason::AllowMatch as u8, 1));
+}
+
+/// [D.5]: while policies flip, every verdict is the old policy's or the new one's: reason, rule and generation belong together.
+#[test]
+fn no_verdict_is_a_mixture_while_policies_flip() {
+    const FLIPS: u32 = 1500;
+    let node = Node::new();
+    let applications = [node.serve("0.0.0.0:9080"), node.serve("0.0.0.0:9081")];
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let mut events = datapath.events().expect("the ring buffer");
+    // Even ones allow port 9080 and deny 9081, odd ones the other way round; every one has rules of its own.
+    let rules = |generation: u32| {
+        let rule = 4 * (generation % 1000) + 1;
+        match generation % 2 {
+            0 => [allowed_by(rule), denied_by(rule + 1), NO_MATCH],
+            _ => [denied_by(rule), allowed_by(rule + 1), NO_MATCH],
+        }
+    };
+    let with = |generation| PodPolicy {
+        plaintext: table(rules(generation), [NO_MATCH; 3]),
+        ..policy(generation, Mode::Permissive)
+    };
+    datapath.ready(node.cookie, &with(2)).expect("in force");
+    let stop = AtomicBool::new(false);
+    let (opened, turned_away) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let mut told = [0usize; 2];
+    thread::scope(|scope| {
+        for application in &applications {
+            scope.spawn(|| {
+                application.set_nonblocking(true).expect("nonblocking");
+                while !stop.load(Ordering::Relaxed) {
+                    if application.accept().is_err() {
+                        thread::sleep(Duration::from_micros(200));
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            setns(&node.peer, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+            while !stop.load(Ordering::Relaxed) {
+                for port in [9080, 9081] {
+                    match connect(&format!("{POD4}:{port}")) {
+                        Ok(_) => opened.fetch_add(1, Ordering::Relaxed),
+                        Err(error) => {
+                            assert!(matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset));
+                            turned_away.fetch_add(1, Ordering::Relaxed)
+                        }
+                    };
+                }
+            }
+        });
+        let mut look = |events: &mut culvert::datapath::Events| {
+            for event in events.by_ref() {
+                let rules = rules(event.generation);
+                let expected = rules[usize::from(event.dport - 9080)];
+                let got = (Reason::from_u8(event.reason).expect("a reason"), event.rule);
+                assert_eq!(got, expected, "generation {}, port {}, kind {}", event.generation, event.dport, event.kind);
+                let passed = event.kind == EventKind::Closed as u8;
+                // The kernel tells the end of one that was overtaken too, as it was when it was noted.
+                told[usize::from(passed)] += 1;
+            }
+        };
+        for generation in 3..3 + FLIPS {
+            datapath.ready(node.cookie, &with(generation)).expect("in force");
+            datapath.beat().expect("beat");
+            datapath.maintain();
+            look(&mut events);
+            thread::sleep(Duration::from_millis(1));
+        }
+        let until = Instant::now() + Duration::from_secs(30);
+        while opened.load(Ordering::Relaxed) < 100 || turned_away.load(Ordering::Relaxed) < 100 {
+            assert!(Instant::now() < until, "no load");
+            datapath.beat().expect("beat");
+            thread::sleep(Duration::from_millis(10));
+        }
+        stop.store(true, Ordering::Relaxed);
+        look(&mut events);
+    });
+    assert_eq!(datapath.judged_by_agent(), 0);
+    assert!(told.iter().all(|times| *times > 50), "{told:?}");
+    for (key, times) in datapath.verdicts().iter().filter(|(key, _)| key.direction == Direction::Inbound as u8) {
+        let reason = Reason::from_u8(key.reason).expect("a reason");
+        let (pass, refuse) = (Answer::Pass as u8, Answer::Refuse as u8);
+        let known = matches!((reason, key.answer), (Reason::AllowMatch, answer) if answer == pass)
+            || matches!((reason, key.answer), (Reason::ExplicitDeny, answer) if answer == refuse);
+        assert!(known, "{times} times {reason:?}, answer {}", key.answer);
+    }
+}
+
+/// §3, [K.4]: what becomes of 1000 connects of a pod is what the verdict function says, whatever the pod's state, the agent's,
+/// and where they go.
+#[test]
+fn connects_are_answered_as_the_verdict_function_says() {
+    let node = Node::new();
+    let application = node.serve("[::]:9080");
+    let outside = within(&node.peer, || TcpListener::bind("[::]:9080").expect("a server outside"));
+    let (mut datapath, agent) = node.enrolled(Mode::Permissive);
+    let mut sockets = datapath.sockets().expect("the worker's maps");
+    for listener in [&application, &outside, &agent] {
+        listener.set_nonblocking(true).expect("nonblocking");
+    }
+    let arrived = |listener: &TcpListener| {
+        let until = Instant::now() + Duration::from_secs(5);
+        loop {
+            match listener.accept() {
+                Ok((socket, _)) => return socket,
+                Err(error) => assert!(error.kind() == ErrorKind::WouldBlock && Instant::now() < until, "{error}"),
+            }
+        }
+    };
+    let own = ["127.0.0.1", "127.9.9.9", "[::1]", POD4, "[fd99::2]", "[::ffff:10.99.0.2]"];
+    let others = [PEER4, "[fd99::1]", "[::ffff:10.99.0.1]", "10.200.0.9", "[fd00::9]", "198.51.100.7"];
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut below = |limit: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize % limit
+    };
+    let mut reached = BTreeMap::<&str, usize>::new();
+    for number in 0..1000u32 {
+        let (state, alive) = ([PodState::Ready, PodState::Ready, PodState::Pending][below(3)], below(4) != 0);
+        match state {
+            PodState::Ready => datapath.ready(node.cookie, &policy(number + 2, Mode::Permissive)).expect("in force"),
+            PodState::Pending | PodState::Unknown => datapath.suspend(node.cookie).expect("suspended"),
+        }
+        if alive { datapath.beat() } else { datapath.silence() }.expect("written");
+        let (peer, to) = match below(3) {
+            0 => (Peer::SamePod, own[below(own.len())]),
+            1 => (Peer::Agent, others[below(2)]),
+            _ => (Peer::Plain, others[below(others.len())]),
+        };
+        let port = if peer == Peer::Plain && below(4) == 0 { 15008 } else { 9080 };
+        let target: SocketAddr = format!("{to}:{port}").parse().expect("an address");
+        let expected = decide(&Inputs {
+            direction: Direction::Outbound,
+            peer,
+            state,
+            agent_alive: alive,
+            port,
+            mode: Mode::Permissive,
+            authorization: Authorization::None,
+            rule: 0,
+            generation: number + 2,
+        });
+        let client = within(&node.pod, || {
+            let socket = Socket::new(Domain::for_address(target), Type::STREAM, Some(Protocol::TCP)).expect("a socket");
+            if peer == Peer::Agent {
+                sockets.mark(&socket).expect("marked");
+            }
+            socket.connect_timeout(&target.into(), Duration::from_secs(5)).map(|()| socket)
+        });
+        let about = format!("{peer:?} to {target}, {state:?}, alive {alive}: {:?}", client.as_ref().err());
+        match expected.answer {
+            Answer::Refuse => assert!(refused(client), "{about}"),
+            Answer::Pass => {
+                let _client = client.unwrap_or_else(|_| panic!("{about}"));
+                drop(arrived(if peer == Peer::Agent { &outside } else { &application }));
+            }
+            Answer::Agent => {
+                let _client = client.unwrap_or_else(|_| panic!("{about}"));
+                let original = sockets.original_destination(&arrived(&agent)).expect("recorded");
+                assert_eq!((original.ip(), original.port()), (target.ip().to_canonical(), port), "{about}");
+            }
+        }
+        *reached.entry(expected.reason.as_str()).or_default() += 1;
+    }
+    for reason in ["captured", "same-pod", "agent", "enrolment-pending", "agent-silent"] {
+        assert!(reached.get(reason).copied().unwrap_or(0) >= 30, "{reason}: {reached:?}");
+    }
 }
 
 /// What `bpftool map dump` shows has names.

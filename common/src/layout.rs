@@ -16,6 +16,9 @@ pub struct PodValue {
     pub rule: u32,
     /// Number of the listeners of each kind in `LISTENERS`: the agent's workers.
     pub workers: u32,
+    /// Which entries of `SOURCES`, `PORTS` and `AUTHORIZATION` have the verdicts on plaintext; 0 where no
+    /// AuthorizationPolicy could make a difference to one.
+    pub table: u32,
     /// [`crate::PodState`].
     pub state: u8,
     /// [`crate::Mode`] of every port without an entry in `MODES`.
@@ -24,8 +27,10 @@ pub struct PodValue {
     pub has_port_modes: u8,
     /// 1 if the agent decides plaintext.
     pub plaintext_by_agent: u8,
+    /// Zero.
+    pub _pad: u32,
 }
-const _: () = assert!(size_of::<PodValue>() == 48);
+const _: () = assert!(size_of::<PodValue>() == 56);
 
 /// Value of `POD_ADDRS`, by address: whose it is.
 #[repr(C)]
@@ -63,6 +68,98 @@ pub struct ModeValue {
     pub _pad: [u8; 3],
 }
 const _: () = assert!(size_of::<ModeValue>() == 8);
+
+/// Data of the keys of `SOURCES`, a trie of prefixes: a block of client addresses in one table. The table's bits come first
+/// and always count, so that each table is a tree of its own.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SourceKey {
+    /// As in [`PodValue::table`].
+    pub table: u32,
+    /// As an [`Addr`], whose alignment would make padding here.
+    pub addr: [u8; 16],
+}
+const _: () = assert!(size_of::<SourceKey>() == 20);
+
+impl SourceKey {
+    /// Bits of [`SourceKey::table`].
+    pub const TABLE_BITS: u32 = 32;
+    /// Bits of a key that is one address.
+    pub const BITS: u32 = Self::TABLE_BITS + 128;
+}
+
+/// Value of `SOURCES` and of `PORTS`: which addresses, or ports, of a table are treated alike.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClassValue {
+    /// Number of the class, from 0.
+    pub class: u32,
+}
+const _: () = assert!(size_of::<ClassValue>() == 4);
+
+/// Key of `PORTS`: a workload's port in one table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PortKey {
+    /// As in [`PodValue::table`].
+    pub table: u32,
+    /// The workload's port, host byte order; 0 for every port that has no entry.
+    pub port: u16,
+    /// Zero.
+    pub _pad: u16,
+}
+const _: () = assert!(size_of::<PortKey>() == 8);
+
+/// Key of `AUTHORIZATION`: a verdict of one table.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct AuthorizationKey {
+    /// As in [`PodValue::table`].
+    pub table: u32,
+    /// Class of the client's address, from `SOURCES`.
+    pub source_class: u32,
+    /// Class of the workload's port, from `PORTS`.
+    pub port_class: u32,
+}
+const _: () = assert!(size_of::<AuthorizationKey>() == 12);
+
+/// Value of `AUTHORIZATION`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AuthorizationValue {
+    /// Index of the rule that decides; 0 for none.
+    pub rule: u32,
+    /// [`crate::Reason`]: one of those that [`crate::Authorization::of`] knows.
+    pub reason: u8,
+    /// Zero.
+    pub _pad: [u8; 3],
+}
+const _: () = assert!(size_of::<AuthorizationValue>() == 8);
+
+/// What the kernel is asked about a connection, and its answer: the data of a packet that is made for the program `judge`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// The client's address.
+    pub src: Addr,
+    /// The address that it calls.
+    pub dst: Addr,
+    /// Client's port, host byte order.
+    pub sport: u16,
+    /// Port that it calls, host byte order.
+    pub dport: u16,
+    /// The rule that decided, 0 for none.
+    pub rule: u32,
+    /// Policy generation that decided.
+    pub generation: u32,
+    /// [`crate::Answer`].
+    pub answer: u8,
+    /// [`crate::Reason`].
+    pub reason: u8,
+    /// Zero.
+    pub _pad: u16,
+}
+const _: () = assert!(size_of::<Asked>() == 48);
 
 /// Key of `LISTENERS`.
 #[repr(C)]
@@ -326,6 +423,12 @@ mod pod {
         PodAddrValue,
         ModeKey,
         ModeValue,
+        SourceKey,
+        ClassValue,
+        PortKey,
+        AuthorizationKey,
+        AuthorizationValue,
+        Asked,
         ListenerKey,
         FlowKey,
         FlowValue,

@@ -13,7 +13,7 @@ pub mod verdict;
 
 pub use addr::Addr;
 pub use layout::*;
-pub use verdict::{Answer, Direction, Inputs, Mode, Peer, PodState, Reason, Verdict, decide};
+pub use verdict::{Answer, Authorization, Direction, Inputs, Mode, Peer, PodState, Reason, Verdict, decide};
 
 /// Port of the outbound capture in the reference data plane; a mesh connection *to* it is refused as a loop ([K.2]).
 pub const PORT_OUTBOUND: u16 = 15001;
@@ -55,7 +55,7 @@ pub const LEG_SOURCE_PREFIX: [u8; 2] = [127, 6];
 pub const SILENT_AFTER_NS: u64 = 10_000_000_000;
 
 /// Version of the pinned layout: part of the pin directory's name, raised when a map's key or value changes.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 #[cfg(test)]
 mod tests {

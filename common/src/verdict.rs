@@ -247,12 +247,46 @@ pub struct Inputs {
     pub port: u16,
     /// Effective mode of that port; not looked at for outbound connections.
     pub mode: Mode,
-    /// The pod's plaintext verdicts need more than the kernel holds, so the agent gives them.
-    pub plaintext_by_agent: bool,
+    /// What AuthorizationPolicies say of plaintext; not looked at for anything else.
+    pub authorization: Authorization,
     /// The object that set [`Inputs::mode`]: an index into the snapshot's rules, 0 for none.
     pub rule: u32,
     /// Generation of the policy that [`Inputs::mode`] and [`Inputs::rule`] came from.
     pub generation: u32,
+}
+
+/// What AuthorizationPolicies say of a plaintext connection (specification §6.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Authorization {
+    /// Nothing: no ALLOW policy selects the pod, and no DENY policy matches.
+    None,
+    /// This rule of an ALLOW policy matches, and no DENY policy does.
+    Allow(u32),
+    /// A DENY policy matches ([`Reason::ExplicitDeny`], by this rule), or no ALLOW policy does
+    /// ([`Reason::NoAllowMatch`], by rule 0).
+    Deny(Reason, u32),
+    /// The agent is to be asked: the policies are more than the kernel holds.
+    Agent,
+    /// An entry is not there that should be: denied ([PA.13]).
+    Missing,
+}
+
+impl Authorization {
+    /// From what a map says: the number of a reason, and the rule. Whatever is not a verdict is [`Authorization::Missing`].
+    #[inline(always)]
+    pub const fn of(reason: u8, rule: u32) -> Self {
+        if reason == Reason::NoAllowPolicies as u8 {
+            Self::None
+        } else if reason == Reason::AllowMatch as u8 {
+            Self::Allow(rule)
+        } else if reason == Reason::NoAllowMatch as u8 {
+            Self::Deny(Reason::NoAllowMatch, rule)
+        } else if reason == Reason::ExplicitDeny as u8 {
+            Self::Deny(Reason::ExplicitDeny, rule)
+        } else {
+            Self::Missing
+        }
+    }
 }
 
 /// The answer, with all that is needed to explain it.
@@ -320,13 +354,14 @@ const fn inbound(i: &Inputs) -> (Answer, Reason, u32) {
     match i.mode {
         Mode::Missing => (Answer::Refuse, Reason::PolicyMissing, i.rule),
         Mode::Strict => (Answer::Refuse, Reason::StrictRequiresMtls, i.rule),
-        Mode::Permissive | Mode::Disable => {
-            if i.plaintext_by_agent {
-                (Answer::Agent, Reason::NeedsAgent, i.rule)
-            } else {
-                (Answer::Pass, Reason::NoAllowPolicies, i.rule)
-            }
-        }
+        // Both must pass ([PA.12]).
+        Mode::Permissive | Mode::Disable => match i.authorization {
+            Authorization::None => (Answer::Pass, Reason::NoAllowPolicies, i.rule),
+            Authorization::Allow(rule) => (Answer::Pass, Reason::AllowMatch, rule),
+            Authorization::Deny(reason, rule) => (Answer::Refuse, reason, rule),
+            Authorization::Agent => (Answer::Agent, Reason::NeedsAgent, i.rule),
+            Authorization::Missing => (Answer::Refuse, Reason::PolicyMissing, 0),
+        },
     }
 }
 
@@ -343,7 +378,7 @@ mod tests {
         agent_alive: true,
         port: 9080,
         mode: Mode::Permissive,
-        plaintext_by_agent: false,
+        authorization: Authorization::None,
         rule: 7,
         generation: 3,
     };
@@ -369,6 +404,41 @@ mod tests {
         }
     }
 
+    /// Specification §6.2 for plaintext; [PA.12]: a mode that refuses is not opened by a policy that allows.
+    #[test]
+    fn policies_decide_plaintext_that_the_mode_admits() {
+        for (authorization, answer, reason, rule) in [
+            (Authorization::None, Answer::Pass, Reason::NoAllowPolicies, 7),
+            (Authorization::Allow(3), Answer::Pass, Reason::AllowMatch, 3),
+            (Authorization::Deny(Reason::ExplicitDeny, 4), Answer::Refuse, Reason::ExplicitDeny, 4),
+            (Authorization::Deny(Reason::NoAllowMatch, 0), Answer::Refuse, Reason::NoAllowMatch, 0),
+            (Authorization::Agent, Answer::Agent, Reason::NeedsAgent, 7),
+            (Authorization::Missing, Answer::Refuse, Reason::PolicyMissing, 0),
+        ] {
+            for mode in [Mode::Permissive, Mode::Disable] {
+                let inputs = Inputs { authorization, mode, ..PLAIN };
+                check(inputs, answer, reason);
+                assert_eq!(decide(&inputs).rule, rule);
+            }
+            check(Inputs { authorization, mode: Mode::Strict, ..PLAIN }, Answer::Refuse, Reason::StrictRequiresMtls);
+            check(Inputs { authorization, peer: Peer::Tunnel, ..PLAIN }, Answer::Pass, Reason::NoAllowPolicies);
+        }
+    }
+
+    /// [PA.13]: a byte that is no verdict is a missing one.
+    #[test]
+    fn what_a_map_says_is_a_verdict_or_missing() {
+        for reason in 0..=u8::MAX {
+            let expected = match Reason::from_u8(reason) {
+                Some(Reason::NoAllowPolicies) => Authorization::None,
+                Some(Reason::AllowMatch) => Authorization::Allow(9),
+                Some(reason @ (Reason::NoAllowMatch | Reason::ExplicitDeny)) => Authorization::Deny(reason, 9),
+                _ => Authorization::Missing,
+            };
+            assert_eq!(Authorization::of(reason, 9), expected);
+        }
+    }
+
     /// [K.2]
     #[test]
     fn reserved_ports_are_a_loop_and_the_tunnel_port_is_the_tunnel() {
@@ -391,6 +461,13 @@ mod tests {
         }
     }
 
+    fn any_authorization() -> impl Strategy<Value = Authorization> {
+        prop_oneof![
+            any::<(u8, u32)>().prop_map(|(reason, rule)| Authorization::of(reason, rule)),
+            Just(Authorization::Agent)
+        ]
+    }
+
     fn any_inputs() -> impl Strategy<Value = Inputs> {
         (
             prop_oneof![Just(Direction::Inbound), Just(Direction::Outbound)],
@@ -405,18 +482,18 @@ mod tests {
             any::<bool>(),
             prop_oneof![Just(15001u16), Just(15006), Just(15008), any::<u16>()],
             0u8..5,
-            any::<bool>(),
+            any_authorization(),
             any::<(u32, u32)>(),
         )
             .prop_map(
-                |(direction, peer, state, agent_alive, port, mode, plaintext_by_agent, (rule, generation))| Inputs {
+                |(direction, peer, state, agent_alive, port, mode, authorization, (rule, generation))| Inputs {
                     direction,
                     peer,
                     state: PodState::from_u8(state),
                     agent_alive,
                     port,
                     mode: Mode::from_u8(mode),
-                    plaintext_by_agent,
+                    authorization,
                     rule,
                     generation,
                 },

@@ -6,10 +6,14 @@ use aya_ebpf::{
     EbpfContext,
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     helpers::{bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_sk_storage_delete, bpf_sk_storage_get},
+    maps::lpm_trie::Key,
 };
-use culvert_common::{Direction, Inputs, Mode, ModeKey, Peer, PodState, PodValue, SILENT_AFTER_NS, SocketValue};
+use culvert_common::{
+    Addr, Authorization, AuthorizationKey, Direction, FlowKey, Inputs, Mode, ModeKey, Peer, PodState, PodValue,
+    PortKey, SILENT_AFTER_NS, SocketValue, SourceKey, Verdict, decide,
+};
 
-use crate::maps::{HEARTBEAT, MODES, PODS, SOCKETS};
+use crate::maps::{AUTHORIZATION, HEARTBEAT, MODES, PODS, PORTS, SOCKETS, SOURCES};
 
 /// `AF_INET6` of <linux/socket.h>.
 pub(crate) const AF_INET6: u32 = 10;
@@ -71,7 +75,60 @@ pub(crate) fn agent_alive() -> bool {
     }
 }
 
-/// Inputs of the verdict about a connection to `port` of `pod`, or from it.
+/// The verdict about what arrives at `pod` without a tunnel.
+#[inline(always)]
+pub(crate) fn arriving(pod: &PodValue, netns_cookie: u64, peer: Peer, flow: &FlowKey) -> Verdict {
+    let mut inputs = inputs(pod, netns_cookie, Direction::Inbound, peer, flow.dport);
+    inputs.authorization = if pod.plaintext_by_agent != 0 {
+        Authorization::Agent
+    } else if pod.table == 0 {
+        Authorization::None
+    } else {
+        match look_up(pod.table, &flow.src, flow.dport) {
+            ABSENT => Authorization::Missing,
+            found => Authorization::of(found as u8, (found >> 32) as u32),
+        }
+    };
+    decide(&inputs)
+}
+
+/// What [`look_up`] answers where an entry is not there: no reason has this number.
+const ABSENT: u64 = u64::MAX;
+
+/// What a table says of a client's address and a port: the reason in the lowest byte, the rule in the upper half. A function
+/// of its own in the kernel too, whose stack is free again when it returns; it can give back one register.
+#[inline(never)]
+fn look_up(table: u32, src: &Addr, port: u16) -> u64 {
+    /// A key of `SOURCES` in words, so that it is made and read word by word.
+    #[repr(C, align(8))]
+    struct Words([u32; 6]);
+    const _: () = assert!(size_of::<Words>() == size_of::<Key<SourceKey>>());
+
+    let [a, b, c, d] = src.to_be32x4();
+    let words = Words([SourceKey::BITS, table, a, b, c, d]);
+    // SAFETY: as long as a key, which is packed and of which any bytes make one.
+    let key = unsafe { &*(&raw const words).cast::<Key<SourceKey>>() };
+    let Some(source) = SOURCES.get(key) else { return ABSENT };
+    let source_class = source.class;
+    // SAFETY: the number is copied before any other map operation; the agent never edits entries that are referred to.
+    let own = unsafe { PORTS.get(PortKey { table, port, _pad: 0 }) }.map(|value| value.class);
+    let port_class = match own {
+        Some(class) => class,
+        // SAFETY: as above.
+        None => match unsafe { PORTS.get(PortKey { table, port: 0, _pad: 0 }) } {
+            Some(value) => value.class,
+            None => return ABSENT,
+        },
+    };
+    // SAFETY: as above.
+    match unsafe { AUTHORIZATION.get(AuthorizationKey { table, source_class, port_class }) } {
+        Some(value) => u64::from(value.rule) << 32 | u64::from(value.reason),
+        None => ABSENT,
+    }
+}
+
+/// Inputs of the verdict about a connection to `port` of `pod`, or from it; what policies say of plaintext is not among them
+/// yet, which would refuse it.
 #[inline(always)]
 pub(crate) fn inputs(pod: &PodValue, netns_cookie: u64, direction: Direction, peer: Peer, port: u16) -> Inputs {
     let mut inputs = Inputs {
@@ -81,7 +138,7 @@ pub(crate) fn inputs(pod: &PodValue, netns_cookie: u64, direction: Direction, pe
         agent_alive: agent_alive(),
         port,
         mode: Mode::from_u8(pod.mode),
-        plaintext_by_agent: pod.plaintext_by_agent != 0,
+        authorization: Authorization::Missing,
         rule: pod.rule,
         generation: pod.generation,
     };

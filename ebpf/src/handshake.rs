@@ -13,11 +13,11 @@ use aya_ebpf::{
 use aya_log_ebpf::warn;
 use culvert_common::{
     Addr, Answer, Direction, EventKind, FlowKey, FlowKind, FlowValue, PORT_HBONE, Peer, Reason, SocketKind,
-    SocketValue, Verdict, decide,
+    SocketValue, Verdict,
 };
 
 use crate::{
-    context::{AF_INET6, IPPROTO_TCP, inputs, netns_cookie, note, now_ns, pod, storage, word, words},
+    context::{AF_INET6, IPPROTO_TCP, arriving, netns_cookie, note, now_ns, pod, storage, word, words},
     maps::{FLOWS, POD_ADDRS},
     report::{About, Ended, count, send},
 };
@@ -149,7 +149,7 @@ fn accepted(ctx: &SockOpsContext) {
             } else {
                 let _ = FLOWS.remove(key);
                 if known.kind == FlowKind::Probe as u8 {
-                    probed(ctx, dport);
+                    probed(ctx, &key);
                 }
             }
         }
@@ -159,10 +159,10 @@ fn accepted(ctx: &SockOpsContext) {
 
 /// A probe was delivered.
 #[inline(always)]
-fn probed(ctx: &SockOpsContext, port: u16) {
+fn probed(ctx: &SockOpsContext, flow: &FlowKey) {
     let cookie = netns_cookie(ctx);
     if let Some(pod) = pod(cookie) {
-        count(cookie, Direction::Inbound, &decide(&inputs(&pod, cookie, Direction::Inbound, Peer::Probe, port)));
+        count(cookie, Direction::Inbound, &arriving(&pod, cookie, Peer::Probe, flow));
     }
 }
 
@@ -179,7 +179,7 @@ fn passed(ctx: &SockOpsContext, sk: *mut bpf_sock, flow: &FlowKey) {
     if unsafe { POD_ADDRS.get(flow.src) }.is_some_and(|owner| owner.netns_cookie == cookie) {
         return;
     }
-    let verdict = decide(&inputs(&pod, cookie, Direction::Inbound, Peer::Plain, flow.dport));
+    let verdict = arriving(&pod, cookie, Peer::Plain, flow);
     if matches!(verdict.answer, Answer::Agent) {
         return;
     }

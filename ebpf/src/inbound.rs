@@ -7,12 +7,12 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use culvert_common::{
-    Addr, Answer, Direction, FlowKey, FlowKind, Inputs, ListenerKey, ListenerKind, Mode, Peer, PodState, PodValue,
-    Reason, Verdict, decide,
+    Addr, Answer, Authorization, Direction, FlowKey, FlowKind, Inputs, ListenerKey, ListenerKind, Mode, Peer, PodState,
+    PodValue, Reason, Verdict, decide,
 };
 
 use crate::{
-    context::{AF_INET6, IPPROTO_TCP, inputs, pod, word, words},
+    context::{AF_INET6, IPPROTO_TCP, arriving, pod, word, words},
     maps::{FLOWS, LISTENERS, POD_ADDRS},
     report::refused,
 };
@@ -60,7 +60,7 @@ fn judge(ctx: &SkLookupContext, flow: &FlowKey) -> u32 {
         return SK_PASS;
     }
     let peer = if recorded == FlowKind::Probe as u8 { Peer::Probe } else { Peer::Plain };
-    let verdict = decide(&inputs(&pod, cookie, Direction::Inbound, peer, flow.dport));
+    let verdict = arriving(&pod, cookie, peer, flow);
     match verdict.answer {
         // Counted when it is established, so that a retransmitted SYN counts once.
         Answer::Pass => SK_PASS,
@@ -80,7 +80,7 @@ fn judge(ctx: &SkLookupContext, flow: &FlowKey) -> u32 {
 }
 
 #[inline(always)]
-fn owner(addr: Addr) -> Option<u64> {
+pub(crate) fn owner(addr: Addr) -> Option<u64> {
     // SAFETY: the cookie is copied at once.
     unsafe { POD_ADDRS.get(addr) }.map(|owner| owner.netns_cookie)
 }
@@ -95,7 +95,7 @@ fn unknown(flow: &FlowKey) -> u32 {
         agent_alive: true,
         port: flow.dport,
         mode: Mode::Missing,
-        plaintext_by_agent: false,
+        authorization: Authorization::Missing,
         rule: 0,
         generation: 0,
     });

@@ -7,6 +7,7 @@
 //! | `handshake` | `sock_ops` | the node's cgroup | carries what is known of a connection from one end to the other |
 //! | `inbound` | `sk_lookup` | each enrolled pod's network namespace | passes, refuses or hands over what arrives |
 //! | `leaving` | `tc` ingress | the node's end of each enrolled pod's veth | stops what leaves a pod without having been captured |
+//! | `judge` | `tc` | nothing | answers what `inbound` would decide, for whoever runs it |
 //!
 //! Only `leaving` runs per packet of an established connection; all that it does then is to look at the headers. What a connection deserves is decided by
 //! `culvert_common::decide`; the files here gather its inputs and carry out its answer.
@@ -18,6 +19,7 @@ mod connect;
 mod context;
 mod handshake;
 mod inbound;
+mod judge;
 mod leaving;
 mod maps;
 mod peername;
@@ -71,6 +73,12 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
 #[classifier]
 pub fn leaving(ctx: TcContext) -> i32 {
     leaving::run(&ctx)
+}
+
+/// Run, never attached: 0 if the packet's data was a question, and is the answer now.
+#[classifier]
+pub fn judge(ctx: TcContext) -> i32 {
+    judge::run(&ctx)
 }
 
 /// Never reached: the verifier rejects a program that could panic.

@@ -2,12 +2,13 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuHashMap, RingBuf, SkStorage, SockHash},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, RingBuf, SkStorage, SockHash},
     macros::btf_map,
 };
 use culvert_common::{
-    Event, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue, SettingsValue,
-    SocketValue, UdpKey, VerdictKey, VethValue, addr::Addr,
+    AuthorizationKey, AuthorizationValue, ClassValue, Event, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey,
+    ModeValue, PodAddrValue, PodValue, PortKey, SettingsValue, SocketValue, SourceKey, UdpKey, VerdictKey, VethValue,
+    addr::Addr,
 };
 
 /// Allocates entries as they come: the kernel's memory follows what is used, and adding one can fail.
@@ -26,6 +27,20 @@ pub(crate) static POD_ADDRS: HashMap<Addr, PodAddrValue, 65536, ON_DEMAND> = Has
 /// other. The agent writes; `inbound` and `handshake` read. If a pod's do not fit, the agent gives its verdicts.
 #[btf_map]
 pub(crate) static MODES: HashMap<ModeKey, ModeValue, 65536, ON_DEMAND> = HashMap::new();
+
+/// Client addresses of tables of AuthorizationPolicies: the class of the longest block that has an address. The agent writes;
+/// `inbound` and `handshake` read. 1000 blocks for each of 250 pods whose policies all differ, or 64 of the largest tables
+/// that the agent makes; pods with the same policies share one. If a pod's does not fit, the agent gives its verdicts.
+#[btf_map]
+pub(crate) static SOURCES: LpmTrie<SourceKey, ClassValue, 262144, ON_DEMAND> = LpmTrie::new();
+
+/// Ports of those tables, likewise: 250 ports for each of 250 pods.
+#[btf_map]
+pub(crate) static PORTS: HashMap<PortKey, ClassValue, 65536, ON_DEMAND> = HashMap::new();
+
+/// Verdicts of those tables, by the classes of address and port, likewise: 250 for each of 250 pods, or 16 of the largest.
+#[btf_map]
+pub(crate) static AUTHORIZATION: HashMap<AuthorizationKey, AuthorizationValue, 65536, ON_DEMAND> = HashMap::new();
 
 /// The agent's listening sockets. The agent writes, the kernel removes a socket that is closed; `inbound` reads. Three
 /// kinds for each worker of each pod.

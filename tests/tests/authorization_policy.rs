@@ -3,12 +3,14 @@
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
-use culvert_tests::programs::{Failure, HeldRound};
+use culvert::policy::MAX_BLOCKS;
+use culvert_tests::programs::{Failure, HeldRound, HttpResult};
 use culvert_tests::sandbox::{Family, LogLine, MeshPlan, Node, Plan, Sandbox, agent_process, built, own_name};
 use culvert_tests::{command, patience};
+use nix::sys::signal::Signal;
 
 const NGINX: &str = "test/nginx";
 const LEGACY: &str = "test/legacy-app";
@@ -17,6 +19,8 @@ const RATINGS: &str = "default/ratings";
 const SERVER: &str = "default/productpage";
 /// Port of the server's exchange.
 const EXCHANGE: u16 = 7000;
+/// Silence after which the kernel refuses (`SILENT_AFTER_NS`).
+const SILENT_AFTER: Duration = Duration::from_secs(10);
 const POLICY_FILE: &str = "policy.yaml";
 
 /// How long a change of policy may take to reach every open connection ([D.1]).
@@ -233,6 +237,61 @@ fn policies_decide_tunnels_and_plaintext_alike() -> Result<()> {
     Ok(())
 }
 
+/// §6, "verdicts in the kernel": what addresses and ports decide is decided while the agent is stopped: a reset for whom policy
+/// denies, the application for whom it allows, and every line of the log once the agent goes on.
+#[test]
+fn plaintext_is_decided_while_the_agent_is_stopped() -> Result<()> {
+    let mut sandbox = mesh("authz-stopped")?;
+    let server = sandbox.pod(SERVER)?.clone();
+    let v4 = sandbox.pod(LEGACY)?.at(Family::V4, 0).ip();
+    let allow = format!("rules: [{{from: [{{source: {{ipBlocks: [\"{v4}\"]}}}}]}}]");
+    let deny = "action: DENY, rules: [{to: [{operation: {ports: [\"9090\"]}}]}]";
+    put(&sandbox, &[authz("allow", "", &allow), authz("deny", "", deny)])?;
+    let cases = [
+        (Family::V4, 9080, served("allow-match", "default/allow#0")),
+        (Family::V6, 9080, refused("no-allow-match")),
+        (Family::V4, 9090, denied("default/deny#0")),
+    ];
+    let ask = |sandbox: &Sandbox| {
+        let all = cases.iter().map(|(family, port, _)| sandbox.http(LEGACY, server.at(*family, *port), "stopped"));
+        all.collect::<Result<Vec<_>>>()
+    };
+    let right = |got: &[HttpResult]| {
+        got.iter().zip(&cases).all(|(got, (.., want))| match want.served {
+            true => got.status == Some(200),
+            false => matches!(got.failure, Some(Failure::Refused | Failure::Reset)),
+        })
+    };
+    command::wait_for("the policy to be in force", log_limit(), || Ok(right(&ask(&sandbox)?).then_some(())))?;
+    for attempt in 1.. {
+        let offset = end_of_log(&sandbox, Node::B)?;
+        sandbox.signal_agent(Node::B, Signal::SIGSTOP)?;
+        let stopped = Instant::now();
+        let got = ask(&sandbox);
+        let took = stopped.elapsed();
+        let silent = end_of_log(&sandbox, Node::B)? == offset;
+        sandbox.signal_agent(Node::B, Signal::SIGCONT)?;
+        if took >= SILENT_AFTER && attempt < 3 {
+            // The machine was too busy: by now the missing sign of life refuses everything.
+            continue;
+        }
+        let got = got?;
+        ensure!(right(&got), "with the agent stopped, after {took:?}: {got:?}");
+        ensure!(silent, "the agent was not stopped");
+        for (family, port, want) in &cases {
+            let (from, to) = (sandbox.pod(LEGACY)?.at(*family, 0).ip(), server.at(*family, *port).to_string());
+            line(&sandbox, Node::B, offset, &format!("{to}, {}", want.reason), |line| {
+                is_inbound(line, from)
+                    && line.field("dst.addr").is_some_and(|addr| addr.ends_with(&format!(":{port}")))
+                    && line.field("reason").as_deref() == Some(want.reason)
+                    && line.field("policy").as_deref() == want.policy
+            })?;
+        }
+        break;
+    }
+    Ok(())
+}
+
 /// [D.1]: within a second a change closes what it forbids, however it is carried: in a tunnel, passed by the kernel, or in
 /// plaintext by the agent; and only that.
 #[test]
@@ -250,13 +309,21 @@ fn a_change_closes_open_connections_that_it_forbids_and_no_others() -> Result<()
     let ratings = Held::open(&mut sandbox, "ratings", RATINGS)?;
     let passed = Held::open(&mut sandbox, "passed", LEGACY)?;
 
-    let written = write(&sandbox, &[deny(&of("principals: [cluster.local/ns/test/sa/nginx]"))])?;
+    // More addresses than the kernel takes: from here on the agent gives this pod's verdicts on plaintext, and carries it.
+    let many: Vec<String> = (0..MAX_BLOCKS + 1).map(|n| format!("198.18.{}.{}", n / 256, n % 256)).collect();
+    let many = of(&format!("ipBlocks: [{}]", many.join(", ")));
+    let nginx_and_many = format!("{}, {many}", of("principals: [cluster.local/ns/test/sa/nginx]"));
+    let offset = end_of_log(&sandbox, Node::B)?;
+    let written = write(&sandbox, &[deny(&nginx_and_many)])?;
     nginx.is_closed(&sandbox, written)?;
     ratings.passes(&sandbox)?;
     passed.passes(&sandbox).context("the kernel passed it, and policy still does")?;
     call(&sandbox, NGINX, 9080, &denied("default/deny#0"))?;
 
-    // From here on the agent carries plaintext to this pod.
+    let told = line(&sandbox, Node::B, offset, "that they are too many", |line| {
+        line.message().starts_with("AuthorizationPolicies of this pod do not fit into the kernel")
+    })?;
+    ensure!(told.field("pod").as_deref() == Some(SERVER) && told.field("why").is_some(), "{told:?}");
     let carried = Held::open(&mut sandbox, "carried", LEGACY)?;
     let offset = end_of_log(&sandbox, Node::B)?;
     let written = write(&sandbox, &[deny(&of("notPrincipals: [\"*\"]"))])?;

@@ -14,8 +14,20 @@ use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, bui
 use serde_json::Value;
 
 /// Maps of which `bpftool` can show whole entries; of the others it shows only the keys, or nothing.
-const SHOWN: [&str; 9] =
-    ["PODS", "POD_ADDRS", "MODES", "FLOWS", "VETHS", "UDP_REFUSALS", "VERDICTS", "HEARTBEAT", "SETTINGS"];
+const SHOWN: [&str; 12] = [
+    "PODS",
+    "POD_ADDRS",
+    "MODES",
+    "SOURCES",
+    "PORTS",
+    "AUTHORIZATION",
+    "FLOWS",
+    "VETHS",
+    "UDP_REFUSALS",
+    "VERDICTS",
+    "HEARTBEAT",
+    "SETTINGS",
+];
 /// A port whose connections are dropped, so that a handshake lasts.
 const QUIET: u16 = 4444;
 
@@ -77,11 +89,14 @@ fn what_bpftool_shows_is_what_the_page_explains() -> Result<()> {
             .pod(PodPlan::new(Node::A, "test", "server").http(&[9080]).probed(9080))
             .pod(PodPlan::new(Node::A, "test", "client").label("culvert.io/udp", "refuse")),
     )?;
-    // Two modes, so that MODES has an entry.
+    // Two modes, so that MODES has an entry; a policy that tells plaintext apart by address and port.
     sandbox.manifests().apply(
         "policy.yaml",
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, namespace: test}\n\
-         spec: {selector: {matchLabels: {app: server}}, mtls: {mode: STRICT}, portLevelMtls: {\"9090\": {mode: PERMISSIVE}}}\n",
+         spec: {selector: {matchLabels: {app: server}}, mtls: {mode: STRICT}, portLevelMtls: {\"9090\": {mode: PERMISSIVE}}}\n\
+         ---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: callers, namespace: test}\n\
+         spec: {selector: {matchLabels: {app: server}}, rules: [{from: [{source: {ipBlocks: [10.244.0.0/16]}}], \
+         to: [{operation: {ports: [\"9090\"]}}]}, {from: [{source: {principals: [\"*\"]}}]}]}\n",
     )?;
     sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
     let server = sandbox.pod("test/server")?.clone();
@@ -141,7 +156,7 @@ fn dump_all(sandbox: &Sandbox) -> Result<()> {
         for name in &found {
             // As bpftool prints it in the example; and explained, unless it only holds others or is padding.
             ensure!(example.contains(&format!("\"{name}\":")), "{map}: {name} is not in the example");
-            let holds = ["key", "value", "values", "_pad", "bytes"].contains(&name.as_str());
+            let holds = ["key", "value", "values", "_pad", "bytes", "data"].contains(&name.as_str());
             ensure!(holds || table.contains(&format!("`{name}`")), "{map}: {name} is not explained");
         }
         let explained = table.lines().filter_map(|line| line.strip_prefix("| `")?.split_once(" | "));

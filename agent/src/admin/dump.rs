@@ -17,7 +17,7 @@ use crate::{
     identity::{Facts, Status},
     model::{Cluster, MtlsMode, ObjectRef, Pod, PodUid, Service, SessionAffinity},
     pods::PodNetwork,
-    policy::{CompiledService, RuleId, Snapshot, Workload},
+    policy::{CompiledService, RuleId, RuleKind, RuleRef, Snapshot, Workload},
 };
 
 use super::Handles;
@@ -265,6 +265,9 @@ pub struct PolicyDump {
     pub stale: bool,
     /// Number that the kernel's counters know it by; 0 if it has none.
     pub rule: u32,
+    /// Of an AuthorizationPolicy: the numbers that they know its rules by, in the order of the rules.
+    #[serde(default)]
+    pub rules: Vec<u32>,
     /// Pods, as `namespace/name`, of which it decides about a port or all; of an AuthorizationPolicy, those it selects.
     pub decides: Vec<String>,
     /// What it does not do although it seems to.
@@ -359,6 +362,12 @@ pub struct KernelPod {
     pub generation: u32,
     /// Number of the policy that set the mode; 0 for none.
     pub rule: u32,
+    /// Number of its table of AuthorizationPolicies; 0 where none could make a difference to plaintext.
+    #[serde(default)]
+    pub table: u32,
+    /// The agent gives the verdicts on plaintext, because the policy does not fit into the kernel.
+    #[serde(default)]
+    pub plaintext_by_agent: bool,
     /// Its entries in `POD_ADDRS`.
     pub addresses: Vec<IpAddr>,
     /// Ports with another mode, of this generation.
@@ -381,7 +390,7 @@ pub struct VerdictDump {
     pub answer: String,
     /// One of the closed list of reasons.
     pub reason: String,
-    /// `PeerAuthentication namespace/name`; absent for none.
+    /// `PeerAuthentication namespace/name` or `AuthorizationPolicy namespace/name#rule`; absent for none.
     pub rule: Option<String>,
     /// How often.
     pub count: u64,
@@ -592,8 +601,8 @@ fn policies(snapshot: &Snapshot, view: &crate::source::View, workloads: &[&Workl
             decides.entry(rule.0).or_default().insert(workload.object.to_string());
         }
     }
-    let numbers: HashMap<&ObjectRef, u32> =
-        snapshot.rules.iter().zip(1..).map(|(rule, number)| (&rule.object, number)).collect();
+    let of_peers = snapshot.rules.iter().zip(1..).filter(|(rule, _)| rule.kind == RuleKind::PeerAuthentication);
+    let numbers: HashMap<&ObjectRef, u32> = of_peers.map(|(rule, number)| (&rule.object, number)).collect();
     let policy = |(object, policy): (&ObjectRef, &std::sync::Arc<crate::model::PeerAuthentication>)| {
         let rule = numbers.get(object).copied().unwrap_or(0);
         let place = view.policies.get(object);
@@ -609,6 +618,7 @@ fn policies(snapshot: &Snapshot, view: &crate::source::View, workloads: &[&Workl
             place: place.map(ToString::to_string),
             stale: place.is_some_and(|place| place.stale),
             rule,
+            rules: Vec::new(),
             decides: decides.get(&rule).into_iter().flatten().cloned().collect(),
             warnings: warnings(snapshot, &format!("PeerAuthentication {object}")),
         }
@@ -643,6 +653,9 @@ fn authorization_policies(
             place: place.map(ToString::to_string),
             stale: place.is_some_and(|place| place.stale),
             rule: 0,
+            rules: (0..policy.rules.len())
+                .map(|rule| snapshot.number(&RuleRef { policy: object.clone(), rule }).0)
+                .collect(),
             decides: selects.get(object).into_iter().flatten().cloned().collect(),
             warnings: warnings(snapshot, &format!("AuthorizationPolicy {object}")),
         }
@@ -722,6 +735,8 @@ fn kernel(handles: &Handles, content: &inspect::Content, snapshot: &Snapshot, na
         mode: Mode::from_u8(pod.mode).as_str().to_owned(),
         generation: pod.generation,
         rule: pod.rule,
+        table: pod.table,
+        plaintext_by_agent: pod.plaintext_by_agent != 0,
         addresses: addresses.remove(cookie).unwrap_or_default(),
         ports: content
             .modes

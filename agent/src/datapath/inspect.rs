@@ -4,10 +4,10 @@
 use std::{collections::BTreeMap, path::Path};
 
 use anyhow::Context as _;
-use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapInfo, MapType, PerCpuHashMap, SockHash};
+use aya::maps::{Array, HashMap as BpfHashMap, LpmTrie, Map, MapData, MapInfo, MapType, PerCpuHashMap, SockHash};
 use culvert_common::{
-    Addr, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue, SettingsValue,
-    UdpKey, VerdictKey, VethValue,
+    Addr, AuthorizationKey, AuthorizationValue, ClassValue, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey,
+    ModeValue, PodAddrValue, PodValue, PortKey, SettingsValue, SourceKey, UdpKey, VerdictKey, VethValue,
 };
 
 use super::MAPS;
@@ -23,6 +23,12 @@ pub struct Content {
     pub addrs: BTreeMap<Addr, PodAddrValue>,
     /// `MODES`.
     pub modes: BTreeMap<ModeKey, ModeValue>,
+    /// Entries of `SOURCES`.
+    pub sources: usize,
+    /// `PORTS`: classes.
+    pub ports: BTreeMap<PortKey, ClassValue>,
+    /// `AUTHORIZATION`.
+    pub authorization: BTreeMap<AuthorizationKey, AuthorizationValue>,
     /// Sockets in `LISTENERS` by netns cookie.
     pub listeners: BTreeMap<u64, usize>,
     /// `VETHS`, by index of the device.
@@ -59,9 +65,13 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
         pods: hash::<u64, PodValue>(dir, "PODS")?,
         addrs: hash(dir, "POD_ADDRS")?,
         modes: hash(dir, "MODES")?,
+        ports: hash(dir, "PORTS")?,
+        authorization: hash(dir, "AUTHORIZATION")?,
         veths: hash(dir, "VETHS")?,
         ..Content::default()
     };
+    let sources: LpmTrie<MapData, SourceKey, ClassValue> = Map::LpmTrie(open(dir, "SOURCES")?).try_into()?;
+    content.sources = sources.keys().filter_map(Result::ok).count();
     let listeners: SockHash<MapData, ListenerKey> = Map::SockHash(open(dir, "LISTENERS")?).try_into()?;
     for key in listeners.keys().filter_map(Result::ok) {
         *content.listeners.entry(key.netns_cookie).or_default() += 1;
@@ -81,6 +91,9 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
             "PODS" => Some(content.pods.len()),
             "POD_ADDRS" => Some(content.addrs.len()),
             "MODES" => Some(content.modes.len()),
+            "SOURCES" => Some(content.sources),
+            "PORTS" => Some(content.ports.len()),
+            "AUTHORIZATION" => Some(content.authorization.len()),
             "LISTENERS" => Some(content.listeners.values().sum()),
             "FLOWS" => Some(flows),
             "VETHS" => Some(content.veths.len()),

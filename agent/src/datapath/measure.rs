@@ -29,10 +29,14 @@ impl Datapath {
             let capacity = map.info().with_context(|| format!("look at {name}"))?.max_entries();
             anyhow::Ok(Fill { name, entries, capacity })
         };
+        let [sources, ports, authorization] = self.tables.fill();
         Ok(vec![
             fill("PODS", self.pods.keys().count(), self.pods.map())?,
             fill("POD_ADDRS", self.addrs.keys().count(), self.addrs.map())?,
             fill("MODES", self.modes.keys().count(), self.modes.map())?,
+            sources,
+            ports,
+            authorization,
             fill("LISTENERS", self.listeners.keys().count(), self.listeners.map())?,
             fill("FLOWS", flows.keys().count(), flows.map())?,
             fill("VETHS", self.veths.keys().count(), self.veths.map())?,
@@ -40,14 +44,15 @@ impl Datapath {
         ])
     }
 
-    /// Each program, and how many instructions the verifier looked at before it admitted it; 0 where the kernel does not
+    /// Each program that is loaded, and how many instructions the verifier looked at before it admitted it; 0 where the kernel does not
     /// say (before Linux 5.16).
     pub fn programs(&self) -> Vec<(String, u32)> {
-        let instructions = |program: &aya::programs::Program| {
-            program.info().ok().and_then(|info| info.verified_instruction_count()).unwrap_or(0)
+        // The kernel knows nothing of one that is not loaded.
+        let loaded = |(name, program): (&str, &aya::programs::Program)| {
+            let instructions = program.info().ok()?.verified_instruction_count().unwrap_or(0);
+            Some((name.to_owned(), instructions))
         };
-        let mut programs: Vec<_> =
-            self.ebpf.programs().map(|(name, program)| (name.to_owned(), instructions(program))).collect();
+        let mut programs: Vec<_> = self.ebpf.programs().filter_map(loaded).collect();
         programs.sort_unstable();
         programs
     }

@@ -15,6 +15,7 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -33,22 +34,30 @@ use culvert_common::{
 use tracing::warn;
 
 pub mod inspect;
+mod judge;
 pub mod measure;
 mod owner;
 mod sys;
+mod tables;
 mod veth;
 
+use crate::policy::{Snapshot, Table, TooLarge, Workload};
+pub use judge::Arrival;
 pub use owner::Turn;
 use owner::{Ownership, Part};
 use sys::{AttachType, Target};
+use tables::Tables;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert"));
 
 /// The maps, by the names that they have in the object, in the pin directory and in `bpftool`.
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 15] = [
     "PODS",
     "POD_ADDRS",
     "MODES",
+    "SOURCES",
+    "PORTS",
+    "AUTHORIZATION",
     "LISTENERS",
     "FLOWS",
     "SOCKETS",
@@ -114,10 +123,47 @@ pub struct PodPolicy {
     pub rule: u32,
     /// Ports with another mode, and the rule that set it.
     pub ports: BTreeMap<u16, (Mode, u32)>,
-    /// Plaintext verdicts are given by the agent.
-    pub plaintext_by_agent: bool,
+    /// What AuthorizationPolicies say of plaintext that the mode admits.
+    pub plaintext: Plaintext,
     /// UDP that leaves the pod is refused, but for DNS.
     pub udp_refused: bool,
+}
+
+/// Who gives the verdicts on plaintext that the mode admits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Plaintext {
+    /// The mode alone: it passes.
+    Passed,
+    /// The kernel, by this table.
+    ByTable(Arc<Table>),
+    /// The agent, connection by connection: the policies are more than the kernel holds.
+    ByAgent,
+}
+
+impl PodPolicy {
+    /// What a snapshot says of a pod of this node.
+    pub fn of(snapshot: &Snapshot, workload: &Workload, plaintext: Plaintext, udp_refused: bool) -> Self {
+        let auth = &workload.peer_auth;
+        Self {
+            generation: snapshot.generation,
+            mode: auth.mode,
+            rule: auth.rule.0,
+            ports: auth.ports.iter().map(|(port, (mode, rule))| (*port, (*mode, rule.0))).collect(),
+            plaintext,
+            udp_refused,
+        }
+    }
+}
+
+impl Plaintext {
+    /// What a pod's AuthorizationPolicies make of it.
+    ///
+    /// # Errors
+    /// They make no table: [`Plaintext::ByAgent`] is left.
+    pub fn of(snapshot: &Snapshot, workload: &Workload) -> Result<Self, TooLarge> {
+        let table = workload.authorization.plaintext(&workload.ips, |rule| snapshot.number(rule))?;
+        Ok(table.map_or(Self::Passed, |table| Self::ByTable(Arc::new(table))))
+    }
 }
 
 /// The agent before this one.
@@ -156,7 +202,10 @@ pub struct Datapath {
     verdicts: PerCpuHashMap<MapData, VerdictKey, u64>,
     heartbeat: Array<MapData, HeartbeatValue>,
     settings: Array<MapData, SettingsValue>,
+    tables: Tables,
     retired: Vec<(Instant, ModeKey)>,
+    /// What did not fit into the kernel: tried again when there is room.
+    without_room: BTreeMap<NetnsCookie, PodPolicy>,
 }
 
 impl Datapath {
@@ -194,6 +243,11 @@ impl Datapath {
             pods: typed(&mut ebpf, "PODS")?,
             addrs: typed(&mut ebpf, "POD_ADDRS")?,
             modes: typed(&mut ebpf, "MODES")?,
+            tables: Tables::new(
+                typed(&mut ebpf, "SOURCES")?,
+                typed(&mut ebpf, "PORTS")?,
+                typed(&mut ebpf, "AUTHORIZATION")?,
+            )?,
             listeners: typed(&mut ebpf, "LISTENERS")?,
             veths: typed(&mut ebpf, "VETHS")?,
             verdicts: typed(&mut ebpf, "VERDICTS")?,
@@ -212,6 +266,7 @@ impl Datapath {
             half_done: None,
             config,
             retired: Vec::new(),
+            without_room: BTreeMap::new(),
         })
     }
 
@@ -353,9 +408,9 @@ impl Datapath {
 
     /// Puts a policy in force and opens the pod: the last step of enrolment, and every later change.
     ///
-    /// The ports of the new generation are written first; one write of the pod's entry switches to them; those of the
-    /// old one are removed after a grace ([`Datapath::maintain`]). Ports that do not fit make the agent decide about the
-    /// pod's plaintext.
+    /// The ports of the new generation and the table are written first; one write of the pod's entry switches to them; those
+    /// of the old one are removed after a grace ([`Datapath::maintain`]). What does not fit makes the agent decide about the
+    /// pod's plaintext, until there is room.
     ///
     /// # Errors
     /// The entry could not be written; the pod keeps what was in force.
@@ -365,42 +420,58 @@ impl Datapath {
         self.write_veths(cookie, policy.udp_refused)?;
         let old: Vec<ModeKey> = self.mode_keys(cookie, |key| key.generation != policy.generation);
         let same_generation = before.state == PodState::Ready as u8 && before.generation == policy.generation;
-        let value = match self.write_ports(cookie, policy) {
-            Ok(()) => PodValue {
-                generation: policy.generation,
-                rule: policy.rule,
-                state: PodState::Ready as u8,
-                mode: policy.mode as u8,
-                has_port_modes: u8::from(!policy.ports.is_empty()),
-                plaintext_by_agent: u8::from(policy.plaintext_by_agent),
-                ..before
-            },
+        let table = match &policy.plaintext {
+            Plaintext::Passed | Plaintext::ByAgent => Ok(0),
+            Plaintext::ByTable(table) => self.tables.put(table),
+        };
+        let value = PodValue {
+            generation: policy.generation,
+            rule: policy.rule,
+            state: PodState::Ready as u8,
+            mode: policy.mode as u8,
+            has_port_modes: u8::from(!policy.ports.is_empty()),
+            table: *table.as_ref().unwrap_or(&0),
+            plaintext_by_agent: u8::from(policy.plaintext == Plaintext::ByAgent || table.is_err()),
+            ..before
+        };
+        let (value, too_much) = match self.write_ports(cookie, policy) {
+            Ok(()) => (value, table.err()),
             Err(error) => {
-                warn!(
-                    cookie = cookie.0,
-                    ports = policy.ports.len(),
-                    error = format!("{error:#}"),
-                    "a pod's policy does not fit into the kernel: the agent gives its verdicts on plaintext"
-                );
                 self.remove_ports(cookie, policy.generation);
-                PodValue {
-                    generation: policy.generation,
-                    rule: policy.rule,
-                    state: PodState::Ready as u8,
-                    // Whatever the mode, the agent sees the connection, and refuses by the whole policy.
-                    mode: Mode::Permissive as u8,
-                    has_port_modes: 0,
-                    plaintext_by_agent: 1,
-                    ..before
-                }
+                // Whatever the mode, the agent sees the connection, and refuses by the whole policy.
+                let mode = Mode::Permissive as u8;
+                (PodValue { mode, has_port_modes: 0, table: 0, plaintext_by_agent: 1, ..value }, Some(error))
             }
         };
         if !same_generation || value != before {
             self.write_pod(cookie, &value)?;
         }
+        self.tables.switch(cookie, value.table);
+        self.settle(cookie, policy, too_much);
         let now = Instant::now();
         self.retired.extend(old.into_iter().map(|key| (now, key)));
         Ok(())
+    }
+
+    /// Notes whether a policy fits, and tells when that changes.
+    fn settle(&mut self, cookie: NetnsCookie, policy: &PodPolicy, too_much: Option<anyhow::Error>) {
+        match too_much {
+            Some(error) => {
+                if self.without_room.insert(cookie, policy.clone()).is_none() {
+                    warn!(
+                        cookie = cookie.0,
+                        error = format!("{error:#}"),
+                        "a pod's policy does not fit into the kernel: the agent gives its verdicts on plaintext until \
+                         others need less"
+                    );
+                }
+            }
+            None => {
+                if self.without_room.remove(&cookie).is_some() {
+                    tracing::info!(cookie = cookie.0, "a pod's policy fits into the kernel again");
+                }
+            }
+        }
     }
 
     /// Refuses a pod's traffic from now on, without forgetting it.
@@ -429,6 +500,8 @@ impl Datapath {
         result = result.and(self.remove_veths(cookie));
         let addrs: Vec<Addr> = self.addrs_of(cookie);
         result = result.and(ignore_missing(self.pods.remove(&cookie.0)).context("remove from PODS"));
+        self.tables.switch(cookie, 0);
+        self.without_room.remove(&cookie);
         for addr in addrs {
             result = result.and(ignore_missing(self.addrs.remove(&addr)).context("remove from POD_ADDRS"));
         }
@@ -486,6 +559,7 @@ impl Datapath {
         let (due, kept) = self.retired.drain(..).partition(|(at, _)| now.duration_since(*at) >= GENERATION_GRACE);
         self.retired = kept;
         let due: Vec<(Instant, ModeKey)> = due;
+        let room = self.tables.retire(GENERATION_GRACE) || !due.is_empty();
         for (_, key) in due {
             let current = self.pod(NetnsCookie(key.netns_cookie)).ok().flatten();
             if current.is_none_or(|pod| pod.generation != key.generation) {
@@ -493,6 +567,18 @@ impl Datapath {
                 let _ = self.modes.remove(&key);
             }
         }
+        if room {
+            for (cookie, policy) in self.without_room.clone() {
+                if let Err(error) = self.ready(cookie, &policy) {
+                    warn!(cookie = cookie.0, error = format!("{error:#}"), "a pod's policy could not be written");
+                }
+            }
+        }
+    }
+
+    /// Pods whose verdicts on plaintext the agent gives.
+    pub fn judged_by_agent(&self) -> usize {
+        self.pods.iter().filter_map(Result::ok).filter(|(_, pod)| pod.plaintext_by_agent != 0).count()
     }
 
     /// Verdicts since the pod was enrolled, summed over the CPUs.

@@ -12,6 +12,7 @@ use std::{
 
 const BPF_OBJ_PIN: libc::c_long = 6;
 const BPF_OBJ_GET: libc::c_long = 7;
+const BPF_PROG_TEST_RUN: libc::c_long = 10;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_long = 15;
 const BPF_LINK_CREATE: libc::c_long = 28;
 const BPF_LINK_UPDATE: libc::c_long = 29;
@@ -51,6 +52,28 @@ struct InfoAttr {
     fd: u32,
     len: u32,
     info: u64,
+}
+
+/// `attr` of BPF_PROG_TEST_RUN.
+#[repr(C, align(8))]
+#[derive(Default)]
+struct RunAttr {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    _pad: u32,
 }
 
 /// What the kernel says of a link (`struct bpf_link_info`): its first bytes, which are the same for all kinds. Longer than
@@ -147,7 +170,7 @@ pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<(Target, u32)> {
     const LINK_TYPE_NETNS: u32 = 5;
     const LINK_TYPE_TCX: u32 = 11;
     let mut info = RawLinkInfo { kind: 0, id: 0, prog_id: 0, _pad: 0, target: 0, attach_type: 0, _rest: [0; 33] };
-    let len = u32::try_from(size_of::<RawLinkInfo>()).expect("a small struct");
+    let len = size::<RawLinkInfo>();
     let info_ptr = std::ptr::from_mut(&mut info) as u64;
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut InfoAttr { fd: raw(link), len, info: info_ptr })?;
     let target = match info.kind {
@@ -157,6 +180,42 @@ pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<(Target, u32)> {
         _ => Target::Other,
     };
     Ok((target, info.prog_id))
+}
+
+fn size<T>() -> u32 {
+    u32::try_from(size_of::<T>()).expect("a small struct")
+}
+
+/// Runs a program of packets on one whose data is `packet`; `after` is what the program has made of it. Gives what it
+/// returns. A value of a type that any bytes make: [`aya::Pod`].
+pub(super) fn test_run_packet<T: aya::Pod>(prog: BorrowedFd<'_>, packet: &T, after: &mut T) -> io::Result<u32> {
+    let mut attr = RunAttr {
+        prog_fd: raw(prog),
+        data_size_in: size::<T>(),
+        data_size_out: size::<T>(),
+        data_in: std::ptr::from_ref(packet) as u64,
+        data_out: std::ptr::from_mut(after) as u64,
+        repeat: 1,
+        ..RunAttr::default()
+    };
+    bpf(BPF_PROG_TEST_RUN, &mut attr)?;
+    Ok(attr.retval)
+}
+
+/// Runs a program on a context, which the kernel writes back. Gives what it returns.
+pub(super) fn test_run_context<T>(prog: BorrowedFd<'_>, context: &mut T) -> io::Result<u32> {
+    let context_at = std::ptr::from_mut(context) as u64;
+    let mut attr = RunAttr {
+        prog_fd: raw(prog),
+        ctx_size_in: size::<T>(),
+        ctx_size_out: size::<T>(),
+        ctx_in: context_at,
+        ctx_out: context_at,
+        repeat: 1,
+        ..RunAttr::default()
+    };
+    bpf(BPF_PROG_TEST_RUN, &mut attr)?;
+    Ok(attr.retval)
 }
 
 /// Pins `link`, or a program, at `path` in place of whatever is there, without an instant in which nothing is.

@@ -18,6 +18,7 @@ use super::{
     endpoints::Lookup,
     enrollment,
     peer_auth::Policies,
+    snapshot::Numbers,
 };
 
 /// Options of enrolled pods that are known, but not read by this version ([E.6]).
@@ -47,6 +48,7 @@ pub fn compile(cluster: &Cluster, options: &Options, before: Option<Before<'_>>)
         rules,
         warnings: Vec::new(),
         layers: Default::default(),
+        numbers: numbers.clone(),
     };
     let place = |node: &Node, label: &str| node.labels.get(label).map(|at| Arc::<str>::from(at.as_str()));
     let places: HashMap<&Arc<str>, _> = cluster
@@ -84,7 +86,6 @@ pub fn compile(cluster: &Cluster, options: &Options, before: Option<Before<'_>>)
             }));
             policies.hint_service_ports(pod, lookup.services_of(&pod.object.namespace), &mut warnings);
         }
-        let number = |object: &ObjectRef| numbers.get(object).copied().unwrap_or_default();
         let make = |authorizations: &mut Authorizations| Workload {
             uid: pod.uid.clone(),
             object: pod.object.clone(),
@@ -95,7 +96,7 @@ pub fn compile(cluster: &Cluster, options: &Options, before: Option<Before<'_>>)
             },
             ips: addresses(pod),
             node: pod.node.clone(),
-            peer_auth: policies.effective(namespace, &pod.labels, number),
+            peer_auth: policies.effective(namespace, &pod.labels, |object| numbers.peer_authentication(object)),
             authorization: authorizations.effective(namespace, &pod.labels),
             enrollment: enrollment.clone().into_owned(),
             workload_name: pod.workload_name.clone(),
@@ -161,7 +162,7 @@ pub fn compile(cluster: &Cluster, options: &Options, before: Option<Before<'_>>)
 pub struct Servers<'a> {
     policies: Policies<'a>,
     authorizations: Authorizations,
-    numbers: HashMap<ObjectRef, RuleId>,
+    numbers: Numbers,
     known: HashMap<Arc<str>, HashMap<Labels, Arc<Protection>>>,
 }
 
@@ -186,11 +187,10 @@ impl<'a> Servers<'a> {
     pub fn of(cluster: &'a Cluster, options: &Options, snapshot: &Snapshot) -> Self {
         // The snapshot has them already.
         let mut warnings = Vec::new();
-        let numbers = snapshot.rules.iter().zip(1..).map(|(rule, number)| (rule.object.clone(), RuleId(number)));
         Self {
             policies: Policies::of(cluster, options, &mut warnings),
             authorizations: Authorizations::of(cluster, options, snapshot.layers.clone(), &mut warnings),
-            numbers: numbers.collect(),
+            numbers: snapshot.numbers.clone(),
             known: HashMap::new(),
         }
     }
@@ -201,8 +201,8 @@ impl<'a> Servers<'a> {
             return known.clone();
         }
         let name: Arc<str> = namespace.into();
-        let number = |object: &ObjectRef| self.numbers.get(object).copied().unwrap_or_default();
-        let peer_auth = self.policies.effective(namespace, labels, number);
+        let numbers = &self.numbers;
+        let peer_auth = self.policies.effective(namespace, labels, |object| numbers.peer_authentication(object));
         let authorization = self.authorizations.effective(&name, labels);
         let protection = Arc::new(Protection { peer_auth, authorization });
         self.known.entry(name).or_default().insert(labels.clone(), protection.clone());
@@ -215,18 +215,35 @@ fn addresses(pod: &Pod) -> Vec<std::net::IpAddr> {
     if pod.host_network || pod.finished { Vec::new() } else { pod.ips.clone() }
 }
 
+impl Numbers {
+    fn peer_authentication(&self, object: &ObjectRef) -> RuleId {
+        let rule = RuleObject { kind: RuleKind::PeerAuthentication, object: object.clone() };
+        self.0.get(&rule).copied().unwrap_or_default()
+    }
+}
+
 /// Numbers stay with their objects; new objects get the next free ones, the oldest object first.
-fn number_rules(cluster: &Cluster, previous: Option<&Snapshot>) -> (Vec<RuleObject>, HashMap<ObjectRef, RuleId>) {
-    let mut rules = previous.map_or_else(Vec::new, |previous| previous.rules.clone());
-    let number = |index: usize| RuleId(u32::try_from(index + 1).expect("fewer than 2^32 policies"));
-    let mut numbers: HashMap<ObjectRef, RuleId> =
-        rules.iter().enumerate().map(|(index, rule)| (rule.object.clone(), number(index))).collect();
+fn number_rules(cluster: &Cluster, previous: Option<&Snapshot>) -> (Vec<RuleObject>, Numbers) {
+    let (mut rules, mut numbers) =
+        previous.map(|previous| (previous.rules.clone(), previous.numbers.clone())).unwrap_or_default();
+    let mut enter = |rule: RuleObject| {
+        if !numbers.0.contains_key(&rule) {
+            let next = RuleId(u32::try_from(rules.len() + 1).expect("fewer than 2^32 rules"));
+            // Copies the map of the snapshot before this one, once.
+            Arc::make_mut(&mut numbers.0).insert(rule.clone(), next);
+            rules.push(rule);
+        }
+    };
     let mut policies: Vec<_> = cluster.peer_authentications.values().collect();
     policies.sort_by(|a, b| a.age.cmp(&b.age));
     for policy in policies {
-        if let Entry::Vacant(vacant) = numbers.entry(policy.object()) {
-            rules.push(RuleObject { kind: RuleKind::PeerAuthentication, object: vacant.key().clone() });
-            vacant.insert(number(rules.len() - 1));
+        enter(RuleObject { kind: RuleKind::PeerAuthentication, object: policy.object() });
+    }
+    let mut policies: Vec<_> = cluster.authorization_policies.values().collect();
+    policies.sort_by(|a, b| a.age.cmp(&b.age));
+    for policy in policies {
+        for rule in 0..policy.rules.len() {
+            enter(RuleObject { kind: RuleKind::AuthorizationPolicy(rule), object: policy.object() });
         }
     }
     (rules, numbers)
@@ -338,6 +355,49 @@ mod tests {
         assert_eq!(third.rule(RuleId(1)).map(ToString::to_string).as_deref(), Some("PeerAuthentication test/b"));
         assert_eq!(third.rule(RuleId(0)), None);
         assert_eq!(third.rule(RuleId(3)), None);
+    }
+
+    /// Rules of AuthorizationPolicies have numbers too, which they keep when others come, change or go.
+    #[test]
+    fn rules_of_authorization_policies_have_numbers_of_their_own() {
+        use crate::{model::AuthorizationPolicy, policy::RuleRef};
+
+        let mut cluster = cluster();
+        cluster.put(policy("test", "p", 1, MtlsMode::Strict));
+        let authz = |name: &str, created, rules: usize| AuthorizationPolicy {
+            age: crate::model::Age { created, name: name.into(), namespace: "test".into() },
+            selector: Labels::new(),
+            selector_written_empty: false,
+            revision: None,
+            has_targets: false,
+            action: Default::default(),
+            dry_run: false,
+            rules: vec![Default::default(); rules],
+        };
+        let put = |cluster: &mut Cluster, policy: AuthorizationPolicy| {
+            cluster.authorization_policies.insert(policy.object(), Arc::new(policy));
+        };
+        // The same name as the PeerAuthentication's.
+        put(&mut cluster, authz("p", 5, 2));
+        let first = compile(&cluster, &Options::default(), None);
+        put(&mut cluster, authz("a", 1, 1));
+        put(&mut cluster, authz("p", 5, 3));
+        let second = compile(&cluster, &Options::default(), Some(&first));
+        let number = |snapshot: &Snapshot, name: &str, rule| {
+            snapshot.number(&RuleRef { policy: ObjectRef::new("test", name), rule }).0
+        };
+        assert_eq!([0, 1, 2].map(|rule| number(&first, "p", rule)), [2, 3, 0]);
+        assert_eq!([0, 1, 2].map(|rule| number(&second, "p", rule)), [2, 3, 5]);
+        assert_eq!(number(&second, "a", 0), 4);
+        let name = |number| second.rule(RuleId(number)).map(ToString::to_string).unwrap_or_default();
+        assert_eq!(name(3), "AuthorizationPolicy test/p#1");
+        assert_eq!(name(1), "PeerAuthentication test/p");
+        let words = |reason, rule| {
+            let (answer, generation) = (culvert_common::Answer::Refuse, 2);
+            second.explain(&culvert_common::Verdict { answer, reason, rule, generation })
+        };
+        assert_eq!(words(culvert_common::Reason::ExplicitDeny, 3), "explicitly denied by: test/p, rule 1");
+        assert_eq!(words(culvert_common::Reason::NoAllowMatch, 0), "allow policies exist, but none allowed");
     }
 
     /// §13: never by the node's address; finished pods have given theirs back, terminating ones have not.

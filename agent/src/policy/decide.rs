@@ -5,7 +5,7 @@
 
 use std::{fmt, net::IpAddr, sync::Arc};
 
-use culvert_common::{Answer, Direction, Inputs, Mode, PORT_HBONE, Peer, PodState, Reason};
+use culvert_common::{Answer, Authorization as Says, Direction, Inputs, Mode, PORT_HBONE, Peer, PodState, Reason};
 
 use crate::model::{ObjectRef, SpiffeId};
 
@@ -96,6 +96,13 @@ pub struct DryRun {
     pub rule: Option<RuleRef>,
 }
 
+impl Verdict {
+    /// Without anything that explains it.
+    pub(super) fn new(allowed: bool, reason: Reason, generation: u32) -> Self {
+        Self { allowed, reason, decided_by: None, dry_run: None, audit: None, warnings: Vec::new(), generation }
+    }
+}
+
 impl Workload {
     /// What protects it.
     pub fn server(&self) -> Server<'_> {
@@ -106,15 +113,7 @@ impl Workload {
 /// Judges one connection. The agent is taken to be alive, and the server's pod to be ready, since somebody asks.
 pub fn decide(snapshot: &Snapshot, connection: &Connection<'_>) -> Verdict {
     let (server, port) = (connection.server, connection.port);
-    let verdict = |allowed, reason| Verdict {
-        allowed,
-        reason,
-        decided_by: None,
-        dry_run: None,
-        audit: None,
-        warnings: Vec::new(),
-        generation: snapshot.generation,
-    };
+    let verdict = |allowed, reason| Verdict::new(allowed, reason, snapshot.generation);
     let (peer, identity) = match connection.client {
         Client::Plain => (Peer::Plain, None),
         Client::Tunnel(identity) => (Peer::Tunnel, Some(identity)),
@@ -140,7 +139,8 @@ pub fn decide(snapshot: &Snapshot, connection: &Connection<'_>) -> Verdict {
         agent_alive: true,
         port,
         mode,
-        plaintext_by_agent: server.authorization.judges(),
+        // What policies say is said below, of tunnels and of plaintext.
+        authorization: if server.authorization.judges() { Says::Agent } else { Says::None },
         rule: rule.0,
         generation: snapshot.generation,
     });
@@ -194,7 +194,7 @@ pub fn decide(snapshot: &Snapshot, connection: &Connection<'_>) -> Verdict {
 }
 
 /// Specification §6.2, steps 2 to 5: the reason, and the rule that decided.
-fn conclude<'m, 'a>(
+pub(super) fn conclude<'m, 'a>(
     deny: Option<&'m Matched<'a>>,
     some_allow: bool,
     allow: Option<&'m Matched<'a>>,

@@ -23,7 +23,9 @@ mod snapshot;
 #[cfg(test)]
 pub(crate) mod testing;
 
-pub use authorization::{Authorization, RuleRef, hints};
+pub use authorization::{
+    Authorization, Decision, MAX_BLOCKS, MAX_CELLS, MAX_DECISIONS, RuleRef, Table, TooLarge, hints,
+};
 pub use changes::Before;
 pub use compile::{Protection, Servers, compile};
 pub use decide::{Client, Connection, DecidedBy, DryRun, Server, Verdict, decide};

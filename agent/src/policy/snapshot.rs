@@ -7,14 +7,14 @@ use std::{
     sync::Arc,
 };
 
-use culvert_common::Verdict;
+use culvert_common::{Answer, Verdict};
 
 use crate::model::{Labels, MeshConfig, ObjectRef, PodUid, SpiffeId};
 
-use super::{Authorization, CompiledService, Enrollment, PeerAuth, authorization::Layers};
+use super::{Authorization, CompiledService, DecidedBy, Enrollment, PeerAuth, RuleRef, authorization::Layers, decide};
 
-/// Index of the object that made a rule, 1-based; 0 is "no rule". Stable for an object while the agent runs, so that
-/// the kernel's counters keep their meaning from one generation to the next.
+/// Number of a PeerAuthentication, or of a rule of an AuthorizationPolicy, from 1 on; 0 is "no rule". Stable for an object
+/// while the agent runs, so that the kernel's counters keep their meaning from one generation to the next.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RuleId(pub u32);
 
@@ -23,9 +23,11 @@ pub struct RuleId(pub u32);
 pub enum RuleKind {
     /// `security.istio.io` PeerAuthentication.
     PeerAuthentication,
+    /// `security.istio.io` AuthorizationPolicy: the rule with this place among its rules, from 0.
+    AuthorizationPolicy(usize),
 }
 
-/// The object behind a [`RuleId`].
+/// What is behind a [`RuleId`].
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RuleObject {
     /// Its kind.
@@ -36,10 +38,33 @@ pub struct RuleObject {
 
 impl fmt::Display for RuleObject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kind = match self.kind {
-            RuleKind::PeerAuthentication => "PeerAuthentication",
-        };
-        write!(f, "{kind} {}", self.object)
+        match self.kind {
+            RuleKind::PeerAuthentication => write!(f, "PeerAuthentication {}", self.object),
+            RuleKind::AuthorizationPolicy(rule) => write!(f, "AuthorizationPolicy {}#{rule}", self.object),
+        }
+    }
+}
+
+impl RuleObject {
+    /// As verdicts name it.
+    pub fn decided_by(&self) -> DecidedBy {
+        match self.kind {
+            RuleKind::PeerAuthentication => DecidedBy::PeerAuthentication(self.object.clone()),
+            RuleKind::AuthorizationPolicy(rule) => {
+                DecidedBy::AuthorizationPolicy(RuleRef { policy: self.object.clone(), rule })
+            }
+        }
+    }
+}
+
+/// Rules by what they are of: the other way round than [`Snapshot::rules`].
+#[derive(Clone, Debug, Default)]
+pub(super) struct Numbers(pub(super) Arc<HashMap<RuleObject, RuleId>>);
+
+/// They follow from the rules, and are no content of their own.
+impl PartialEq for Numbers {
+    fn eq(&self, _: &Self) -> bool {
+        true
     }
 }
 
@@ -102,6 +127,7 @@ pub struct Snapshot {
     pub warnings: Vec<String>,
     /// For the next snapshot.
     pub(super) layers: Layers,
+    pub(super) numbers: Numbers,
 }
 
 impl Snapshot {
@@ -115,19 +141,25 @@ impl Snapshot {
         self.by_ip.get(&ip.to_canonical())
     }
 
+    /// The number of a rule of an AuthorizationPolicy; 0 for one that no generation has had.
+    pub fn number(&self, rule: &RuleRef) -> RuleId {
+        let kind = RuleKind::AuthorizationPolicy(rule.rule);
+        self.numbers.0.get(&RuleObject { kind, object: rule.policy.clone() }).copied().unwrap_or_default()
+    }
+
     /// The object that made a rule; `None` for 0 and for numbers of no generation so far.
     pub fn rule(&self, id: RuleId) -> Option<&RuleObject> {
         self.rules.get((id.0 as usize).checked_sub(1)?)
     }
 
-    /// A verdict of the kernel in words: the reason, and the object that decided where one did, as in
-    /// `strict-requires-mtls by PeerAuthentication test/strict`.
+    /// A verdict of the kernel in the words of [`decide::Verdict`]: `strict-requires-mtls by PeerAuthentication test/strict`.
     pub fn explain(&self, verdict: &Verdict) -> String {
-        let reason = verdict.reason.as_str();
-        match (verdict.rule, self.rule(RuleId(verdict.rule))) {
-            (0, _) => reason.to_owned(),
-            (_, Some(object)) => format!("{reason} by {object}"),
-            (number, None) => format!("{reason} by rule {number}, which this generation does not know"),
+        let decided_by = self.rule(RuleId(verdict.rule)).map(RuleObject::decided_by);
+        if verdict.rule != 0 && decided_by.is_none() {
+            let number = verdict.rule;
+            return format!("{} by rule {number}, which this generation does not know", verdict.reason.as_str());
         }
+        let allowed = verdict.answer == Answer::Pass;
+        decide::Verdict { decided_by, ..decide::Verdict::new(allowed, verdict.reason, verdict.generation) }.to_string()
     }
 }

@@ -9,6 +9,7 @@ use culvert::{
     source::{View, review::Manifests},
 };
 
+mod kernel;
 mod oracle;
 mod rows;
 mod validity;
@@ -28,11 +29,11 @@ kind: Namespace
 metadata: {name: istio-system, labels: {istio.io/dataplane-mode: ambient}}
 ";
 
-fn pod(namespace: &str, name: &str, labels: &str, ip: &str) -> String {
+fn pod(namespace: &str, name: &str, labels: &str, [v4, v6]: [&str; 2]) -> String {
     format!(
         "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, uid: {namespace}.{name}, \
          labels: {{{labels}}}}}\nspec: {{nodeName: node-1, serviceAccountName: {name}, containers: [{{name: c, image: i}}]}}\n\
-         status: {{podIP: \"{ip}\", podIPs: [{{ip: \"{ip}\"}}], phase: Running}}\n"
+         status: {{podIP: \"{v4}\", podIPs: [{{ip: \"{v4}\"}}, {{ip: \"{v6}\"}}], phase: Running}}\n"
     )
 }
 
@@ -52,10 +53,10 @@ fn authz(namespace: &str, name: &str, meta: &str, spec: &str) -> String {
 
 fn view(policies: &[String]) -> View {
     let pods = [
-        pod("test", "nginx", "app: nginx", "10.0.0.1"),
-        pod("default", "web", "app: web, tier: x", "10.0.0.2"),
-        pod("istio-system", "gateway", "app: gateway", "10.0.0.3"),
-        pod("outside", "legacy", "app: nginx", "10.0.0.4"),
+        pod("test", "nginx", "app: nginx", ["10.0.0.1", "fd00::1:1"]),
+        pod("default", "web", "app: web, tier: x", ["10.0.0.2", "fd00::1:2"]),
+        pod("istio-system", "gateway", "app: gateway", ["10.0.0.3", "fd00::1:3"]),
+        pod("outside", "legacy", "app: nginx", ["10.0.0.4", "fd00::1:4"]),
     ];
     let text = CLUSTER.to_owned() + &pods.concat() + &policies.concat();
     Manifests::of("manifests.yaml", text).view("istio-system")
@@ -87,11 +88,13 @@ fn identity(text: &str) -> SpiffeId {
 fn judge(snapshot: &Snapshot, from: From<'_>, pod: &str, port: u16) -> Verdict {
     let workload = snapshot.workload(&PodUid(pod.into())).expect("a pod of the test");
     let identity = from.0.map(identity);
+    let source: IpAddr = from.1.parse().expect("an address of a test");
+    let same_family = |ip: &&IpAddr| ip.is_ipv4() == source.to_canonical().is_ipv4();
     let connection = Connection {
         server: workload.server(),
         client: identity.as_ref().map_or(Client::Plain, Client::Tunnel),
-        source_ip: Some(from.1.parse::<IpAddr>().expect("an address of a test")),
-        destination_ip: workload.ips.first().copied(),
+        source_ip: Some(source),
+        destination_ip: workload.ips.iter().find(same_family).copied(),
         port,
     };
     policy::decide(snapshot, &connection)

@@ -13,35 +13,54 @@ const TRIPLES: usize = 100_000;
 const PER_SET: usize = 80;
 
 /// The mesh of one set.
-struct Mesh {
-    trust_domain: &'static str,
-    aliases: Vec<&'static str>,
+pub(super) struct Mesh {
+    pub(super) trust_domain: &'static str,
+    pub(super) aliases: Vec<&'static str>,
 }
 
-struct Server {
-    uid: &'static str,
+pub(super) struct Server {
+    pub(super) uid: &'static str,
     namespace: &'static str,
     labels: &'static [(&'static str, &'static str)],
-    ip: &'static str,
+    /// IPv4, and IPv6.
+    pub(super) ips: [&'static str; 2],
 }
 
-const SERVERS: [Server; 4] = [
-    Server { uid: "test.nginx", namespace: "test", labels: &[("app", "nginx")], ip: "10.0.0.1" },
-    Server { uid: "default.web", namespace: "default", labels: &[("app", "web"), ("tier", "x")], ip: "10.0.0.2" },
-    Server { uid: "istio-system.gateway", namespace: "istio-system", labels: &[("app", "gateway")], ip: "10.0.0.3" },
-    Server { uid: "outside.legacy", namespace: "outside", labels: &[("app", "nginx")], ip: "10.0.0.4" },
+pub(super) const SERVERS: [Server; 4] = [
+    Server { uid: "test.nginx", namespace: "test", labels: &[("app", "nginx")], ips: ["10.0.0.1", "fd00::1:1"] },
+    Server {
+        uid: "default.web",
+        namespace: "default",
+        labels: &[("app", "web"), ("tier", "x")],
+        ips: ["10.0.0.2", "fd00::1:2"],
+    },
+    Server {
+        uid: "istio-system.gateway",
+        namespace: "istio-system",
+        labels: &[("app", "gateway")],
+        ips: ["10.0.0.3", "fd00::1:3"],
+    },
+    Server { uid: "outside.legacy", namespace: "outside", labels: &[("app", "nginx")], ips: ["10.0.0.4", "fd00::1:4"] },
 ];
 
-struct Ask {
-    server: &'static Server,
+pub(super) struct Ask {
+    pub(super) server: &'static Server,
     /// Trust domain, namespace, service account.
-    client: Option<[&'static str; 3]>,
-    source: &'static str,
-    port: u16,
+    pub(super) client: Option<[&'static str; 3]>,
+    pub(super) source: String,
+    pub(super) port: u16,
+}
+
+impl Ask {
+    /// Both ends of a connection are of one family.
+    fn destination(&self) -> &'static str {
+        let source: IpAddr = self.source.parse().expect("the generator makes addresses");
+        self.server.ips[usize::from(source.to_canonical().is_ipv6())]
+    }
 }
 
 /// One policy: metadata and spec, as in the manifest.
-struct Policy {
+pub(super) struct Policy {
     namespace: &'static str,
     name: String,
     second: u32,
@@ -53,7 +72,12 @@ struct Policy {
 // ---- The evaluator.
 
 /// Whether it may go on, why, and which rule decided.
-fn by_the_book(policies: &[Policy], strict: &[&str], mesh: &Mesh, ask: &Ask) -> (bool, String, Option<String>) {
+pub(super) fn by_the_book(
+    policies: &[Policy],
+    strict: &[&str],
+    mesh: &Mesh,
+    ask: &Ask,
+) -> (bool, String, Option<String>) {
     // [AP.4]: policies protect enrolled servers only.
     if ask.server.namespace == "outside" {
         return (true, "server-not-enrolled".into(), None);
@@ -226,8 +250,8 @@ fn one(name: &str, value: &str, namespace: &str, mesh: &Mesh, ask: &Ask) -> Opti
             Some((wanted, name)) => wanted == ns && name == account,
             None => namespace == ns && value == account,
         }),
-        "ipBlocks" => in_block(ask.source, value),
-        "destinationIps" => in_block(ask.server.ip, value),
+        "ipBlocks" => in_block(&ask.source, value),
+        "destinationIps" => in_block(ask.destination(), value),
         "ports" => match value.parse::<u32>() {
             Ok(port) if (1..=65535).contains(&port) => Some(port == u32::from(ask.port)),
             _ => None,
@@ -306,26 +330,26 @@ fn is_mapped(ip: Ipv6Addr) -> bool {
 // ---- The generator.
 
 /// Numbers that are the same in every run: xorshift64*.
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
-    fn below(&mut self, limit: usize) -> usize {
+    pub(super) fn below(&mut self, limit: usize) -> usize {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % limit
     }
 
-    fn one_in(&mut self, n: usize) -> bool {
+    pub(super) fn one_in(&mut self, n: usize) -> bool {
         self.below(n) == 0
     }
 
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+    pub(super) fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.below(from.len())]
     }
 }
 
-const DOMAINS: [&str; 3] = ["cluster.local", "td-main", "td-old"];
+pub(super) const DOMAINS: [&str; 3] = ["cluster.local", "td-main", "td-old"];
 const PRINCIPALS: [&str; 17] = [
     "cluster.local/ns/default/sa/web",
     "cluster.local/ns/test/sa/nginx",
@@ -348,7 +372,7 @@ const PRINCIPALS: [&str; 17] = [
 const NAMESPACES: [&str; 8] = ["default", "test", "istio-system", "de*", "*st", "*", "*efaul*", "Default"];
 const ACCOUNTS: [&str; 6] = ["web", "nginx", "default/web", "test/nginx", "istio-system/gateway", "test/web"];
 const TRUST: [&str; 6] = ["cluster.local", "td-main", "td-old", "td-*", "*", "other"];
-const BLOCKS: [&str; 12] = [
+pub(super) const BLOCKS: [&str; 12] = [
     "10.0.0.0/24",
     "10.0.0.2",
     "10.0.0.3/31",
@@ -458,7 +482,7 @@ fn rule(dice: &mut Dice) -> Value {
     Value::Object(rule)
 }
 
-fn policy(dice: &mut Dice, number: usize) -> Policy {
+pub(super) fn policy(dice: &mut Dice, number: usize) -> Policy {
     let mut spec = Map::new();
     let action = dice.pick(&["ALLOW", "ALLOW", "ALLOW", "", "", "DENY", "DENY", "DENY", "AUDIT"]);
     if !action.is_empty() {
@@ -496,7 +520,7 @@ fn policy(dice: &mut Dice, number: usize) -> Policy {
     }
 }
 
-fn ask(dice: &mut Dice) -> Ask {
+pub(super) fn ask(dice: &mut Dice) -> Ask {
     let identity = |dice: &mut Dice| {
         let domain = if dice.one_in(25) { "other" } else { dice.pick(&DOMAINS) };
         let [namespace, account] =
@@ -506,20 +530,14 @@ fn ask(dice: &mut Dice) -> Ask {
     Ask {
         server: &SERVERS[if dice.one_in(20) { 3 } else { dice.below(3) }],
         client: if dice.one_in(4) { None } else { Some(identity(dice)) },
-        source: dice.pick(&[
-            "10.0.0.2",
-            "10.0.0.3",
-            "10.9.9.9",
-            "192.168.1.1",
-            "fd00::5",
-            "::ffff:10.0.0.2",
-            "2001:db8::1",
-        ]),
+        source: dice
+            .pick(&["10.0.0.2", "10.0.0.3", "10.9.9.9", "192.168.1.1", "fd00::5", "::ffff:10.0.0.2", "2001:db8::1"])
+            .to_owned(),
         port: dice.pick(&[80, 80, 80, 8080, 443, 15006]),
     }
 }
 
-fn manifest(policy: &Policy) -> String {
+pub(super) fn manifest(policy: &Policy) -> String {
     let mut metadata = json!({
         "name": policy.name,
         "namespace": policy.namespace,
@@ -566,7 +584,7 @@ fn the_compiled_evaluator_equals_the_specification() {
         for _ in 0..PER_SET {
             let ask = ask(&mut dice);
             let client = ask.client.map(|parts| parts.join("/"));
-            let verdict = judge(&snapshot, From(client.as_deref(), ask.source), ask.server.uid, ask.port);
+            let verdict = judge(&snapshot, From(client.as_deref(), &ask.source), ask.server.uid, ask.port);
             let rule = match &verdict.decided_by {
                 Some(DecidedBy::AuthorizationPolicy(rule)) => Some(rule.to_string()),
                 Some(DecidedBy::PeerAuthentication(_)) | None => None,

@@ -103,8 +103,8 @@ impl Index {
             }
         }
         for (attribute, Addresses(families)) in &self.addresses {
-            let Some(address) = facts.address(*attribute) else { continue };
-            for (length, blocks) in &families[usize::from(address.is_ipv6())] {
+            let Some((address, bits)) = facts.address(*attribute) else { continue };
+            for (length, blocks) in families[usize::from(address.is_ipv6())].range(..=bits) {
                 blocks.get(&truncated(address, *length)).into_iter().for_each(&mut look);
             }
         }

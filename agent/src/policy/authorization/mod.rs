@@ -23,6 +23,9 @@ use super::{Options, selecting::Selecting};
 
 mod index;
 pub(super) mod rule;
+mod table;
+
+pub use table::{Decision, MAX_BLOCKS, MAX_CELLS, MAX_DECISIONS, Table, TooLarge};
 
 /// What protects one pod: the layers of its scopes. Cheap to clone.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -204,6 +207,11 @@ impl Authorization {
     /// CUSTOM policies, which nobody asks here ([AP.7]).
     pub(super) fn custom(&self) -> impl Iterator<Item = ObjectRef> {
         self.layers.iter().flat_map(|layer| layer.custom.iter().map(|place| layer.policies[*place].object()))
+    }
+
+    /// Rules that are enforced.
+    fn enforced(&self) -> impl Iterator<Item = &Rule> {
+        self.layers.iter().flat_map(|layer| [&layer.deny, &layer.allow]).flat_map(|pool| &pool.rules)
     }
 
     /// Whether a verdict, or what is told of it, may depend on more than the mode: not so where no policy selects the

@@ -17,6 +17,9 @@ pub(in crate::policy) struct Facts<'a> {
     pub(super) peer: Option<PeerFacts<'a>>,
     /// In canonical form.
     pub(super) source_ip: Option<IpAddr>,
+    /// How many bits of it are known: all of an address; less where it stands for a block's addresses that are in no smaller
+    /// block that a rule names.
+    pub(super) source_bits: u8,
     /// In canonical form.
     pub(super) destination_ip: Option<IpAddr>,
     pub(super) port: u16,
@@ -44,7 +47,13 @@ impl<'a> Facts<'a> {
             trust_domain: id.trust_domain.as_str(),
         });
         let canonical = |ip: IpAddr| ip.to_canonical();
-        Self { peer, source_ip: source_ip.map(canonical), destination_ip: destination_ip.map(canonical), port }
+        let (source_ip, destination_ip) = (source_ip.map(canonical), destination_ip.map(canonical));
+        Self { peer, source_ip, source_bits: u8::MAX, destination_ip, port }
+    }
+
+    /// Of a client in plaintext whose address is in this block, and in no smaller one that a rule names.
+    pub(super) fn plaintext((base, length): (IpAddr, u8), destination_ip: Option<IpAddr>, port: u16) -> Self {
+        Self { source_bits: length, ..Self::new(None, Some(base), destination_ip, port) }
     }
 
     pub(super) fn text(&self, attribute: Attribute) -> Option<&str> {
@@ -58,10 +67,11 @@ impl<'a> Facts<'a> {
         }
     }
 
-    pub(super) fn address(&self, attribute: Attribute) -> Option<IpAddr> {
+    /// The address, and how many of its bits are known.
+    pub(super) fn address(&self, attribute: Attribute) -> Option<(IpAddr, u8)> {
         match attribute {
-            Attribute::SourceIp => self.source_ip,
-            Attribute::DestinationIp => self.destination_ip,
+            Attribute::SourceIp => Some((self.source_ip?, self.source_bits)),
+            Attribute::DestinationIp => Some((self.destination_ip?, u8::MAX)),
             Attribute::Principal
             | Attribute::Namespace
             | Attribute::ServiceAccount
@@ -245,6 +255,20 @@ impl Rule {
         items.flatten().chain(&self.when).any(|test| test.attribute == attribute)
     }
 
+    /// The tests that a client without identity can pass, of a rule that such a client can match; else nothing ([AP.10]).
+    pub(super) fn for_plaintext(&self) -> Vec<&Test> {
+        let passable = |tests: &&Vec<Test>| !tests.iter().any(|test| test.needs_identity());
+        let mut all: Vec<&Test> = self.when.iter().collect();
+        for items in [&self.from, &self.to].into_iter().flatten() {
+            let mut items = items.iter().filter(passable).peekable();
+            if items.peek().is_none() {
+                return Vec::new();
+            }
+            all.extend(items.flatten());
+        }
+        if passable(&&self.when) { all } else { Vec::new() }
+    }
+
     /// [AP.8]
     pub(super) fn matches(&self, facts: &Facts<'_>) -> bool {
         let any = |list: &Option<Vec<Vec<Test>>>| match list {
@@ -278,6 +302,15 @@ impl Test {
             }
         };
         Some(Self { attribute, negative: written.negative, values })
+    }
+
+    /// Whether nobody without an identity can pass it.
+    fn needs_identity(&self) -> bool {
+        let of_peer = match self.attribute {
+            Attribute::Principal | Attribute::Namespace | Attribute::ServiceAccount | Attribute::TrustDomain => true,
+            Attribute::SourceIp | Attribute::DestinationPort | Attribute::DestinationIp => false,
+        };
+        of_peer && !self.negative
     }
 
     /// What is not known matches no value, and so every negative form ([AP.10]).
@@ -323,9 +356,9 @@ impl Values {
                     || suffixes.iter().any(|suffix| text.ends_with(&**suffix))
             }
             Self::Blocks { blocks, lengths } => {
-                let Some(address) = facts.address(attribute) else { return false };
-                let lengths = &lengths[usize::from(address.is_ipv6())];
-                lengths.iter().any(|length| blocks.contains(&(truncated(address, *length), *length)))
+                let Some((address, bits)) = facts.address(attribute) else { return false };
+                let lengths = lengths[usize::from(address.is_ipv6())].range(..=bits);
+                lengths.into_iter().any(|length| blocks.contains(&(truncated(address, *length), *length)))
             }
             Self::Ports(ports) => ports.contains(&facts.port),
         }
