@@ -25,8 +25,8 @@ use crate::command;
 const NETNS: &str = "/run/netns";
 /// The link's device on both nodes.
 pub const LINK: &str = "link0";
-/// The bridge's device on both nodes.
-const BRIDGE: &str = "cni0";
+/// The bridge's device on both nodes, which pods reach everything by, also each other.
+pub const BRIDGE: &str = "cni0";
 /// Host number of the bridge's addresses in the node's pod networks.
 const GATEWAY: u8 = 1;
 
