@@ -570,6 +570,7 @@ impl Control {
                         self.take_over()?;
                     }
                     self.datapath.maintain();
+                    self.enrollments.refuse_waiting(&mut self.datapath);
                     self.tell();
                     self.forget();
                     self.give_back();
@@ -708,7 +709,7 @@ impl Control {
         self.identities.want(&Enrollments::identities(&snapshot, node));
         let changes = self.enrollments.reconcile(&mut self.datapath, &self.workers, &snapshot, node);
         self.failed = changes.failed;
-        self.retry |= changes.failed > 0;
+        self.retry |= changes.failed > 0 || changes.leaving > 0;
         self.states.send_replace(Arc::new(self.enrollments.states()));
         for uid in changes.changed {
             self.unjudged.entry(uid).or_default().again = false;

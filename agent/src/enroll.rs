@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    os::fd::AsFd as _,
     sync::Arc,
 };
 
@@ -53,6 +54,10 @@ pub struct Enrollments {
     failures: BTreeMap<PodUid, String>,
     /// Pods that are not in but have an entry in the kernel, which refuses them.
     refused: BTreeMap<PodUid, NetnsCookie>,
+    /// Pods that are to be in and whose addresses nobody has told yet.
+    waiting: BTreeMap<PodUid, Waiting>,
+    /// Pods that have left and could not be forgotten completely.
+    leaving: BTreeSet<NetnsCookie>,
 }
 
 /// Where a pod of this node stands, for people to look at.
@@ -71,6 +76,15 @@ struct Enrolled {
     authorization: Authorization,
 }
 
+struct Waiting {
+    workload: Arc<Workload>,
+    netns: Arc<NetnsHandle>,
+    /// The entry that refuses it, and the addresses that its namespace had then.
+    refused: Option<(NetnsCookie, Vec<IpAddr>)>,
+    /// That it could not be refused has been said.
+    told: bool,
+}
+
 /// What one pass changed.
 #[derive(Debug, Default)]
 pub struct Changes {
@@ -80,6 +94,8 @@ pub struct Changes {
     pub changed: Vec<PodUid>,
     /// Could not be brought in or changed: to be tried again.
     pub failed: usize,
+    /// Could not be forgotten: to be tried again.
+    pub leaving: usize,
 }
 
 impl Enrollments {
@@ -92,6 +108,8 @@ impl Enrollments {
             by_cookie: BTreeMap::new(),
             failures: BTreeMap::new(),
             refused: BTreeMap::new(),
+            waiting: BTreeMap::new(),
+            leaving: BTreeSet::new(),
         }
     }
 
@@ -104,11 +122,15 @@ impl Enrollments {
         node: &pods::Node,
     ) -> Changes {
         let mut changes = Changes::default();
-        let wanted = wanted(snapshot, node);
+        let (wanted, nameless) = wanted(snapshot, node);
+        let back = |cookie: &NetnsCookie| {
+            self.by_cookie.contains_key(cookie) || self.refused.values().any(|own| own == cookie)
+        };
+        self.leaving.retain(|cookie| !back(cookie) && datapath.remove(*cookie).is_err());
         let leaving: Vec<PodUid> =
             self.enrolled.keys().filter(|uid| self.leaves(uid, &wanted, snapshot, node)).cloned().collect();
         for uid in leaving {
-            let comes_back = wanted.get(&uid).is_some_and(|(_, netns)| {
+            let comes_back = wanted.get(&uid).or_else(|| nameless.get(&uid)).is_some_and(|(_, netns)| {
                 self.enrolled.get(&uid).is_some_and(|known| known.pod.netns.id() == netns.id())
             });
             self.leave(&uid, datapath, workers, comes_back);
@@ -175,25 +197,70 @@ impl Enrollments {
         }
         self.failures.retain(|uid, _| wanted.contains_key(uid));
         self.refused.retain(|uid, cookie| {
-            let stays = match wanted.get(uid) {
+            let stays = match wanted.get(uid).or_else(|| nameless.get(uid)) {
                 Some((_, netns)) => connections::cookie(netns).is_ok_and(|own| own == *cookie),
                 // Still there, and nobody says that it is out.
                 None => node.pods.contains_key(uid) && snapshot.workload(uid).is_none(),
             };
             if !stays && let Err(error) = datapath.remove(*cookie) {
                 warn!(%uid, error = format!("{error:#}"), "a pod that was refused could not be forgotten completely");
+                self.leaving.insert(*cookie);
             }
             stays
         });
+        changes.leaving = self.leaving.len();
+        self.wait_for_addresses(datapath, nameless);
         self.limits.share_among(self.enrolled.len());
         changes
+    }
+
+    /// Which pods are to be in although the source does not tell their addresses yet.
+    fn wait_for_addresses(&mut self, datapath: &mut Datapath, nameless: Pods) {
+        self.waiting.retain(|uid, waits| nameless.get(uid).is_some_and(|(_, netns)| netns.id() == waits.netns.id()));
+        for (uid, (workload, netns)) in nameless {
+            let new = || Waiting { workload, netns, refused: None, told: false };
+            self.waiting.entry(uid).or_insert_with(new);
+        }
+        self.refuse_waiting(datapath);
+    }
+
+    /// Refuses the pods whose addresses nobody has told yet: a container may run, and connect, before its kubelet tells
+    /// them. Those that the namespace has are taken for the pod's meanwhile, so that it reaches itself and its probes reach
+    /// it; whoever makes the pod's network may be at it, so this is to be called again and again.
+    pub fn refuse_waiting(&mut self, datapath: &mut Datapath) {
+        for (uid, waits) in &mut self.waiting {
+            let refused = (|| {
+                let cookie = connections::cookie(&waits.netns)?;
+                let other = self.by_cookie.get(&cookie);
+                anyhow::ensure!(other.is_none(), "its network namespace is that of another pod of the mesh");
+                let ips = addresses(&waits.netns)?;
+                if waits.refused.as_ref().is_none_or(|(_, known)| !same_addresses(known, &ips)) {
+                    datapath.prepare(cookie, waits.netns.as_fd(), &ips)?;
+                    datapath.suspend(cookie)?;
+                }
+                anyhow::Ok((cookie, ips))
+            })();
+            match refused {
+                Ok((cookie, ips)) => {
+                    if waits.refused.replace((cookie, ips)).is_none() {
+                        info!(pod = %waits.workload.object, %uid, "pod is refused until its addresses are known");
+                        self.refused.insert(uid.clone(), cookie);
+                    }
+                }
+                Err(error) if !std::mem::replace(&mut waits.told, true) => {
+                    let (pod, error) = (&waits.workload.object, format!("{error:#}"));
+                    error!(%pod, %uid, error, "pod could not be refused until its addresses are known");
+                }
+                Err(_) => {}
+            }
+        }
     }
 
     /// Decides about entries that an earlier agent left: pods that are gone or out of the mesh are forgotten, pods that
     /// nobody knows stay refused.
     pub fn adopt(&self, datapath: &mut Datapath, snapshot: &Snapshot, node: &pods::Node) {
         for cookie in datapath.enrolled() {
-            if self.by_cookie.contains_key(&cookie) {
+            if self.by_cookie.contains_key(&cookie) || self.refused.values().any(|own| *own == cookie) {
                 continue;
             }
             let on_node = node.pods.values().find(
@@ -245,23 +312,22 @@ impl Enrollments {
         let enrolled = self.enrolled.iter().map(|(uid, known)| (uid.clone(), State::Enrolled(known.pod.cookie)));
         // The second wins: a pod that is in and whose change failed.
         let failed = self.failures.iter().map(|(uid, why)| (uid.clone(), State::Failed(why.clone())));
-        enrolled.chain(failed).collect()
+        let waiting = self.waiting.keys().map(|uid| {
+            let why = "its manifest tells no address yet (status.podIPs); refused until it does";
+            (uid.clone(), State::Failed(why.to_owned()))
+        });
+        enrolled.chain(waiting).chain(failed).collect()
     }
 
     /// The identities of the pods that are in, or are to be.
     pub fn identities(snapshot: &Snapshot, node: &pods::Node) -> BTreeSet<SpiffeId> {
-        wanted(snapshot, node).into_values().map(|(workload, _)| workload.identity.clone()).collect()
+        let (wanted, nameless) = wanted(snapshot, node);
+        wanted.into_values().chain(nameless.into_values()).map(|(workload, _)| workload.identity.clone()).collect()
     }
 
     /// A pod leaves when it is gone from the node, has another namespace or other addresses, or the source says that it
     /// is out. One that has only vanished from the source keeps what it had until its processes are gone.
-    fn leaves(
-        &self,
-        uid: &PodUid,
-        wanted: &BTreeMap<PodUid, (Arc<Workload>, Arc<NetnsHandle>)>,
-        snapshot: &Snapshot,
-        node: &pods::Node,
-    ) -> bool {
+    fn leaves(&self, uid: &PodUid, wanted: &Pods, snapshot: &Snapshot, node: &pods::Node) -> bool {
         let Some(enrolled) = self.enrolled.get(uid) else { return false };
         match wanted.get(uid) {
             Some((workload, netns)) => {
@@ -287,6 +353,9 @@ impl Enrollments {
         };
         if let Err(error) = done {
             warn!(%uid, error = format!("{error:#}"), "a pod that left could not be forgotten completely");
+            if !comes_back {
+                self.leaving.insert(cookie);
+            }
         }
         for worker in workers {
             worker.tell(Command::Leave(cookie));
@@ -295,15 +364,18 @@ impl Enrollments {
     }
 }
 
-/// Pods that are on the node, have a namespace of their own, and are in the mesh by the snapshot.
-fn wanted(snapshot: &Snapshot, node: &pods::Node) -> BTreeMap<PodUid, (Arc<Workload>, Arc<NetnsHandle>)> {
+/// Pods of the node with a namespace of their own.
+type Pods = BTreeMap<PodUid, (Arc<Workload>, Arc<NetnsHandle>)>;
+
+/// Pods that are on the node, have a namespace of their own, and are in the mesh by the snapshot: those whose addresses it
+/// knows, and the others.
+fn wanted(snapshot: &Snapshot, node: &pods::Node) -> (Pods, Pods) {
     let of = |pod: &Arc<pods::NodePod>| {
         let PodNetwork::Own(netns) = &pod.network else { return None };
-        let workload = snapshot.workload(&pod.uid)?;
-        let in_mesh = workload.enrollment.enrolled && !workload.ips.is_empty();
-        in_mesh.then(|| (pod.uid.clone(), (workload.clone(), netns.clone())))
+        let workload = snapshot.workload(&pod.uid).filter(|workload| workload.enrollment.enrolled)?;
+        Some((pod.uid.clone(), (workload.clone(), netns.clone())))
     };
-    node.pods.values().filter_map(of).collect()
+    node.pods.values().filter_map(of).partition(|(_, (workload, _))| !workload.ips.is_empty())
 }
 
 fn enter(
@@ -314,8 +386,6 @@ fn enter(
     netns: &Arc<NetnsHandle>,
     policy: &PodPolicy,
 ) -> anyhow::Result<Arc<ServedPod>> {
-    use std::os::fd::AsFd as _;
-
     let cookie = connections::cookie(netns)?;
     has_an_address(netns, &workload.ips)?;
     datapath.prepare(cookie, netns.as_fd(), &workload.ips)?;
@@ -350,18 +420,27 @@ fn enter(
 /// The namespace that the pod's processes are in must be the pod's: what is attached to a wrong one would catch
 /// somebody else's connections.
 fn has_an_address(netns: &NetnsHandle, ips: &[IpAddr]) -> anyhow::Result<()> {
-    let there: Vec<IpAddr> = netns
-        .run(|| {
-            let interfaces = nix::ifaddrs::getifaddrs()?;
-            Ok(interfaces.filter_map(|interface| ip(&interface.address?)).collect())
-        })
-        .context("enter the pod's network namespace")?
-        .map_err(|error: nix::Error| anyhow::anyhow!("list the addresses of the pod's network namespace: {error}"))?;
+    let there = addresses(netns)?;
     anyhow::ensure!(
         ips.iter().any(|ip| there.contains(ip)),
         "the network namespace of the pod's processes has none of its addresses {ips:?} (it has {there:?})"
     );
     Ok(())
+}
+
+/// The addresses of a namespace's devices, but for those of loopback and of the link alone, which every one has.
+fn addresses(netns: &NetnsHandle) -> anyhow::Result<Vec<IpAddr>> {
+    netns
+        .run(|| {
+            let own = |ip: &IpAddr| match ip {
+                IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+                IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+            };
+            let interfaces = nix::ifaddrs::getifaddrs()?;
+            Ok(interfaces.filter_map(|interface| ip(&interface.address?)).filter(own).collect())
+        })
+        .context("enter the pod's network namespace")?
+        .map_err(|error: nix::Error| anyhow::anyhow!("list the addresses of the pod's network namespace: {error}"))
 }
 
 fn ip(address: &nix::sys::socket::SockaddrStorage) -> Option<IpAddr> {

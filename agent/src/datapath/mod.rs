@@ -484,20 +484,21 @@ impl Datapath {
         self.write_pod(cookie, &value)
     }
 
-    /// Takes a pod out: first its program, so that nothing is judged by half an entry, then its entries.
+    /// Takes a pod out: first its programs, so that nothing is judged by half an entry, then its entries.
     ///
     /// # Errors
-    /// The first thing that could not be removed; the rest is tried all the same.
+    /// A program could not be taken off, and the pod is captured as before; or the first entry that could not be removed, and
+    /// the rest was tried all the same. To be called again.
     pub fn remove(&mut self, cookie: NetnsCookie) -> anyhow::Result<()> {
         self.pod_netns.remove(&cookie);
         let mut result = Ok(());
         if self.owner.part() == Part::Serving {
             let path = self.pod_link(cookie);
             let detached = sys::open_pinned(&path).and_then(|link| sys::link_detach(link.as_fd()));
-            result = ignore_absent(detached).context("detach the inbound program");
-            result = result.and(ignore_absent(fs::remove_file(&path)).context("unpin the inbound program"));
+            ignore_absent(detached).context("detach the inbound program")?;
+            result = ignore_absent(fs::remove_file(&path)).context("unpin the inbound program");
         }
-        result = result.and(self.remove_veths(cookie));
+        self.remove_veths(cookie)?;
         let addrs: Vec<Addr> = self.addrs_of(cookie);
         result = result.and(ignore_missing(self.pods.remove(&cookie.0)).context("remove from PODS"));
         self.tables.switch(cookie, 0);

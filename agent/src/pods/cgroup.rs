@@ -203,21 +203,42 @@ pub(super) fn is_monitor(name: &str) -> bool {
     name.starts_with("crio-conmon-")
 }
 
+/// What was asked, or `None` for an error that means that it is gone, or never was what it is taken for.
+///
+/// # Errors
+/// One that says nothing about what was asked: no descriptor or no memory is left, or the system call was cut short. To
+/// take it for "gone" would take pods out of the mesh.
+pub(super) fn there<T>(asked: io::Result<T>) -> io::Result<Option<T>> {
+    let scarce = [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::ENOBUFS, libc::EINTR, libc::EIO];
+    match asked {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.raw_os_error().is_some_and(|code| scarce.contains(&code)) => Err(error),
+        Err(_) => Ok(None),
+    }
+}
+
 /// Whether any process lives in a directory or below it; `None` if the directory is gone.
-pub(super) fn is_populated(dir: &Path) -> Option<bool> {
-    let events = fs::read_to_string(dir.join("cgroup.events")).ok()?;
-    Some(events.lines().any(|line| line == "populated 1"))
+///
+/// # Errors
+/// As [`there`]; likewise below.
+pub(super) fn is_populated(dir: &Path) -> io::Result<Option<bool>> {
+    let events = there(fs::read_to_string(dir.join("cgroup.events")))?;
+    Ok(events.map(|events| events.lines().any(|line| line == "populated 1")))
 }
 
 /// Names of the directories in a directory; none if it is gone.
-pub(super) fn children(dir: &Path) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    entries
-        .flatten()
-        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+pub(super) fn children(dir: &Path) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in there(fs::read_dir(dir))?.into_iter().flatten() {
+        let Some(entry) = there(entry)? else { continue };
         // A name that is not UTF-8 is not a kubelet's.
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect()
+        if entry.file_type().is_ok_and(|kind| kind.is_dir())
+            && let Ok(name) = entry.file_name().into_string()
+        {
+            names.push(name);
+        }
+    }
+    Ok(names)
 }
 
 /// A process, and the directory that listed it.
@@ -227,26 +248,26 @@ pub(super) struct Member {
 }
 
 /// The processes in a pod's directory and below, without monitors.
-pub(super) fn members(pod: &Path) -> Vec<Member> {
+pub(super) fn members(pod: &Path) -> io::Result<Vec<Member>> {
     /// Deeper nesting is a container's own affair; its processes are counted on, not needed.
     const DEPTH: u32 = 16;
     let mut members = Vec::new();
     let mut pending = vec![(pod.to_owned(), 0)];
     while let Some((dir, depth)) = pending.pop() {
-        members.extend(pids(&dir).into_iter().map(|pid| Member { pid, dir: dir.clone() }));
+        members.extend(pids(&dir)?.into_iter().map(|pid| Member { pid, dir: dir.clone() }));
         if depth < DEPTH {
-            let below = children(&dir).into_iter().filter(|name| depth > 0 || !is_monitor(name));
+            let below = children(&dir)?.into_iter().filter(|name| depth > 0 || !is_monitor(name));
             pending.extend(below.map(|name| (dir.join(name), depth + 1)));
         }
     }
-    members
+    Ok(members)
 }
 
 /// The processes of one directory. None if it is gone, or threaded: then the directory above lists them. A process of
 /// another pid namespace reads as 0.
-pub(super) fn pids(dir: &Path) -> Vec<u32> {
-    let text = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    text.lines().filter_map(|line| line.parse().ok()).collect()
+pub(super) fn pids(dir: &Path) -> io::Result<Vec<u32>> {
+    let text = there(fs::read_to_string(dir.join("cgroup.procs")))?.unwrap_or_default();
+    Ok(text.lines().filter_map(|line| line.parse().ok()).collect())
 }
 
 #[cfg(test)]

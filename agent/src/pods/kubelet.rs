@@ -2,7 +2,10 @@
 //!
 //! What follows for a connection is decided in the kernel; when to look again is `tree`'s.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use super::cgroup::{CgroupDir, Hierarchy, children, is_kubepods, is_populated};
 
@@ -67,16 +70,20 @@ pub(super) fn shared(cgroup_root: &Path, chosen: Option<&Path>) -> Vec<PathBuf> 
 
 /// Looks for the kubelet's cgroup below `cgroup_root`: `chosen` if the operator chose one, else as [`USUAL`] and
 /// [`SHARED`] list.
-pub fn find_kubelet(hierarchy: &Hierarchy, cgroup_root: &Path, chosen: Option<&Path>) -> Kubelet {
+///
+/// # Errors
+/// The system could not tell, for want of descriptors or memory: what was found before is as good as ever.
+pub fn find_kubelet(hierarchy: &Hierarchy, cgroup_root: &Path, chosen: Option<&Path>) -> io::Result<Kubelet> {
     let candidates = candidates(cgroup_root, &hierarchy.mount, chosen);
-    let existing: Vec<(&PathBuf, bool)> =
-        candidates.iter().filter_map(|path| Some((path, is_populated(path)?))).collect();
     let mut refused = None;
+    let mut ordered: Vec<(&PathBuf, bool)> = Vec::new();
+    for path in &candidates {
+        ordered.extend(is_populated(path)?.map(|populated| (path, populated)));
+    }
     // Those with a process first; a stable sort keeps the order otherwise.
-    let mut ordered = existing;
     ordered.sort_by_key(|(_, populated)| !populated);
     for (path, _) in ordered {
-        if let Some(pods) = pods_below(path) {
+        if let Some(pods) = pods_below(path)? {
             // To take it would exempt every pod from policy.
             refused = Some(format!(
                 "{} is not only the kubelet's: it contains the pods in {}",
@@ -87,41 +94,41 @@ pub fn find_kubelet(hierarchy: &Hierarchy, cgroup_root: &Path, chosen: Option<&P
         }
         let Some(dir) = hierarchy.dir(path) else { continue };
         if dir.level.is_none() {
-            return Kubelet::Indistinct(format!(
+            return Ok(Kubelet::Indistinct(format!(
                 "a private cgroup namespace hides how deep {} lies: run the agent in the node's cgroup namespace",
                 hierarchy.mount.display()
-            ));
+            )));
         }
-        return Kubelet::Known(dir);
+        return Ok(Kubelet::Known(dir));
     }
     for path in shared(cgroup_root, chosen) {
-        if is_populated(&path) == Some(true) {
-            return Kubelet::Indistinct(format!(
+        if is_populated(&path)? == Some(true) {
+            return Ok(Kubelet::Indistinct(format!(
                 "{} runs the kubelet and other programs in one cgroup",
                 path.display()
-            ));
+            )));
         }
     }
     if let Some(reason) = refused {
-        return Kubelet::Indistinct(reason);
+        return Ok(Kubelet::Indistinct(reason));
     }
     let looked: Vec<String> = candidates.iter().map(|path| path.display().to_string()).collect();
-    Kubelet::Absent(format!("no kubelet's cgroup at {}: set kubelet-cgroup if it is elsewhere", looked.join(", ")))
+    Ok(Kubelet::Absent(format!("no kubelet's cgroup at {}: set kubelet-cgroup if it is elsewhere", looked.join(", "))))
 }
 
 /// The common parent of pods in a directory or below it, if there is one.
-fn pods_below(dir: &Path) -> Option<PathBuf> {
+fn pods_below(dir: &Path) -> io::Result<Option<PathBuf>> {
     let mut pending = vec![(dir.to_owned(), 0)];
     while let Some((dir, depth)) = pending.pop() {
-        for name in children(&dir) {
+        for name in children(&dir)? {
             let below = dir.join(&name);
             if is_kubepods(&name) {
-                return Some(below);
+                return Ok(Some(below));
             }
             if depth < super::SEARCH_DEPTH {
                 pending.push((below, depth + 1));
             }
         }
     }
-    None
+    Ok(None)
 }

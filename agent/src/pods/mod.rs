@@ -179,7 +179,7 @@ pub fn watch(config: Config) -> anyhow::Result<(watch::Receiver<Arc<Node>>, Watc
                         tree.read_events()?;
                         guard.clear_ready();
                     }
-                    () = again => tree.look_again(Instant::now()),
+                    () = again => tree.look_again(Instant::now())?,
                 }
                 let node = tree.node();
                 sender.send_if_modified(|published| {

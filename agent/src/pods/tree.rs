@@ -3,6 +3,9 @@
 //! Every directory is watched first and listed after, so what appears in between is seen twice rather than never; and
 //! everything here can be done twice. cgroup2 does not tell a watch of a directory that it was removed (before Linux 7),
 //! so removals are learnt from the directory above, and watches are taken away by hand.
+//!
+//! What the system cannot tell for want of descriptors or memory stays as it was known, and is asked again soon: a pod that
+//! cannot be looked at has not gone.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -18,7 +21,9 @@ use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
 
 use super::{
     Config, HOST_AFTER, Node, NodePod, PodNetwork, SEARCH_DEPTH,
-    cgroup::{CgroupDir, CgroupId, Hierarchy, children, is_kubepods, is_populated, is_qos, members, pids, pod_uid},
+    cgroup::{
+        CgroupDir, CgroupId, Hierarchy, children, is_kubepods, is_populated, is_qos, members, pids, pod_uid, there,
+    },
     kubelet::{self, Kubelet, find_kubelet},
 };
 use crate::{
@@ -30,6 +35,8 @@ use crate::{
 const FIRST_WAIT: Duration = Duration::from_millis(2);
 /// Looks after an event: the last one is half a minute after it.
 const LOOKS: u32 = 14;
+/// Wait before what could not be read is read again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// The tree as far as it is known.
 pub(super) struct Tree {
@@ -45,6 +52,10 @@ pub(super) struct Tree {
     kubelet: Kubelet,
     dirty_pods: BTreeSet<PathBuf>,
     kubelet_dirty: bool,
+    /// Directories that the system could not read.
+    unread: BTreeSet<PathBuf>,
+    /// When they are tried again, and the kubelet's if that is dirty.
+    again: Option<Instant>,
     warned_of_pids: bool,
 }
 
@@ -131,6 +142,8 @@ impl Tree {
             kubelet: Kubelet::Absent("not looked for yet".into()),
             dirty_pods: BTreeSet::new(),
             kubelet_dirty: true,
+            unread: BTreeSet::new(),
+            again: None,
             warned_of_pids: false,
         };
         tree.rescan()?;
@@ -184,16 +197,43 @@ impl Tree {
 
     /// When [`Tree::look_again`] has something to do.
     pub(super) fn look_again_at(&self) -> Option<Instant> {
-        self.pods.values().filter_map(|pod| Some(pod.unsettled.as_ref()?.next)).min()
+        self.pods.values().filter_map(|pod| Some(pod.unsettled.as_ref()?.next)).chain(self.again).min()
     }
 
-    /// Looks again at pods whose namespace is not settled.
-    pub(super) fn look_again(&mut self, now: Instant) {
+    /// Looks again at pods whose namespace is not settled, and at what could not be read.
+    ///
+    /// # Errors
+    /// A directory could not be watched.
+    pub(super) fn look_again(&mut self, now: Instant) -> anyhow::Result<()> {
+        if self.again.is_some_and(|again| again <= now) {
+            self.again = None;
+            for path in std::mem::take(&mut self.unread) {
+                let Some(role) = self.dirs.get(&path).map(|dir| dir.role) else { continue };
+                self.enter_children(&path, role)?;
+                if role == Role::Pod {
+                    self.dirty_pods.insert(path);
+                }
+            }
+            if self.unread.is_empty() {
+                self.pods.retain(|path, _| self.dirs.contains_key(path));
+            }
+            self.settle(now);
+        }
         let due = |pod: &Pod| pod.unsettled.as_ref().is_some_and(|unsettled| unsettled.next <= now);
         let due: Vec<PathBuf> = self.pods.iter().filter(|(_, pod)| due(pod)).map(|(path, _)| path.clone()).collect();
         for path in due {
             self.look_at_pod(&path, now);
         }
+        Ok(())
+    }
+
+    /// Notes that a directory could not be read, and says so if nothing else waits for that.
+    fn could_not(&mut self, read: &Path, error: &io::Error) {
+        if self.again.is_none() && self.unread.is_empty() {
+            tracing::warn!(path = %read.display(), %error, "cgroups cannot be read: what was known stays; trying again");
+        }
+        self.unread.insert(read.to_owned());
+        self.again.get_or_insert_with(|| Instant::now() + AGAIN);
     }
 
     /// What is to be published.
@@ -225,7 +265,9 @@ impl Tree {
         self.dirs.clear();
         self.enter(&self.config.cgroup_root.clone(), Role::Search(0))?;
         self.enter_ways()?;
-        self.pods.retain(|path, _| self.dirs.contains_key(path));
+        if self.unread.is_empty() {
+            self.pods.retain(|path, _| self.dirs.contains_key(path));
+        }
         self.dirty_pods =
             self.dirs.iter().filter(|(_, dir)| dir.role == Role::Pod).map(|(path, _)| path.clone()).collect();
         self.kubelet_dirty = true;
@@ -270,9 +312,7 @@ impl Tree {
             }
         }
         self.dirs.insert(path.to_owned(), Dir { id, role, watches });
-        for name in children(path) {
-            self.enter_child(path, role, &name)?;
-        }
+        self.enter_children(path, role)?;
         if role == Role::Pod {
             self.dirty_pods.insert(path.to_owned());
         }
@@ -281,6 +321,16 @@ impl Tree {
             self.kubelet_dirty = true;
         }
         Ok(())
+    }
+
+    fn enter_children(&mut self, path: &Path, role: Role) -> anyhow::Result<()> {
+        match children(path) {
+            Ok(names) => names.iter().try_for_each(|name| self.enter_child(path, role, name)),
+            Err(error) => {
+                self.could_not(path, &error);
+                Ok(())
+            }
+        }
     }
 
     fn enter_child(&mut self, parent: &Path, role: Role, name: &str) -> anyhow::Result<()> {
@@ -388,7 +438,14 @@ impl Tree {
             self.look_at_pod(&path, now);
         }
         if std::mem::take(&mut self.kubelet_dirty) {
-            let found = find_kubelet(&self.hierarchy, &self.config.cgroup_root, self.config.kubelet_cgroup.as_deref());
+            let chosen = self.config.kubelet_cgroup.as_deref();
+            let found = match find_kubelet(&self.hierarchy, &self.config.cgroup_root, chosen) {
+                Ok(found) => found,
+                Err(error) => {
+                    self.kubelet_dirty = true;
+                    return self.could_not(&self.config.cgroup_root.clone(), &error);
+                }
+            };
             if found != self.kubelet {
                 match &found {
                     Kubelet::Known(dir) => {
@@ -403,7 +460,11 @@ impl Tree {
 
     fn look_at_pod(&mut self, path: &Path, now: Instant) {
         let uid = path.file_name().and_then(|name| name.to_str()).and_then(pod_uid);
-        let (Some(uid), Some(id), Some(true)) = (uid, self.dirs.get(path).map(|dir| dir.id), is_populated(path)) else {
+        let populated = match is_populated(path) {
+            Ok(populated) => populated,
+            Err(error) => return self.could_not(path, &error),
+        };
+        let (Some(uid), Some(id), Some(true)) = (uid, self.dirs.get(path).map(|dir| dir.id), populated) else {
             self.pods.remove(path);
             return;
         };
@@ -416,7 +477,14 @@ impl Tree {
             PodNetwork::Own(handle) => Some(handle.id()),
             PodNetwork::Pending | PodNetwork::Host => None,
         };
-        match self.find_netns(path, known) {
+        let found = match self.find_netns(path, known) {
+            Ok(found) => found,
+            Err(error) => {
+                self.pods.insert(path.to_owned(), pod);
+                return self.could_not(path, &error);
+            }
+        };
+        match found {
             Found::Known => pod.unsettled = pod.unsettled.and_then(|unsettled| Unsettled::next(Some(unsettled), now)),
             Found::Own(handle) => {
                 tracing::debug!(uid = %pod.uid.0, inode = handle.id().inode, "pod has a network namespace");
@@ -441,14 +509,17 @@ impl Tree {
     }
 
     /// Asks the processes of a pod.
-    fn find_netns(&mut self, pod: &Path, known: Option<NetnsId>) -> Found {
+    ///
+    /// # Errors
+    /// As [`there`].
+    fn find_netns(&mut self, pod: &Path, known: Option<NetnsId>) -> io::Result<Found> {
         /// Whom we asked may die while we ask.
         const ATTEMPTS: u32 = 3;
         let host = self.config.host_netns.id();
         let mut answer = Found::Nobody;
         for _ in 0..ATTEMPTS {
             let mut oldest = None;
-            for member in members(pod) {
+            for member in members(pod)? {
                 if member.pid == 0 && !self.warned_of_pids {
                     self.warned_of_pids = true;
                     tracing::error!(
@@ -458,34 +529,32 @@ impl Tree {
                 let process = self.config.proc_root.join(member.pid.to_string());
                 let Ok(netns) = NetnsId::of_path(&process.join("ns/net")) else { continue };
                 if Some(netns) == known {
-                    return Found::Known;
+                    return Ok(Found::Known);
                 }
                 if netns == host {
                     answer = Found::Host;
                     continue;
                 }
-                let Some(started) = started(&process) else { continue };
+                let Some(started) = started(&process)? else { continue };
                 let age = (started, member.pid);
                 if oldest.as_ref().is_none_or(|(oldest, _, _)| age < *oldest) {
                     oldest = Some((age, process, member.dir));
                 }
             }
-            let Some(((at, pid), process, dir)) = oldest else { return answer };
+            let Some(((at, pid), process, dir)) = oldest else { return Ok(answer) };
             // Only now is it opened. The pid may have become another process's meanwhile: then it started later, or
             // the directory does not list it.
-            let Ok(handle) = NetnsHandle::open_by_path(&process.join("ns/net")) else { continue };
-            if handle.id() == host || started(&process) != Some(at) || !pids(&dir).contains(&pid) {
+            let Some(handle) = there(NetnsHandle::open_by_path(&process.join("ns/net")))? else { continue };
+            if handle.id() == host || started(&process)? != Some(at) || !pids(&dir)?.contains(&pid) {
                 continue;
             }
-            match handle.cookie() {
-                Ok(_) => return Found::Own(handle),
-                Err(error) => {
-                    tracing::error!(%error, pod = %pod.display(), "ask a pod's network namespace for its cookie");
-                    return Found::Nobody;
-                }
+            let cookie = handle.cookie();
+            if let Err(error) = &cookie {
+                tracing::error!(%error, pod = %pod.display(), "ask a pod's network namespace for its cookie");
             }
+            return Ok(there(cookie)?.map_or(Found::Nobody, |_| Found::Own(handle)));
         }
-        answer
+        Ok(answer)
     }
 }
 
@@ -498,9 +567,9 @@ impl Unsettled {
 }
 
 /// When a process started: field 22 of proc_pid_stat(5), clock ticks since boot.
-fn started(process: &Path) -> Option<u64> {
-    let stat = fs::read_to_string(process.join("stat")).ok()?;
+fn started(process: &Path) -> io::Result<Option<u64>> {
+    let stat = there(fs::read_to_string(process.join("stat")))?.unwrap_or_default();
     // The command's name is in brackets and may contain anything.
-    let (_, after) = stat.rsplit_once(')')?;
-    after.split_ascii_whitespace().nth(19)?.parse().ok()
+    let after = stat.rsplit_once(')').map(|(_, after)| after);
+    Ok(after.and_then(|after| after.split_ascii_whitespace().nth(19)?.parse().ok()))
 }

@@ -5,7 +5,9 @@
 //! symbolic link `..data`) is read again as a whole when that link is swapped. Files whose name begins with a dot, or
 //! does not end in `.yaml`, `.yml` or `.json`, and folders inside the folder are not read.
 //!
-//! If the folder itself goes away, the last state stays ([D.3]) until it is there again.
+//! If the folder itself goes away, the last state stays ([D.3]) until it is there again. One that takes its place and is
+//! empty (a volume that is not mounted leaves such a folder behind) says as little; with the first manifest in it, what
+//! is there counts. What could not be read, for want of a descriptor or by an error of the disk, is read again soon.
 //!
 //! Not noticed: a change behind a symbolic link that leads out of the folder (other than through `..data`), or of one
 //! that the folder's own path goes through. After inotify's queue overflowed, every file that changed is read at once,
@@ -43,6 +45,9 @@ const MAX_DELAY: Duration = Duration::from_millis(500);
 /// How often a folder that went away is looked for.
 const MISSING_POLL: Duration = Duration::from_millis(250);
 
+/// When what could not be read is tried again: nothing need happen to a file for it to become readable.
+const AGAIN: Duration = Duration::from_secs(1);
+
 /// What to watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
@@ -70,12 +75,14 @@ pub fn watch(
         stamps: BTreeMap::new(),
         logged: BTreeSet::new(),
         path: config.path,
+        replaced: false,
+        again: Wanted::default(),
     };
     let path = watcher.path.clone();
     // Watched before it is read, so that nothing falls between.
     let descriptor = add(&mut inotify.watches(), &path)?;
     let found = watcher.all().with_context(|| format!("read the manifests folder {}", path.display()))?;
-    let view = watcher.update(found);
+    let view = watcher.update(found, None);
     let (sender, receiver) = watch::channel(std::sync::Arc::new(view));
     let stream = inotify.into_event_stream(vec![0; 64 << 10]).context("poll inotify")?;
     Ok((receiver, watcher.run(stream, Some(descriptor), sender)))
@@ -111,6 +118,10 @@ struct Watcher {
     /// Of the files that were read, or could not be.
     stamps: BTreeMap<String, Stamp>,
     logged: BTreeSet<String>,
+    /// The folder may be another one than the one that was read last.
+    replaced: bool,
+    /// What could not be read.
+    again: Wanted,
 }
 
 /// What the events since the last reading ask for.
@@ -127,6 +138,12 @@ impl Wanted {
     fn is_empty(&self) -> bool {
         self.files.is_empty() && !self.everything && !self.folder
     }
+
+    fn join(&mut self, mut other: Self) {
+        self.files.append(&mut other.files);
+        self.everything |= other.everything;
+        self.folder |= other.folder;
+    }
 }
 
 impl Watcher {
@@ -139,11 +156,12 @@ impl Watcher {
         let mut wanted = Wanted::default();
         // When the first event that waits came, and when the last one did.
         let mut since: Option<(Instant, Instant)> = None;
+        let mut again_at = (!self.again.is_empty()).then(|| Instant::now() + AGAIN);
         loop {
             let due = match (since, &descriptor) {
                 (Some((first, last)), _) => Some((last + DEBOUNCE).min(first + MAX_DELAY)),
                 (None, None) => Some(Instant::now() + MISSING_POLL),
-                (None, Some(_)) => None,
+                (None, Some(_)) => again_at,
             };
             let timer = async {
                 match due {
@@ -182,7 +200,8 @@ impl Watcher {
             if descriptor.is_none() && !std::mem::take(&mut wanted.folder) {
                 continue;
             }
-            let asked = std::mem::take(&mut wanted);
+            let mut asked = std::mem::take(&mut wanted);
+            asked.join(std::mem::take(&mut self.again));
             // Reading and decoding may take long; the runtime's thread has other work.
             let (watcher, view) = tokio::task::spawn_blocking(move || {
                 let mut watcher = self;
@@ -192,6 +211,7 @@ impl Watcher {
             .await
             .context("read the manifests folder")?;
             self = watcher;
+            again_at = (!self.again.is_empty()).then(|| Instant::now() + AGAIN);
             sender.send_if_modified(|current| {
                 let changed = **current != view;
                 if changed {
@@ -247,27 +267,25 @@ impl Watcher {
 
     fn look(&mut self, wanted: &Wanted) -> View {
         if wanted.is_empty() {
-            return self.update(Vec::new());
+            return self.update(Vec::new(), None);
         }
-        let found = if wanted.everything || wanted.folder {
+        self.replaced |= wanted.folder;
+        let found = if wanted.everything || self.replaced {
             self.all()
         } else if self.path.is_dir() {
-            let found = wanted.files.iter().map(|name| (name.clone(), self.read(name)));
-            Ok(found.collect())
+            Ok(wanted.files.iter().map(|name| (name.clone(), self.read(name))).collect())
         } else {
             Err(io::Error::from(io::ErrorKind::NotFound))
         };
         match found {
-            Ok(found) => self.update(found),
+            Ok(found) => self.update(found, None),
             Err(error) => {
-                let mut view = self.update(Vec::new());
+                // A folder that is gone is looked for elsewhere.
+                self.again.everything = error.kind() != io::ErrorKind::NotFound;
                 let message =
                     format!("cannot be read: {error}; create it again (the objects that it gave before stay in force)");
                 let file = self.path.display().to_string();
-                let problem = Problem { file, document: None, line: None, object: None, message };
-                self.log(&problem.to_string());
-                view.problems.push(problem);
-                view
+                self.update(Vec::new(), Some(Problem { file, document: None, line: None, object: None, message }))
             }
         }
     }
@@ -280,6 +298,10 @@ impl Watcher {
                 present.insert(name);
             }
         }
+        if self.replaced && present.is_empty() && self.folder.names().next().is_some() {
+            return Err(io::Error::other("another folder has taken its place, without a manifest in it"));
+        }
+        self.replaced = false;
         let names: BTreeSet<String> = present.iter().chain(self.folder.names()).cloned().collect();
         let mut found = Vec::new();
         for name in names {
@@ -301,14 +323,21 @@ impl Watcher {
             }
             Ok(None) => Content::Gone,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Content::Gone,
-            Err(error) => Content::Unreadable(format!("cannot be read: {error}")),
+            Err(error) => {
+                // An error of the system, and not about what is in the file.
+                if error.raw_os_error().is_some() {
+                    self.again.files.insert(name.to_owned());
+                }
+                Content::Unreadable(format!("cannot be read: {error}"))
+            }
         }
     }
 
-    /// The folder with this news; says what is new.
-    fn update(&mut self, found: Vec<(String, Content)>) -> View {
-        let files = found.len();
-        let view = self.folder.update(found);
+    /// The folder with this news, and what is wrong with it itself; says what is new.
+    fn update(&mut self, found: Vec<(String, Content)>, problem: Option<Problem>) -> View {
+        let files = found.iter().filter(|(_, content)| !matches!(content, Content::Unreadable(_))).count();
+        let mut view = self.folder.update(found);
+        view.problems.extend(problem);
         let lines: Vec<String> = view.problems.iter().map(ToString::to_string).collect();
         let notices = view.notices.iter().map(|notice| format!("manifests: {notice}"));
         let lines: BTreeSet<String> = lines.into_iter().chain(notices).collect();

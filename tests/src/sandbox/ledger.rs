@@ -46,6 +46,12 @@ impl Recorded {
         started(self.pid) == Some(self.started)
     }
 
+    /// Whether it has been stopped (SIGSTOP) and not continued.
+    pub(crate) fn is_stopped(&self) -> bool {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         if self.lives() {
             // It may end between the look and the signal; then there is nothing left to do.

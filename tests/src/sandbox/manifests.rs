@@ -80,6 +80,13 @@ pub(super) fn write_pod(folder: &Folder, plan: &Plan, pods: &BTreeMap<String, Po
     folder.apply("services.yaml", &services(plan, pods)?)
 }
 
+/// The manifest of a pod whose kubelet has not told its addresses yet.
+pub(super) fn write_placed_pod(folder: &Folder, plan: &Plan, pod: &Pod) -> Result<()> {
+    folder.apply("serviceaccounts.yaml", &service_accounts(plan)?)?;
+    let text = format!("{}status:\n  phase: Pending\n", pod_spec(plan, pod)?);
+    folder.apply(&pod_file(&pod.plan.namespace, &pod.plan.name), &text)
+}
+
 /// What goes from the folder with a pod; `pods` are those that remain.
 pub(super) fn delete_pod(folder: &Folder, plan: &Plan, pods: &BTreeMap<String, Pod>, pod: &Pod) -> Result<()> {
     folder.apply("services.yaml", &services(plan, pods)?)?;
@@ -205,6 +212,22 @@ fn services(plan: &Plan, pods: &BTreeMap<String, Pod>) -> Result<String> {
 
 /// A pod as the API server would show it once it is ready.
 pub(super) fn pod_manifest(plan: &Plan, pod: &Pod) -> Result<String> {
+    let mut out = pod_spec(plan, pod)?;
+    write!(
+        out,
+        "status:\n  phase: Running\n  hostIP: {host4}\n  hostIPs: [{{ip: {host4}}}, {{ip: \"{host6}\"}}]\n  podIP: {v4}\n  podIPs: [{{ip: {v4}}}, {{ip: \"{v6}\"}}{more}]\n\
+         \x20 conditions:\n  - {{type: Ready, status: \"True\"}}\n  - {{type: ContainersReady, status: \"True\"}}\n",
+        host4 = pod.plan.node.v4(),
+        host6 = pod.plan.node.v6(),
+        v4 = pod.v4,
+        v6 = pod.v6,
+        more = pod.more_v4.iter().map(|address| format!(", {{ip: {address}}}")).collect::<String>(),
+    )?;
+    Ok(out)
+}
+
+/// Its manifest but for the status.
+fn pod_spec(plan: &Plan, pod: &Pod) -> Result<String> {
     let (namespace, name) = (&pod.plan.namespace, &pod.plan.name);
     let mut out = String::new();
     write!(
@@ -215,15 +238,8 @@ pub(super) fn pod_manifest(plan: &Plan, pod: &Pod) -> Result<String> {
     write_labels(&mut out, &pod.plan.labels)?;
     write!(
         out,
-        "spec:\n  nodeName: {node}\n  serviceAccountName: {name}\n  containers:\n  - name: app\n    image: culvert-pod\n\
-         status:\n  phase: Running\n  hostIP: {host4}\n  hostIPs: [{{ip: {host4}}}, {{ip: \"{host6}\"}}]\n  podIP: {v4}\n  podIPs: [{{ip: {v4}}}, {{ip: \"{v6}\"}}{more}]\n\
-         \x20 conditions:\n  - {{type: Ready, status: \"True\"}}\n  - {{type: ContainersReady, status: \"True\"}}\n",
-        node = pod.plan.node,
-        host4 = pod.plan.node.v4(),
-        host6 = pod.plan.node.v6(),
-        v4 = pod.v4,
-        v6 = pod.v6,
-        more = pod.more_v4.iter().map(|address| format!(", {{ip: {address}}}")).collect::<String>(),
+        "spec:\n  nodeName: {}\n  serviceAccountName: {name}\n  containers:\n  - name: app\n    image: culvert-pod\n",
+        pod.plan.node
     )?;
     Ok(out)
 }

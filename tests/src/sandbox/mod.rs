@@ -14,6 +14,7 @@
 //! | `cgroups`, `net` | a kubelet's layouts; links, addresses, kube-proxy's part |
 //! | `manifests`, `tokens` | what an API server would serve and sign |
 //! | `mesh` | the CA and the agents |
+//! | `proof` | what every scenario ends with: no connection that nothing accounts for |
 //!
 //! Every name begins with `culvert-<instance>`, addresses live in namespaces only, so sandboxes do not disturb each other.
 //! A dropped sandbox takes everything away; one whose owner was killed is taken away by the next start ([`sweep`]).
@@ -25,6 +26,7 @@ mod mesh;
 mod net;
 mod place;
 mod plan;
+mod proof;
 mod tokens;
 
 use std::collections::BTreeMap;
@@ -33,6 +35,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -43,7 +46,7 @@ pub use cgroups::mount as cgroup2_mount;
 pub use ledger::{Swept, sweep};
 pub use manifests::Folder;
 pub use mesh::{LogLine, MeshPlan, agent_process};
-pub use net::LINK;
+pub use net::{BRIDGE, LINK};
 pub use place::Place;
 pub use plan::{LinkPlan, Node, Plan, PodPlan, ServicePlan, own_name};
 pub use tokens::{AUDIENCE, Claims, ISSUER, Signer};
@@ -213,25 +216,38 @@ impl Sandbox {
     }
 
     fn raise_pod(&mut self, node: Node, host: u8, plan: &PodPlan) -> Result<()> {
-        let key = plan.key();
-        let uid = self.plan.uid(&manifests::pod_identity(&plan.namespace, &plan.name));
-        let container = |name| container_place(&self.plan, &self.root, plan, name);
-        let (pause, place) = (container("POD"), container("app"));
+        let pod = self.future_pod(node, host, plan);
+        self.raise_network(&pod, host)?;
+        for (nth, arguments) in plan.programs.iter().enumerate() {
+            let mut command = pod.place.command(&self.program)?;
+            command.args(arguments);
+            self.start(&format!("{}/{nth}", plan.key()), command)?;
+        }
+        self.pods.insert(plan.key(), pod);
+        Ok(())
+    }
+
+    /// What a pod will be.
+    fn future_pod(&self, node: Node, host: u8, plan: &PodPlan) -> Pod {
+        Pod {
+            plan: plan.clone(),
+            uid: self.plan.uid(&manifests::pod_identity(&plan.namespace, &plan.name)),
+            v4: node.pod_v4(host),
+            v6: node.pod_v6(host),
+            more_v4: (0..plan.more_addresses).map(|nth| node.pod_v4(254 - nth)).collect(),
+            place: container_place(&self.plan, &self.root, plan, "app"),
+        }
+    }
+
+    /// A pod's control groups, its pause process and its network: what there is before its containers.
+    fn raise_network(&mut self, pod: &Pod, host: u8) -> Result<()> {
+        let pause = container_place(&self.plan, &self.root, &pod.plan, "POD");
         self.make_place(&pause)?;
-        cgroups::make(&place.cgroup)?;
+        cgroups::make(&pod.place.cgroup)?;
         let mut command = pause.command(&self.program)?;
         command.arg("pause");
-        self.start(&format!("{key}/pause"), command)?;
-        let more_v4: Vec<Ipv4Addr> = (0..plan.more_addresses).map(|nth| node.pod_v4(254 - nth)).collect();
-        net::pod(node, &self.nodes[index(node)], &place, host, &more_v4)?;
-        for (nth, arguments) in plan.programs.iter().enumerate() {
-            let mut command = place.command(&self.program)?;
-            command.args(arguments);
-            self.start(&format!("{key}/{nth}"), command)?;
-        }
-        let pod = Pod { plan: plan.clone(), uid, v4: node.pod_v4(host), v6: node.pod_v6(host), more_v4, place };
-        self.pods.insert(key, pod);
-        Ok(())
+        self.start(&format!("{}/pause", pod.plan.key()), command)?;
+        net::pod(pod.plan.node, &self.nodes[index(pod.plan.node)], &pod.place, host, &pod.more_v4)
     }
 
     /// Adds a pod to the running sandbox, as a scheduler's decision would: its programs listen, its manifest and its
@@ -240,16 +256,45 @@ impl Sandbox {
     /// # Errors
     /// The plan cannot have such a pod, or a step failed.
     pub fn add_pod(&mut self, pod: PodPlan) -> Result<()> {
-        let nth = self.plan.pods.iter().filter(|p| p.node == pod.node).count();
-        let plan = self.plan.clone().pod(pod.clone());
-        plan.check()?;
-        self.plan = plan;
-        self.raise_pod(pod.node, plan::host(nth)?, &pod)?;
+        let host = self.plan_pod(&pod)?;
+        self.raise_pod(pod.node, host, &pod)?;
         let added = self.pod(&pod.key())?.clone();
         for program in &pod.programs {
             self.wait_listening(&added, program)?;
         }
         manifests::write_pod(&self.folder, &self.plan, &self.pods, &added)
+    }
+
+    /// Puts a pod on its node as far as a kubelet does before it starts containers: the API server has its manifest, without
+    /// addresses; its control groups, pause process and network are there. Of its plan's programs none is started:
+    /// [`Self::start_in_pod`] is its containers, [`Self::announce_pod`] the rest.
+    ///
+    /// # Errors
+    /// As [`Self::add_pod`].
+    pub fn place_pod(&mut self, pod: PodPlan) -> Result<()> {
+        let host = self.plan_pod(&pod)?;
+        let placed = self.future_pod(pod.node, host, &pod);
+        manifests::write_placed_pod(&self.folder, &self.plan, &placed)?;
+        self.raise_network(&placed, host)?;
+        self.pods.insert(pod.key(), placed);
+        Ok(())
+    }
+
+    /// The API server learns the addresses of a pod that was placed ([`Self::place_pod`]).
+    ///
+    /// # Errors
+    /// There is no such pod, or its manifest could not be written.
+    pub fn announce_pod(&self, key: &str) -> Result<()> {
+        manifests::write_pod(&self.folder, &self.plan, &self.pods, self.pod(key)?)
+    }
+
+    /// Takes a further pod into the plan; the number of its address.
+    fn plan_pod(&mut self, pod: &PodPlan) -> Result<u8> {
+        let nth = self.plan.pods.iter().filter(|p| p.node == pod.node).count();
+        let plan = self.plan.clone().pod(pod.clone());
+        plan.check()?;
+        self.plan = plan;
+        plan::host(nth)
     }
 
     /// Takes a pod away, as a kubelet does after a deletion: its processes are killed, its network and its control groups
@@ -483,6 +528,14 @@ impl Sandbox {
         Capture::start(self.node_place(Node::A), LINK, capture::DEFAULT_LIMIT)
     }
 
+    /// Starts recording what a node routes to and from its pods: everything that leaves one of them, or comes to it.
+    ///
+    /// # Errors
+    /// The recording could not be started.
+    pub fn capture_pods(&self, node: Node) -> Result<Capture> {
+        Capture::start(self.node_place(node), BRIDGE, capture::DEFAULT_LIMIT)
+    }
+
     /// The results of a node's probes so far, oldest first.
     ///
     /// # Errors
@@ -570,12 +623,15 @@ impl Sandbox {
         format!("{name}; the end of its log:\n    {end}")
     }
 
-    /// Takes everything away and says if that failed; dropping does the same and can only print.
+    /// Takes everything away and says if that failed, or if a connection was not the mesh's ([`Self::prove_capture`]);
+    /// dropping does the same.
     ///
     /// # Errors
-    /// Something could not be removed; the next start tries again.
+    /// Such a connection; or something could not be removed, and the next start tries again.
     pub fn take_down(mut self) -> Result<()> {
-        self.remove()
+        let proved = self.prove_capture();
+        self.remove()?;
+        proved
     }
 
     fn remove(&mut self) -> Result<()> {
@@ -590,11 +646,20 @@ impl Sandbox {
 }
 
 impl Drop for Sandbox {
+    /// # Panics
+    /// The capture proof found something. A scenario that has failed already loses its own error by that, so what was
+    /// found is in the message; one that panics keeps its own.
     fn drop(&mut self) {
-        if !self.down
-            && let Err(error) = self.remove()
-        {
+        if self.down {
+            return;
+        }
+        let asked = !thread::panicking() && interrupt::check().is_ok();
+        let proved = if asked { self.prove_capture() } else { Ok(()) };
+        if let Err(error) = self.remove() {
             eprintln!("sandbox {}: {error:#}; the next start tries again", self.plan.instance);
+        }
+        if let Err(error) = proved {
+            panic!("sandbox {}: {error:#}", self.plan.instance);
         }
     }
 }

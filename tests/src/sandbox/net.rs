@@ -25,8 +25,10 @@ use crate::command;
 const NETNS: &str = "/run/netns";
 /// The link's device on both nodes.
 pub const LINK: &str = "link0";
-/// The bridge's device on both nodes.
-const BRIDGE: &str = "cni0";
+/// The bridge's device on both nodes, which pods reach everything by, also each other.
+pub const BRIDGE: &str = "cni0";
+/// Its hardware address: the nodes' bridges are in networks of their own.
+const BRIDGE_MAC: &str = "02:00:00:00:00:01";
 /// Host number of the bridge's addresses in the node's pod networks.
 const GATEWAY: u8 = 1;
 
@@ -74,7 +76,9 @@ pub(super) fn nodes(places: &[Place; 2], link: LinkPlan) -> Result<()> {
         let other = node.other();
         let mut batch = String::new();
         writeln!(batch, "link set lo up")?;
-        writeln!(batch, "link add {BRIDGE} type bridge forward_delay 0")?;
+        // An address of its own: by default it is the lowest of its ports', and pods would go on sending to the one that it
+        // had before another pod came.
+        writeln!(batch, "link add {BRIDGE} address {BRIDGE_MAC} type bridge forward_delay 0")?;
         writeln!(batch, "link set {LINK} mtu {}", link.mtu)?;
         if link.loss_percent > 0 {
             // What segmentation offload keeps together would also be lost together, up to 64 KiB at a time.

@@ -225,6 +225,52 @@ async fn a_folder_that_is_made_again_is_followed() {
     watched.stop().await;
 }
 
+/// [D.3]: an empty folder in the place of a full one is a source that is gone, and not one that has deleted everything.
+#[tokio::test]
+async fn an_empty_folder_in_its_place_changes_nothing_until_it_is_filled() {
+    let mut watched = Watched::start(|path| fs::write(path.join("p.yaml"), policy("STRICT")).expect("write"));
+    for again in 0..2 {
+        fs::rename(watched.path(""), watched.dir.path().join(format!("full-{again}"))).expect("rename");
+        fs::create_dir(watched.path("")).expect("mkdir");
+        let told =
+            |view: &Arc<View>| view.problems.iter().any(|problem| problem.message.contains("without a manifest"));
+        let view = watched.until("told", told).await;
+        assert_eq!(mode(&view), Some(MtlsMode::Strict));
+        // What is no manifest fills nothing.
+        watched.write("README", "nothing");
+        watched.quiet().await;
+        watched.write("q.yaml", &policy("DISABLE"));
+        watched.until_mode(Some(MtlsMode::Disable)).await;
+        watched.write("q.yaml", &policy("STRICT"));
+        watched.until_mode(Some(MtlsMode::Strict)).await;
+    }
+    // In the same folder it is a deletion.
+    fs::remove_file(watched.path("q.yaml")).expect("remove");
+    watched.until_mode(None).await;
+    watched.stop().await;
+}
+
+/// What cannot be read, for whatever reason that is not in the file, is read as soon as it can be, without an event.
+#[tokio::test]
+async fn what_could_not_be_read_is_read_again() {
+    let mut watched = Watched::start(|path| fs::write(path.join("p.yaml"), policy("STRICT")).expect("write"));
+    // A link whose target is behind a loop of links, and then is not: nothing happens to the link itself.
+    let (loops, target) = (watched.dir.path().join("loop"), watched.dir.path().join("target"));
+    fs::create_dir(&target).expect("mkdir");
+    fs::write(target.join("p.yaml"), policy("DISABLE")).expect("write");
+    symlink("loop", &loops).expect("symlink");
+    let fresh = watched.dir.path().join("fresh");
+    symlink("../loop/p.yaml", &fresh).expect("symlink");
+    fs::rename(fresh, watched.path("p.yaml")).expect("rename");
+    let view = watched.until("unreadable", |view| !view.problems.is_empty()).await;
+    assert_eq!(mode(&view), Some(MtlsMode::Strict), "what it gave before stays");
+    watched.quiet().await;
+    fs::remove_file(&loops).expect("remove");
+    symlink("target", &loops).expect("symlink");
+    watched.until_mode(Some(MtlsMode::Disable)).await;
+    watched.stop().await;
+}
+
 /// Many files at once are few views, and none of them is lost.
 #[tokio::test]
 async fn a_burst_of_files_is_read_whole() {
@@ -296,6 +342,8 @@ fn a_problem_is_logged_once() {
         folder: Folder::new("istio-system"),
         stamps: BTreeMap::new(),
         logged: BTreeSet::new(),
+        replaced: false,
+        again: Wanted::default(),
     };
     let lines = Lines::default();
     let writer = lines.clone();
