@@ -382,7 +382,7 @@ mod tests {
         let first = compile(&cluster, &Options::default(), None);
         put(&mut cluster, authz("a", 1, 1));
         put(&mut cluster, authz("p", 5, 3));
-        let second = compile(&cluster, &Options::default(), Some(&first));
+        let second = compile(&cluster, &Options::default(), Some(after(&first)));
         let number = |snapshot: &Snapshot, name: &str, rule| {
             snapshot.number(&RuleRef { policy: ObjectRef::new("test", name), rule }).0
         };
