@@ -20,8 +20,10 @@ struct Mapping {
     anonymous_kib: usize,
 }
 
-/// Unmaps the pages of the program and its libraries, and marks them as the first to be reclaimed. Returns how much was
-/// resident of them, in KiB.
+/// Unmaps the pages of the program and its libraries. Returns how much was resident of them, in KiB.
+///
+/// Nothing is said to the page cache: a page that is reclaimed there has to be read from disk when it is needed again, and
+/// what runs must not wait for that.
 ///
 /// # Errors
 /// `/proc/self/smaps` cannot be read, or the kernel refuses; nothing is changed for the worse.
@@ -31,8 +33,6 @@ pub fn give_back_text() -> anyhow::Result<usize> {
     for mapping in mappings(&smaps).filter(|mapping| mapping.of_file && mapping.anonymous_kib == 0) {
         let length = mapping.end - mapping.start;
         let start = std::ptr::without_provenance_mut::<libc::c_void>(mapping.start);
-        // SAFETY: MADV_COLD changes nothing but the order in which pages are reclaimed.
-        let _only_an_order = unsafe { libc::madvise(start, length, libc::MADV_COLD) };
         // SAFETY: the mapping is private, of a file, without a page of its own and not writable, so each page that is
         // touched again is read from the same place of the same file (madvise(2)).
         if unsafe { libc::madvise(start, length, libc::MADV_DONTNEED) } != 0 {
