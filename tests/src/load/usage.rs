@@ -75,6 +75,18 @@ pub fn machine() -> Result<(u64, u64)> {
     Ok((total - idle, total))
 }
 
+/// Time that the machine's host has given to others while this machine wanted it (steal time), since boot, summed over the
+/// processors; in ticks, as [`machine`].
+///
+/// # Errors
+/// The kernel would not tell.
+pub fn stolen() -> Result<u64> {
+    let stat = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
+    // Field 8 of "cpu" in proc_stat(5); the name is the first.
+    let field = stat.lines().next().and_then(|first| first.split_whitespace().nth(8)).context("steal time")?;
+    Ok(field.parse()?)
+}
+
 fn ticks_per_second() -> Result<f64> {
     // SAFETY: no pointers.
     let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };

@@ -11,7 +11,7 @@ use culvert_tests::load::{Latency, LoadResult};
 use super::Peer;
 use super::session::{FAR, NEAR, Session, Tools, elsewhere, policies};
 
-type Figures = BTreeMap<&'static str, f64>;
+pub(super) type Figures = BTreeMap<&'static str, f64>;
 
 /// Workloads of the large configuration.
 pub(super) const WORKLOADS: usize = 50_000;
@@ -36,6 +36,8 @@ pub(super) struct Measure {
 pub(super) enum Scope {
     /// In a session that others use before and after.
     Shared(fn(&Session<'_>) -> Result<Figures>),
+    /// The same, and it cannot be done twice in one.
+    Once(fn(&Session<'_>) -> Result<Figures>),
     /// In sessions of its own; `None` where it means nothing for the peer.
     Own(fn(Peer, &Tools) -> Result<Option<Figures>>),
 }
@@ -45,9 +47,11 @@ impl Measure {
         Self { name, scope: Scope::Shared(take) }
     }
 
-    pub(super) fn shared(&self) -> Option<fn(&Session<'_>) -> Result<Figures>> {
+    /// What is to be done in a session that others use too, and whether it can be done again.
+    pub(super) fn shared(&self) -> Option<(fn(&Session<'_>) -> Result<Figures>, bool)> {
         match self.scope {
-            Scope::Shared(take) => Some(take),
+            Scope::Shared(take) => Some((take, true)),
+            Scope::Once(take) => Some((take, false)),
             Scope::Own(_) => None,
         }
     }
@@ -55,7 +59,7 @@ impl Measure {
 
 /// All of them, in the order in which they are done. First contacts come first: a later one would not be a first.
 pub(super) const MEASURES: &[Measure] = &[
-    Measure::shared_as("first-contact", first_contact),
+    Measure { name: "first-contact", scope: Scope::Once(first_contact) },
     Measure::shared_as("requests-1", |s| requests(s, FAR, 1, None, 1024, 3.0)),
     Measure::shared_as("requests-16", |s| requests(s, FAR, 16, None, 1024, 4.0)),
     Measure::shared_as("requests-64", |s| requests(s, FAR, 64, None, 16 << 10, 4.0)),
