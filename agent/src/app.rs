@@ -260,7 +260,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
             let (names, drained, open) = (names.clone(), drain.clone(), registry.shard());
             let (tally, tracer, limiter) = (tallies.tally(), tracer.clone(), limit.limiter());
             let (pods_limits, refuse_mismatch) = (limits.clone(), config.refuse_mismatch);
-            Worker::start(number, drain.clone(), move || {
+            Worker::start(number, drain.clone(), config.busy_poll, move || {
                 let tunnels = tunnel::Config::default();
                 Ok(Context {
                     snapshot,

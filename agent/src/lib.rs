@@ -21,6 +21,7 @@
 //! | [`netns`] | enter a network namespace and come back; list, read and destroy the sockets in it |
 //! | [`pods`] | the pods of this node, joined with their cgroup and network namespace |
 //! | [`datapath`] | load, attach, and make the maps equal to what is wanted; the only place that imports aya |
+//! | [`busy_poll`] | a worker that expects work within moments looks for it before it sleeps |
 //! | [`identity`] | keys, certificates, trust bundle, rotation; from a peer's certificate to its SPIFFE ID |
 //! | [`tunnel`] | one CONNECT stream over mTLS, and the pool; knows HTTP/2 and rustls, not pods, policy or Kubernetes |
 //! | [`limits`] | what one pod, and one peer, may take of the agent |
@@ -66,6 +67,7 @@
 
 pub mod admin;
 pub mod app;
+pub mod busy_poll;
 pub mod ca;
 pub mod cli;
 pub mod config;

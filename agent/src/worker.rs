@@ -26,6 +26,7 @@ use tokio::{
 use tracing::{error, warn};
 
 use crate::{
+    busy_poll,
     datapath::{NetnsCookie, monotonic_ns},
     drain::{self, Cause, Order},
     listen::Listeners,
@@ -64,18 +65,19 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Starts a worker's thread. `context` is called on it.
+    /// Starts a worker's thread, which polls for at most `poll` before it sleeps. `context` is called on it.
     ///
     /// # Errors
     /// The thread or its runtime could not be made.
     pub fn start(
         number: u32,
         drain: drain::Watch,
+        poll: Duration,
         context: impl FnOnce() -> anyhow::Result<Context> + Send + 'static,
     ) -> anyhow::Result<Self> {
         let (commands, orders) = mpsc::unbounded_channel();
         let seen_ns = Arc::new(AtomicU64::new(monotonic_ns()));
-        let runtime = tokio::runtime::Builder::new_current_thread()
+        let runtime = busy_poll::hook(&mut tokio::runtime::Builder::new_current_thread())
             .enable_all()
             .event_interval(31)
             .build()
@@ -88,6 +90,7 @@ impl Worker {
                 Ok(context) => {
                     // The starter waits for this.
                     let _ = report.send(Ok(()));
+                    let _part = busy_poll::start(&runtime, poll);
                     LocalSet::new().block_on(&runtime, run(Rc::new(context), orders, drain, seen));
                 }
                 Err(error) => {

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Given, Invalid, Setting, Values, parse_size};
+use super::{Given, Invalid, Setting, Values, parse_duration, parse_size};
 use crate::{
     dns,
     limits::Numbers,
@@ -48,6 +48,13 @@ pub const SETTINGS: &[Setting] = &[
         value: "N",
         default: None,
         help: "Threads that carry connections, 1 to 64; the number of CPUs, at most 8, unless set",
+    },
+    Setting {
+        name: "busy-poll",
+        value: "TIME",
+        default: Some("100us"),
+        help: "How long at most a worker looks for more work before it sleeps, if its last sleeps were no longer; one worker at a \
+               time does, with time that nobody else wants. 0us: never",
     },
     Setting {
         name: "revision",
@@ -208,6 +215,9 @@ pub const SETTINGS: &[Setting] = &[
     },
 ];
 
+/// A longer one saves nothing: waking a thread takes a hundredth of it.
+const MAX_BUSY_POLL: Duration = Duration::from_millis(10);
+
 /// The agent's configuration.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -223,6 +233,8 @@ pub struct Config {
     pub pin_dir: PathBuf,
     /// `--workers`, 1 to 64.
     pub workers: u32,
+    /// `--busy-poll`, at most 10 ms.
+    pub busy_poll: Duration,
     /// `--revision`
     pub revision: String,
     /// `--exclude-namespaces`
@@ -369,6 +381,11 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     } else {
         Some(std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1).min(8)))
     };
+    let busy_poll = values.parse("busy-poll", |text| match parse_duration(text) {
+        Ok(time) if time <= MAX_BUSY_POLL => Ok(time),
+        Ok(_) => Err(format!("must not be longer than {} ms", MAX_BUSY_POLL.as_millis())),
+        Err(error) => Err(error),
+    });
     // Each is understood before any is missed, so that everything wrong is said at once.
     let (cgroup_root, kubelet_cgroup) = (values.optional("cgroup-root"), values.optional("kubelet-cgroup"));
     let (pin_dir, revision) = (values.optional("pin-dir"), values.optional("revision"));
@@ -399,6 +416,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             kubelet_cgroup,
             pin_dir: pin_dir?,
             workers: workers?,
+            busy_poll: busy_poll?,
             revision: revision?,
             exclude_namespaces,
             system_namespace: system_namespace?,

@@ -277,17 +277,18 @@ fn nearest(key: &str, settings: &[Setting]) -> Option<&'static str> {
 /// # Errors
 /// One line that says what is expected.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let expected = || "must be a number with a unit, as in 500ms, 5s, 2m or 24h".to_owned();
+    let expected = || "must be a number with a unit, as in 100us, 500ms, 5s, 2m or 24h".to_owned();
     let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(expected)?;
     let number: u64 = text[..digits].parse().map_err(|_| expected())?;
-    let millis = match &text[digits..] {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
+    let micros = match &text[digits..] {
+        "us" => 1,
+        "ms" => 1000,
+        "s" => 1_000_000,
+        "m" => 60_000_000,
+        "h" => 3_600_000_000,
         _ => return Err(expected()),
     };
-    number.checked_mul(millis).map(Duration::from_millis).ok_or_else(expected)
+    number.checked_mul(micros).map(Duration::from_micros).ok_or_else(expected)
 }
 
 /// Parses a number of bytes: `65536`, `64KiB`, `256MiB`, `1GiB`.
@@ -427,7 +428,7 @@ mod tests {
 
     #[test]
     fn durations_need_a_unit() {
-        for (text, millis) in [("500ms", 500), ("5s", 5000), ("2m", 120_000), ("24h", 86_400_000)] {
+        for (text, millis) in [("1000us", 1), ("500ms", 500), ("5s", 5000), ("2m", 120_000), ("24h", 86_400_000)] {
             assert_eq!(parse_duration(text), Ok(Duration::from_millis(millis)));
         }
         for wrong in ["5", "", "s", "-1s", "1d", "99999999999999999999s", "18446744073709551615h"] {

@@ -22,7 +22,10 @@ use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use tokio::{io::Interest, net::TcpStream};
 
 pub use crate::telemetry::open::Counters;
-use crate::tunnel::{self, StreamError};
+use crate::{
+    busy_poll,
+    tunnel::{self, StreamError},
+};
 
 /// Most bytes read from a socket at once.
 const CHUNK: usize = 128 << 10;
@@ -132,6 +135,7 @@ pub async fn bidirectional(socket: ResetOnClose, stream: tunnel::Stream, counter
         let (mut into, mut out_of) = (IntoTunnel { done: false }, OutOfTunnel::default());
         let mut failed = pin!(socket_error(&socket.0));
         poll_fn(|cx| {
+            busy_poll::worked();
             let into = into.poll(cx, &socket.0, &mut write, &counters.forward);
             let both = join(into, || out_of.poll(cx, &mut read, &socket.0, &counters.backward));
             if both.is_pending()
@@ -161,6 +165,7 @@ pub async fn bidirectional_plain(a: ResetOnClose, b: ResetOnClose, counters: &Co
         let (mut forward, mut backward) = (BetweenSockets::default(), BetweenSockets::default());
         let (mut a_failed, mut b_failed) = (pin!(socket_error(&a.0)), pin!(socket_error(&b.0)));
         poll_fn(|cx| {
+            busy_poll::worked();
             let forward = forward.poll(cx, (&a.0, near), (&b.0, far), &counters.forward);
             let both = join(forward, || backward.poll(cx, (&b.0, far), (&a.0, near), &counters.backward));
             if both.is_pending() {

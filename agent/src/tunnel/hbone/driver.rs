@@ -21,7 +21,7 @@ use tokio::{
 use tracing::warn;
 
 use super::connection::{Core, End, Shared};
-use crate::tunnel::Config;
+use crate::{busy_poll, tunnel::Config};
 
 /// Most bytes read from a socket at once: eight full records.
 const READ: usize = 128 << 10;
@@ -64,6 +64,7 @@ impl Driver {
 
     /// Works until there is nothing to do; ready at the end of the connection.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        busy_poll::worked();
         let shared = Rc::clone(&self.core);
         let mut core = shared.borrow_mut();
         core.register_driver(cx);
