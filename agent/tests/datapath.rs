@@ -1108,7 +1108,7 @@ fn tables_are_shared_and_go_with_their_last_pod() {
 /// [D.5]: while policies flip, every verdict is the old policy's or the new one's: reason, rule and generation belong together.
 #[test]
 fn no_verdict_is_a_mixture_while_policies_flip() {
-    const FLIPS: u32 = 1500;
+    const FLIPS: u32 = 600;
     let node = Node::new();
     let applications = [node.serve("0.0.0.0:9080"), node.serve("0.0.0.0:9081")];
     let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
