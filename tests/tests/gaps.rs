@@ -350,7 +350,13 @@ fn what_the_source_does_not_say_opens_nothing() -> Result<()> {
     for from in ["test/client", "test/outsider", "test/newcomer"] {
         scene.expect_refused(from, "default/late", HTTP, FORBIDDEN, "without an address")?;
     }
-    scene.wait_told(Node::A, offset, &[("reason", "enrolment-pending"), ("direction", "inbound")])?;
+    // With `enrolment-pending`; with `unknown-address` where the agent has looked before the pod's network was made.
+    let late = scene.at("default/late", HTTP)?.to_string();
+    scene.wait_told(
+        Node::A,
+        offset,
+        &[("message", "connection failed"), ("direction", "inbound"), ("dst.addr", &late)],
+    )?;
     scene.call_on("test/newcomer", "default/far", MESH, true)?;
     scene.call_on("test/client", "default/late", MESH, true)?;
     scene.call_on("test/outsider", "default/late", FORBIDDEN, false)?;
