@@ -16,7 +16,7 @@ use crate::{
     listen::NodePort,
     model::PodUid,
     pods,
-    policy::Snapshot,
+    policy::{self, Snapshot},
     source::View,
     telemetry::{
         LogLevel, open,
@@ -47,6 +47,8 @@ pub struct Handles {
     pub identities: Identities,
     /// What readiness waits for.
     pub ready: Ready,
+    /// What the operator configured that changes the meaning of the cluster's objects.
+    pub options: policy::Options,
     /// Where the maps are pinned.
     pub pin_dir: PathBuf,
     /// The agent's settings.

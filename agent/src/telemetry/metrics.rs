@@ -23,6 +23,7 @@ use super::{
     trace,
     traffic::{self, Flag, Labels},
 };
+use crate::model::ObjectRef;
 
 /// What kind of metric; only these two are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,6 +244,10 @@ pub enum Question {
     Node(oneshot::Sender<Box<Node>>),
     /// For a capture proof.
     Proof(oneshot::Sender<Box<Proof>>),
+    /// To note what the kernel has refused.
+    Refusals(oneshot::Sender<()>),
+    /// To look at the kernel's connections again, and how many in plaintext it has counted for a pod that nobody saw.
+    Plaintext(oneshot::Sender<Vec<(ObjectRef, u64)>>),
 }
 
 /// Where the values come from. Clones are the same.
