@@ -802,7 +802,10 @@ impl Control {
         let question = match question {
             // Who asked may have gone.
             metrics::Question::Proof(reply) => return drop(reply.send(Box::new(self.prove()))),
-            metrics::Question::Refusals(done) => return drop(done.send(())),
+            metrics::Question::Refusals(done) => {
+                let _ = done.send(());
+                return;
+            }
             other => other,
         };
         let snapshot = self.snapshots.borrow().clone();

@@ -24,11 +24,11 @@ use tracing::{debug, info, warn};
 
 use crate::{
     datapath::{Events, NetnsCookie, monotonic_ns},
+    model::ObjectRef,
     netns::{
         NetnsHandle,
         sock_diag::{Query, SockDiag, Socket, SocketId, States},
     },
-    model::ObjectRef,
     policy::{self, Client, Connection, Occupant, RuleId, Snapshot, Workload},
     proxy::ServedPod,
     telemetry::{
@@ -538,10 +538,8 @@ impl Passed {
     ) {
         for (key, times) in self.account.untold(counted) {
             let own = pods(NetnsCookie(key.netns_cookie)).and_then(|pod| snapshot.workload(&pod.uid));
-            let own = Party {
-                ip: own.and_then(|own| own.ips.first().copied()),
-                pod: own.map(|own| own.object.clone()),
-            };
+            let own =
+                Party { ip: own.and_then(|own| own.ips.first().copied()), pod: own.map(|own| own.object.clone()) };
             let inbound = key.direction == Direction::Inbound as u8;
             let (source, destination) = if inbound { (Party::default(), own) } else { (own, Party::default()) };
             let refusal = Refusal {

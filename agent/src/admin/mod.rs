@@ -1,4 +1,5 @@
-//! What an operator can ask a running agent: everything that it believes, its open connections, its log level.
+//! What an operator can ask a running agent: everything that it believes, its open connections, why one was refused,
+//! what can go to STRICT, its log level.
 //!
 //! It reads; the one thing that it changes is the log level. What a node's processes may ask is answered on the loopback
 //! interface of the node ([`http`]), so a pod cannot ask, except a hostNetwork pod, which is a process of the node.
@@ -26,6 +27,8 @@ use crate::{
 
 pub mod dump;
 pub mod http;
+pub mod strict;
+pub mod why;
 
 /// What there is to read once the agent has started.
 pub struct Handles {

@@ -133,11 +133,7 @@ impl Outcome {
 
     /// Of a verdict that does not allow it.
     pub(super) fn denied(verdict: &Verdict) -> Self {
-        Self::Denied {
-            reason: verdict.reason.as_str(),
-            detail: verdict.to_string(),
-            by: verdict.decided_by.clone(),
-        }
+        Self::Denied { reason: verdict.reason.as_str(), detail: verdict.to_string(), by: verdict.decided_by.clone() }
     }
 
     /// Of a copy that ran to its end. `near` and `far` name the two sides for humans; `word` is the reason of a

@@ -2,7 +2,8 @@
 //!
 //! A worker, and the thread that tells what the kernel did, note into their own [`Shard`](super::open::Shard), under a
 //! lock that nobody else holds for longer than it takes to empty it; a connection that is refused nowhere, and comes by
-//! a tunnel, notes nothing. [`History`] gathers all shards several times a second, and keeps the most recent ones.
+//! a tunnel, notes nothing. [`History`] gathers all shards several times a second, or when one is full, and keeps the most
+//! recent ones.
 //!
 //! # Memory
 //!
@@ -245,8 +246,6 @@ pub struct Refusals {
     pub entries: Vec<(Refusal, Seen<Circumstances>)>,
     /// What had to go for them.
     pub evicted: Evicted,
-    /// Connections that were refused faster than they could be noted.
-    pub lost: u64,
 }
 
 /// What is known of plaintext at one moment.
@@ -265,7 +264,6 @@ pub struct PlaintextSeen {
 pub(super) struct History {
     refusals: Recent<Refusal, Circumstances>,
     evicted: Evicted,
-    lost: u64,
     plaintext: Recent<Plaintext, IpAddr>,
     others: HashMap<ObjectRef, u64>,
     plaintext_lost: u64,
@@ -276,7 +274,6 @@ impl Default for History {
         Self {
             refusals: Recent::new(ENTRIES),
             evicted: Evicted::default(),
-            lost: 0,
             plaintext: Recent::new(ENTRIES),
             others: HashMap::new(),
             plaintext_lost: 0,
@@ -286,19 +283,15 @@ impl Default for History {
 
 impl History {
     /// Takes over what a thread has noted.
-    pub(super) fn gather(&mut self, noted: &mut Noted) {
-        let (refusals, lost) = noted.refusals.take();
-        self.lost += lost;
-        for (refusal, seen) in refusals {
+    pub(super) fn gather(&mut self, mut noted: Noted) {
+        for (refusal, seen) in noted.refusals.take() {
             if let Some((gone, seen)) = self.refusals.add(refusal, seen) {
                 self.evicted.entries += 1;
                 *self.evicted.reasons.entry(gone.reason).or_default() += seen.times;
                 self.evicted.last = self.evicted.last.max(Some(seen.last));
             }
         }
-        let (plaintext, lost) = noted.plaintext.take();
-        self.plaintext_lost += lost;
-        for (plaintext, seen) in plaintext {
+        for (plaintext, seen) in noted.plaintext.take() {
             let Some((gone, seen)) = self.plaintext.add(plaintext, seen) else { continue };
             let full = self.others.len() >= SERVERS;
             match self.others.get_mut(&gone.server) {
@@ -318,7 +311,6 @@ impl History {
         Refusals {
             entries: self.refusals.iter().map(|(refusal, seen)| (refusal.clone(), seen.clone())).collect(),
             evicted: self.evicted.clone(),
-            lost: self.lost,
         }
     }
 
@@ -350,9 +342,11 @@ mod tests {
     fn note(history: &mut History, at: Instant, refusals: impl Iterator<Item = Refusal>) {
         let mut noted = Noted::default();
         for refusal in refusals {
-            noted.refusals.note(refusal, Seen::now(1, at, Circumstances::new("text")));
+            if noted.refusals.note(refusal, Seen::now(1, at, Circumstances::new("text"))) {
+                history.gather(std::mem::take(&mut noted));
+            }
         }
-        history.gather(&mut noted);
+        history.gather(noted);
     }
 
     /// A port scan neither takes more memory than there is for it nor goes unsaid, and what came after it is there.
@@ -381,15 +375,6 @@ mod tests {
         assert!(history.refusals().entries.is_empty());
     }
 
-    /// More different ones within a moment than a thread holds: counted all the same.
-    #[test]
-    fn what_comes_faster_than_it_is_gathered_is_counted() {
-        let mut history = History::default();
-        note(&mut history, Instant::now(), (0..5000).map(|port| refusal(1, port)));
-        let refusals = history.refusals();
-        assert_eq!((refusals.entries.len(), refusals.lost), (PENDING, 5000 - PENDING as u64));
-    }
-
     /// Who came in plaintext may be forgotten where there are too many; that somebody came is not, so that nobody takes
     /// the workload for one that can go to STRICT.
     #[test]
@@ -405,9 +390,10 @@ mod tests {
         let mut gather = |from: u32, to: u32, server: &str, at| {
             let mut noted = Noted::default();
             for client in from..to {
-                noted.plaintext.note(plaintext(server, client), Seen::now(1, at, IpAddr::from([0; 4])));
+                let full = noted.plaintext.note(plaintext(server, client), Seen::now(1, at, IpAddr::from([0; 4])));
+                assert!(!full, "fewer than {PENDING}");
             }
-            history.gather(&mut noted);
+            history.gather(noted);
         };
         gather(0, 1, "quiet", at);
         for thousand in 0..5 {

@@ -564,7 +564,7 @@ mod tests {
         let (sources, _writer) = sources();
         let addr = |last: u8| std::net::SocketAddr::from(([10, 0, 0, last], 80));
         let mut facts = Facts::new(Direction::Outbound, addr(1), addr(2));
-        facts.service = Some(crate::model::ObjectRef::new("a\"b\\c\nd", "x"));
+        facts.service = Some(ObjectRef::new("a\"b\\c\nd", "x"));
         drop(sources.registry.shard().open(Arc::new(facts), Arc::default()));
         let text = collect(&sources, None).encode().expect("memory");
         let line = text.lines().find(|line| line.starts_with("istio_tcp_connections_opened_total{")).expect("counted");

@@ -212,8 +212,10 @@ struct Shared {
     number: u64,
     totals: Arc<Totals>,
     state: Mutex<State>,
-    /// Refusals and plaintext; whoever carries other connections never takes this lock.
+    /// Refusals and plaintext; whoever carries other connections never takes this lock. Nobody holds it and another.
     noted: Mutex<Noted>,
+    /// Where that goes when there is no room for more.
+    history: Arc<Mutex<History>>,
 }
 
 #[derive(Debug, Default)]
@@ -288,6 +290,7 @@ impl Registry {
             totals: self.totals.clone(),
             state: Mutex::default(),
             noted: Mutex::default(),
+            history: self.history.clone(),
         });
         shards.push(shared.clone());
         Shard { shared }
@@ -343,12 +346,11 @@ impl Registry {
     /// Several times a second: takes over what the shards have noted of refusals and plaintext, so that they have room
     /// again, and drops what is too old.
     pub fn gather(&self) {
-        let shards = lock(&self.shards).clone();
-        let mut history = lock(&self.history);
-        for shard in shards {
-            history.gather(&mut lock(&shard.noted));
+        for shard in lock(&self.shards).clone() {
+            let noted = std::mem::take(&mut *lock(&shard.noted));
+            lock(&self.history).gather(noted);
         }
-        history.forget(Instant::now());
+        lock(&self.history).forget(Instant::now());
     }
 
     /// What was refused in the last hour.
@@ -502,12 +504,24 @@ impl Shard {
 
     /// Notes that connections were refused just now: for `culvert why`, whoever refused them.
     pub fn note_refusal(&self, refusal: super::history::Refusal, times: u64, circumstances: Circumstances) {
-        lock(&self.shared.noted).refusals.note(refusal, Seen::now(times, Instant::now(), circumstances));
+        let seen = Seen::now(times, Instant::now(), circumstances);
+        self.note(|noted| noted.refusals.note(refusal, seen));
     }
 
     /// Notes that a connection was let in that came in plaintext from `ip`: for `culvert report strict`.
     pub fn note_plaintext(&self, plaintext: Plaintext, ip: std::net::IpAddr) {
-        lock(&self.shared.noted).plaintext.note(plaintext, Seen::now(1, Instant::now(), ip));
+        self.note(|noted| noted.plaintext.note(plaintext, Seen::now(1, Instant::now(), ip)));
+    }
+
+    /// `note` says whether there is room for more.
+    fn note(&self, note: impl FnOnce(&mut Noted) -> bool) {
+        let full = {
+            let mut noted = lock(&self.shared.noted);
+            note(&mut noted).then(|| std::mem::take(&mut *noted))
+        };
+        if let Some(noted) = full {
+            lock(&self.shared.history).gather(noted);
+        }
     }
 }
 
@@ -789,6 +803,36 @@ mod tests {
         assert_eq!((count.opened, count.received, count.sent), (2, 25, 3));
         assert_eq!((count.closed[Flag::None as usize], count.closed[Flag::Connect as usize]), (1, 1));
         assert_eq!(total(&registry), count, "nothing is counted twice");
+    }
+
+    /// However many different refusals come in a moment: the latest are there, and every other one was told to be gone.
+    #[test]
+    fn a_flood_of_refusals_is_counted_to_the_last() {
+        const EACH: u32 = 6000;
+        let registry = Registry::default();
+        std::thread::scope(|scope| {
+            for thread in 0..2u8 {
+                let shard = registry.shard();
+                scope.spawn(move || {
+                    for number in 0..EACH {
+                        let [_, _, high, low] = number.to_be_bytes();
+                        let mut facts = Facts::clone(&facts(Direction::Inbound, 1));
+                        facts.dst = SocketAddr::new([10, thread, high, low].into(), 80);
+                        let refusal = super::super::history::Refusal::of(&facts, "loop", None);
+                        shard.note_refusal(refusal, 1, Circumstances::new("text"));
+                    }
+                });
+            }
+        });
+        let refused = registry.refused();
+        let kept: u64 = refused.entries.iter().map(|(_, seen)| seen.times).sum();
+        assert_eq!(refused.entries.len(), super::super::history::ENTRIES);
+        assert_eq!(kept + refused.evicted.reasons["loop"], u64::from(2 * EACH));
+        let last = |thread| SocketAddr::new([10, thread, 0x17, 0x6f].into(), 80).ip();
+        for thread in 0..2 {
+            let there = refused.entries.iter().any(|(of, _)| of.destination.ip == Some(last(thread)));
+            assert!(there, "the last one of thread {thread}");
+        }
     }
 
     /// The label sets are bounded; what has no room is counted as unknown, by side.

@@ -1,7 +1,7 @@
 //! What was seen lately, in bounded memory: how often, first and last. What it is about is for [`super::history`].
 //!
-//! [`Pending`] is where one thread counts what it sees; [`Recent`] is where one owner gathers what all threads have
-//! counted. Neither ever holds more than its capacity, and both say what had no room.
+//! [`Pending`] is where one thread counts what it sees, until it is full or somebody gathers it; [`Recent`] is where one
+//! owner keeps what all threads have counted. Neither ever holds more than its capacity.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -44,29 +44,27 @@ impl<A> Seen<A> {
 pub struct Pending<K, A> {
     capacity: usize,
     seen: HashMap<K, Seen<A>>,
-    /// How often something was seen for which there was no room.
-    lost: u64,
 }
 
 impl<K: Eq + Hash, A> Pending<K, A> {
     /// For at most `capacity` different ones.
     pub fn new(capacity: usize) -> Self {
-        Self { capacity, seen: HashMap::new(), lost: 0 }
+        Self { capacity, seen: HashMap::new() }
     }
 
-    /// Counts it.
-    pub fn note(&mut self, key: K, seen: Seen<A>) {
-        let full = self.seen.len() >= self.capacity;
+    /// Counts it. True if there is no room for another one: it must be taken now.
+    #[must_use]
+    pub fn note(&mut self, key: K, seen: Seen<A>) -> bool {
         match self.seen.get_mut(&key) {
             Some(known) => known.add(seen),
-            None if full => self.lost += seen.times,
             None => drop(self.seen.insert(key, seen)),
         }
+        self.seen.len() >= self.capacity
     }
 
-    /// All of it, and how often there was no room; it is empty afterwards.
-    pub fn take(&mut self) -> (HashMap<K, Seen<A>>, u64) {
-        (std::mem::take(&mut self.seen), std::mem::take(&mut self.lost))
+    /// All of it; it is empty afterwards.
+    pub fn take(&mut self) -> HashMap<K, Seen<A>> {
+        std::mem::take(&mut self.seen)
     }
 }
 
@@ -217,7 +215,7 @@ mod tests {
             prop_assert_eq!(kept + gone + expired, given);
         }
 
-        /// What a thread holds is bounded, and nothing is counted twice or lost unseen.
+        /// What a thread holds is bounded, and every time is counted once.
         #[test]
         fn what_waits_is_bounded_and_every_time_is_counted(
             capacity in 1..8usize,
@@ -226,13 +224,18 @@ mod tests {
             let now = Instant::now();
             let mut pending = Pending::new(capacity);
             let given: u64 = keys.iter().map(|(_, times)| times).sum();
+            let mut taken = 0;
             for (key, times) in keys {
-                pending.note(key, Seen::now(times, now, ()));
+                let full = pending.note(key, Seen::now(times, now, ()));
                 prop_assert!(pending.seen.len() <= capacity);
+                if full {
+                    taken += pending.take().values().map(|seen| seen.times).sum::<u64>();
+                }
             }
-            let (seen, lost) = pending.take();
-            prop_assert_eq!(seen.values().map(|seen| seen.times).sum::<u64>() + lost, given);
-            prop_assert!(pending.take().0.is_empty());
+            let rest = pending.take();
+            prop_assert!(rest.len() < capacity);
+            prop_assert_eq!(rest.values().map(|seen| seen.times).sum::<u64>() + taken, given);
+            prop_assert!(pending.take().is_empty());
         }
     }
 
