@@ -686,7 +686,7 @@ fn prove(mesh: &Mesh<'_>, groups: &BTreeMap<ObjectRef, Group<'_>>, manifests: &[
         };
         cluster.peer_authentications.insert(object, Arc::new(policy));
     }
-    let next: Snapshot = policy::compile(&cluster, mesh.options, Some(mesh.snapshot));
+    let next: Snapshot = policy::compile(&cluster, mesh.options, None);
     let modes = |pod: &Workload| {
         let ports: BTreeMap<u16, Mode> = pod.peer_auth.ports.iter().map(|(port, (mode, _))| (*port, *mode)).collect();
         (pod.peer_auth.mode, ports)

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     enroll,
-    model::{Labels, ObjectRef, PodUid, SpiffeId, TrustDomain},
+    model::{ObjectRef, PodUid, SpiffeId, TrustDomain},
     policy::{
         self, Authorization, Choice, Client, CompiledService, Connection, Enrollment, Occupant, Options, PeerAuth,
         Route, RouteRefusal, RuleId, Snapshot, Verdict, Workload,
@@ -633,11 +633,11 @@ fn stranger() -> Workload {
         },
         ips: Vec::new(),
         node: nobody.clone(),
-        enrollment: Enrollment { enrolled: false, row: 16, reason: String::new(), warnings: Vec::new() },
+        enrollment: Enrollment { enrolled: false, row: 16, reason: Default::default(), warnings: Default::default() },
         peer_auth: PeerAuth { mode: culvert_common::Mode::Permissive, rule: RuleId(0), ports: BTreeMap::new() },
         authorization: Authorization::default(),
         workload_name: nobody,
-        labels: Labels::new(),
+        labels: Arc::default(),
         region: None,
         zone: None,
     }
