@@ -77,6 +77,8 @@ const CERTIFICATE_PATIENCE: Duration = Duration::from_secs(30);
 const SAY_AGAIN: Duration = Duration::from_secs(10);
 /// How often the pods' sockets are looked at for connections that the mesh has nothing to do with.
 const PROVE: Duration = Duration::from_secs(30);
+/// How often the kernel's counters are compared with what was told of them.
+const ACCOUNT: Duration = Duration::from_secs(10);
 /// How often the configuration's file is looked at.
 const LOOK_AT_FILE: Duration = Duration::from_secs(1);
 
@@ -249,6 +251,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         connections,
         identities: identities.clone(),
         ready: ready.clone(),
+        options: options.clone(),
         pin_dir: datapath.pin_dir().to_owned(),
         settings: settings.shown.subscribe(),
     });
@@ -301,6 +304,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         questions,
         forgotten: Instant::now(),
         proved: Instant::now(),
+        accounted: Instant::now(),
         compiles: (0, Duration::ZERO),
         give_back_at: None,
         compiled,
@@ -487,6 +491,8 @@ struct Control {
     forgotten: Instant,
     /// When it was last proved that the pods' connections are the mesh's.
     proved: Instant,
+    /// When the kernel's counters were last compared with what was told of them.
+    accounted: Instant,
     /// How often policy was compiled, and how long it took the last time.
     compiles: (u64, Duration),
     /// When text that has run is given back; `None` until it serves.
@@ -571,7 +577,7 @@ impl Control {
                     }
                     self.datapath.maintain();
                     self.enrollments.refuse_waiting(&mut self.datapath);
-                    self.tell();
+                    self.account();
                     self.forget();
                     self.give_back();
                     if let Stage::Serving = self.stage
@@ -595,7 +601,7 @@ impl Control {
                     self.compile(&view, &node);
                 }
                 Some(question) = self.questions.recv() => self.answer(question),
-                _ = tick.tick() => self.tell(),
+                _ = tick.tick() => self.account(),
             }
         }
     }
@@ -787,10 +793,19 @@ impl Control {
     }
 
     fn answer(&mut self, question: metrics::Question) {
+        let counted = match question {
+            // Before what was counted is told.
+            metrics::Question::Plaintext(_) => self.datapath.verdicts(),
+            _ => Vec::new(),
+        };
         self.tell();
         let question = match question {
             // Who asked may have gone.
             metrics::Question::Proof(reply) => return drop(reply.send(Box::new(self.prove()))),
+            metrics::Question::Refusals(done) => {
+                let _ = done.send(());
+                return;
+            }
             other => other,
         };
         let snapshot = self.snapshots.borrow().clone();
@@ -799,8 +814,27 @@ impl Control {
         match question {
             metrics::Question::Connections(done) => drop(done.send(())),
             metrics::Question::Node(reply) => drop(reply.send(Box::new(self.facts(&snapshot)))),
-            metrics::Question::Proof(_) => {}
+            metrics::Question::Plaintext(reply) => {
+                let enrollments = &self.enrollments;
+                let unseen = self.passed.unseen(&snapshot, &counted, |cookie| enrollments.by_cookie(cookie));
+                drop(reply.send(unseen));
+            }
+            metrics::Question::Proof(_) | metrics::Question::Refusals(_) => {}
         }
+    }
+
+    /// Tells what the kernel has reported, and from time to time what it has counted without a report.
+    fn account(&mut self) {
+        if self.accounted.elapsed() < ACCOUNT {
+            self.tell();
+        } else {
+            self.accounted = Instant::now();
+            let counted = self.datapath.verdicts();
+            self.tell();
+            let (snapshot, enrollments) = (self.snapshots.borrow().clone(), &self.enrollments);
+            self.passed.account(&snapshot, &counted, |cookie| enrollments.by_cookie(cookie));
+        }
+        self.registry.gather();
     }
 
     /// Looks at the sockets of all pods whose open connections have been judged since they were brought in.

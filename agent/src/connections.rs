@@ -24,6 +24,7 @@ use tracing::{debug, info, warn};
 
 use crate::{
     datapath::{Events, NetnsCookie, monotonic_ns},
+    model::ObjectRef,
     netns::{
         NetnsHandle,
         sock_diag::{Query, SockDiag, Socket, SocketId, States},
@@ -32,6 +33,7 @@ use crate::{
     proxy::ServedPod,
     telemetry::{
         access::{self, Access, AccessLog, End},
+        history::{self, Circumstances, Party, Plaintext, Refusal, Rule},
         limit::Limiter,
         metrics,
         open::{Carried, Counters, Facts, Open, Proof, Shard},
@@ -39,6 +41,7 @@ use crate::{
     },
 };
 
+mod account;
 mod proof;
 
 /// How long the reason of a close is kept for the end that the kernel reports.
@@ -64,6 +67,8 @@ pub struct Passed {
     older: proof::Older,
     /// Sockets that nothing accounts for, and that were told.
     strays: BTreeSet<u64>,
+    /// What was told of that the kernel has counted.
+    account: account::Account,
 }
 
 /// Why a connection was closed.
@@ -71,8 +76,8 @@ struct Forbidden {
     reason: &'static str,
     /// In words, with the object that decided.
     detail: String,
-    /// That object, as the access log names it.
-    policy: Option<String>,
+    /// That object.
+    policy: Option<Rule>,
 }
 
 /// The pod's namespace, the client and the server: between two pods of one node a connection is told by both.
@@ -114,6 +119,7 @@ impl Passed {
             limiter,
             older: proof::Older::default(),
             strays: BTreeSet::new(),
+            account: account::Account::default(),
         }
     }
 
@@ -170,17 +176,36 @@ impl Passed {
         while let Some(event) = self.events.next() {
             let pod = pods(NetnsCookie(event.netns_cookie));
             if event.kind == EventKind::Closed as u8 {
+                let flow = (NetnsCookie(event.netns_cookie), src(&event), dst(&event));
+                if !self.tracked.contains_key(&flow) {
+                    let facts = self.facts(snapshot, direction(&event), flow, Carried::Kernel);
+                    self.plaintext(&facts, flow.0, event.reason);
+                }
                 self.ended(snapshot, &event);
                 continue;
             }
             if event.kind == EventKind::Overtaken as u8 {
+                self.account.told(&event);
+                if account::passed(event.reason) {
+                    // There was no room for a note on the socket: no record will tell of its end.
+                    self.account.seen(NetnsCookie(event.netns_cookie));
+                }
                 if let Some(pod) = pod {
                     self.overtaken(snapshot, pod, &event);
                 }
                 continue;
             }
-            self.count_refused(snapshot, &event);
-            self.refused(snapshot, &event);
+            self.account.told(&event);
+            let flow = (NetnsCookie(event.netns_cookie), src(&event), dst(&event));
+            let mut facts = self.facts(snapshot, direction(&event), flow, Carried::Kernel);
+            // The pod is known by its namespace, also where its address is not.
+            let own = || pod.and_then(|pod| snapshot.workload(&pod.uid)).cloned();
+            match facts.direction {
+                access::Direction::Outbound if facts.src_workload.is_none() => facts.src_workload = own(),
+                access::Direction::Inbound if facts.dst_workload.is_none() => facts.dst_workload = own(),
+                access::Direction::Outbound | access::Direction::Inbound => {}
+            }
+            self.refused(snapshot, &event, facts);
         }
     }
 
@@ -241,6 +266,16 @@ impl Passed {
     }
 
     fn track(&mut self, socket: &Socket, flow: Flow, facts: Facts, value: Option<SocketValue>) {
+        match (value, facts.carried, facts.direction) {
+            (Some(value), _, _) => self.plaintext(&facts, flow.0, value.reason),
+            // Nobody has counted it.
+            (None, Carried::PreEnrolment, access::Direction::Inbound) => {
+                if let Some((plaintext, ip)) = Plaintext::of(&facts) {
+                    self.open.note_plaintext(plaintext, ip);
+                }
+            }
+            (None, _, _) => {}
+        }
         let (facts, counters) = (Arc::new(facts), Arc::<Counters>::default());
         let opened_ns = value.map_or(0, |value| value.at_ns);
         let reason = value.map_or(Reason::NoAllowPolicies as u8, |value| value.reason);
@@ -352,7 +387,7 @@ impl Passed {
             let why = Forbidden {
                 reason: verdict.reason.as_str(),
                 detail: verdict.to_string(),
-                policy: verdict.decided_by.as_ref().map(ToString::to_string),
+                policy: verdict.decided_by.as_ref().map(Into::into),
             };
             match self.close(Some(own), &mut diag, &socket.id, why) {
                 // The kernel reports the end of what it has noted; of others this is all that will be known.
@@ -440,14 +475,17 @@ impl Passed {
             Some((_, why)) => (why.reason, Some(&why.detail as &dyn fmt::Display), why.policy.clone()),
             None => (word(event), None, allowed_by(snapshot, event)),
         };
+        if let Some((_, why)) = &ours {
+            let facts = self.facts(snapshot, direction(event), flow, Carried::Kernel);
+            let refusal = Refusal::of(&facts, reason, why.policy.clone());
+            self.open.note_refusal(refusal, 1, Circumstances::new(&why.detail));
+        }
         open.close(if ours.is_some() { Flag::Deny } else { Flag::None });
-        self.line(snapshot, event, access::Event::Complete, reason, policy, detail);
+        self.line(snapshot, event, access::Event::Complete, reason, policy.as_ref(), detail);
     }
 
     /// A connection that the kernel refused was opened, and has failed.
-    fn count_refused(&self, snapshot: &Snapshot, event: &Event) {
-        let flow = (NetnsCookie(event.netns_cookie), src(event), dst(event));
-        let facts = self.facts(snapshot, direction(event), flow, Carried::Kernel);
+    fn count_refused(&self, event: &Event, facts: Facts) {
         let flag = match Reason::from_u8(event.reason) {
             Some(
                 Reason::StrictRequiresMtls
@@ -462,7 +500,7 @@ impl Passed {
         self.open.open(Arc::new(facts), Arc::default()).close(flag);
     }
 
-    fn refused(&mut self, snapshot: &Snapshot, event: &Event) {
+    fn refused(&mut self, snapshot: &Snapshot, event: &Event, facts: Facts) {
         let detail = match Reason::from_u8(event.reason) {
             Some(reason) => snapshot.explain(&Verdict {
                 answer: Answer::Refuse,
@@ -472,7 +510,61 @@ impl Passed {
             }),
             None => "refused".to_owned(),
         };
-        self.line(snapshot, event, access::Event::Failed, word(event), decided_by(snapshot, event), Some(&detail));
+        let rule = decided_by(snapshot, event);
+        self.open.note_refusal(Refusal::of(&facts, word(event), rule.clone()), 1, Circumstances::new(&detail));
+        self.count_refused(event, facts);
+        self.line(snapshot, event, access::Event::Failed, word(event), rule.as_ref(), Some(&detail));
+    }
+
+    /// A connection that the kernel passed is seen for the first time.
+    fn plaintext(&mut self, facts: &Facts, pod: NetnsCookie, reason: u8) {
+        if !account::passed(reason) {
+            // It was refused when it was established, and is not let in: `closed_by_us` tells it.
+            return;
+        }
+        self.account.seen(pod);
+        if let Some((plaintext, ip)) = Plaintext::of(facts) {
+            self.open.note_plaintext(plaintext, ip);
+        }
+    }
+
+    /// Compares what the kernel has counted with what was told of. Refusals that nobody told of are noted as what they
+    /// are: some connection of the pod's. `counted` was read before the last [`Passed::tell`].
+    pub fn account<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        counted: &[(VerdictKey, u64)],
+        pods: impl Fn(NetnsCookie) -> Option<&'a Arc<ServedPod>>,
+    ) {
+        for (key, times) in self.account.untold(counted) {
+            let own = pods(NetnsCookie(key.netns_cookie)).and_then(|pod| snapshot.workload(&pod.uid));
+            let own =
+                Party { ip: own.and_then(|own| own.ips.first().copied()), pod: own.map(|own| own.object.clone()) };
+            let inbound = key.direction == Direction::Inbound as u8;
+            let (source, destination) = if inbound { (Party::default(), own) } else { (own, Party::default()) };
+            let refusal = Refusal {
+                direction: if inbound { access::Direction::Inbound } else { access::Direction::Outbound },
+                source,
+                destination,
+                port: 0,
+                reason: Reason::from_u8(key.reason).map_or(UNKNOWN, Reason::as_str),
+                rule: snapshot.rule(RuleId(key.rule)).map(Into::into),
+            };
+            let detail = Circumstances::new("counted by the kernel without a record of the other end");
+            self.open.note_refusal(refusal, times, detail);
+        }
+    }
+
+    /// Connections in plaintext that the kernel has counted and that nobody has seen, by the server's workload.
+    /// `counted` was read before the last [`Passed::tell`] and [`Passed::refresh`].
+    pub fn unseen<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        counted: &[(VerdictKey, u64)],
+        pods: impl Fn(NetnsCookie) -> Option<&'a Arc<ServedPod>>,
+    ) -> Vec<(ObjectRef, u64)> {
+        let workload = |cookie| Some(history::workload(snapshot.workload(&pods(cookie)?.uid)?));
+        self.account.unseen(counted, workload)
     }
 
     fn line(
@@ -481,7 +573,7 @@ impl Passed {
         event: &Event,
         kind: access::Event,
         reason: &'static str,
-        policy: Option<String>,
+        policy: Option<&Rule>,
         error: Option<&dyn fmt::Display>,
     ) {
         let own = match direction(event) {
@@ -513,7 +605,7 @@ impl Passed {
             }),
             error,
             reason: Some(&reason),
-            policy: policy.as_ref().map(|policy| policy as &dyn fmt::Display),
+            policy: policy.map(Rule::name).as_ref().map(|policy| policy as &dyn fmt::Display),
             dry_run: dry_run.as_ref().map(|dry| dry as &dyn fmt::Display),
             audit: audit.as_ref().map(|rule| rule as &dyn fmt::Display),
             trace_id: None,
@@ -624,13 +716,13 @@ fn by_side(event: &Event) -> (u64, u64) {
     }
 }
 
-/// The object that decided in the kernel, as the access log names it.
-fn decided_by(snapshot: &Snapshot, event: &Event) -> Option<String> {
-    snapshot.rule(RuleId(event.rule)).map(|rule| rule.decided_by().to_string())
+/// The rule that decided in the kernel.
+fn decided_by(snapshot: &Snapshot, event: &Event) -> Option<Rule> {
+    snapshot.rule(RuleId(event.rule)).map(Into::into)
 }
 
 /// The rule that allowed what the kernel passed. Where no ALLOW policy selects the pod, the number is of who set the mode.
-fn allowed_by(snapshot: &Snapshot, event: &Event) -> Option<String> {
+fn allowed_by(snapshot: &Snapshot, event: &Event) -> Option<Rule> {
     (event.reason == Reason::AllowMatch as u8).then(|| decided_by(snapshot, event)).flatten()
 }
 

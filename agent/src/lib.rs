@@ -16,7 +16,7 @@
 //! |---|---|
 //! | [`model`] | plain values: workload, service, endpoint, identity, policy as the user wrote it; no I/O |
 //! | [`policy`] | compiles the model; routes and decides one connection; pure, and the answer names the rule |
-//! | [`drain`], [`telemetry`], [`dns`] | orderly shutdown; logs, access log, metrics, traces, open connections and readiness; from names to addresses |
+//! | [`drain`], [`telemetry`], [`dns`] | orderly shutdown; logs, access log, metrics, traces, open connections, refusals and readiness; from names to addresses |
 //! | [`source`] | a folder of manifests as whole snapshots of the model |
 //! | [`netns`] | enter a network namespace and come back; list, read and destroy the sockets in it |
 //! | [`pods`] | the pods of this node, joined with their cgroup and network namespace |
@@ -30,7 +30,7 @@
 //! | [`worker`] | one thread that carries connections |
 //! | [`connections`] | connections that no worker carries: told, judged again, closed; the proof that there are no others |
 //! | [`enroll`] | bring a pod in and out, in the right order, and again without harm |
-//! | [`admin`] | what an operator can ask a running agent: what it believes, its connections, its log level |
+//! | [`admin`] | what an operator can ask a running agent: what it believes, its connections, why one was refused, what can go to STRICT, its log level |
 //! | [`ca`] | the server side of the CA API: who may ask for which identity, and the signing |
 //! | [`resident`] | gives back text of the program that does not run |
 //! | [`cli`], [`config`] | what was typed; then what it means |

@@ -564,7 +564,7 @@ fn only_the_node(sandbox: &Sandbox) -> Result<()> {
 fn without_an_agent_every_command_says_so() -> Result<()> {
     let free = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
     let url = format!("http://{free}");
-    for command in TABLES.iter().copied().chain(["metrics", "log"]) {
+    for command in TABLES.iter().copied().chain(["metrics", "log", "why"]) {
         let output = Command::new(built("culvert")?).args([command, "--address", &url]).output()?;
         let said = String::from_utf8(output.stderr)?;
         ensure!(output.status.code() == Some(1) && output.stdout.is_empty(), "{command}: {:?}", output.status);

@@ -24,7 +24,7 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-use super::{Handles, dump, printable};
+use super::{Handles, dump, printable, strict, why};
 use crate::telemetry::{LogLevel, answering, readiness::Ready};
 
 /// Connections at a time. One more costs the oldest its place.
@@ -45,6 +45,9 @@ culvert agent: what it believes, for the operators of this node
 GET  /config_dump           workloads, services, policies, certificates (never keys), the kernel's maps, settings; JSON
 GET  /connections           open connections of this node's pods with their bytes so far; JSON
 GET  /capture_proof         sockets of this node's pods that are not the mesh's, and what accounts for the others; JSON
+GET  /refusals              connections that were refused in the last hour, and what would allow them; JSON
+GET  /why?from=A&to=B       what would happen to a connection: from=NAMESPACE/POD, to=NAMESPACE/POD:PORT, or addresses; JSON
+GET  /strict?within=SECONDS workloads that can go to STRICT, clients that stand in the way, manifests; JSON
 GET  /logging               the log level in force
 POST /logging?level=FILTER  another log level, at once: info, or info,culvert::tunnel=debug
 GET  /readyz                where each part of the agent stands; 503 while something is missing
@@ -177,7 +180,37 @@ async fn route(request: Request<Incoming>, state: State) -> Response<Held> {
                 };
             large(&state, prove, |proof| proof).await
         }
-        path @ ("/" | "/help" | "/readyz" | "/logging" | "/config_dump" | "/connections" | "/capture_proof") => {
+        "/refusals" if reading => {
+            let refused = async |handles: Arc<Handles>| {
+                let refused = in_time(handles.connections.refused()).await?;
+                Ok((handles, refused))
+            };
+            large(&state, refused, |(handles, refused)| {
+                let looked = Looked::of(&handles);
+                why::refusals(&looked.mesh(&handles), &refused, handles.started_at)
+            })
+            .await
+        }
+        "/strict" if reading => {
+            let within = match value(request.uri().query(), "within").map(|text| text.parse().map(Duration::from_secs))
+            {
+                None => None,
+                Some(Ok(within)) => Some(within),
+                Some(Err(_)) => return text(StatusCode::BAD_REQUEST, "within must be a number of seconds"),
+            };
+            let seen = async |handles: Arc<Handles>| {
+                let seen = in_time(handles.connections.strictness()).await?;
+                Ok((handles, seen))
+            };
+            large(&state, seen, move |(handles, seen)| {
+                let looked = Looked::of(&handles);
+                strict::report(&looked.mesh(&handles), &seen, handles.started_at, within)
+            })
+            .await
+        }
+        "/why" if reading => explain(&state, request.uri().query()).await,
+        path @ ("/" | "/help" | "/readyz" | "/logging" | "/config_dump" | "/connections" | "/capture_proof"
+        | "/refusals" | "/strict" | "/why") => {
             let allow = if path == "/logging" { "GET, HEAD, POST" } else { "GET, HEAD" };
             let mut response = text(StatusCode::METHOD_NOT_ALLOWED, &format!("only {allow}"));
             response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static(allow));
@@ -185,6 +218,75 @@ async fn route(request: Request<Incoming>, state: State) -> Response<Held> {
         }
         _ => text(StatusCode::NOT_FOUND, "not here; GET /help lists what is"),
     }
+}
+
+/// What the agent goes by at this moment, held while an answer is made from it.
+struct Looked {
+    snapshot: Arc<crate::policy::Snapshot>,
+    view: Arc<crate::source::View>,
+    states: Arc<std::collections::BTreeMap<crate::model::PodUid, crate::enroll::State>>,
+}
+
+impl Looked {
+    fn of(handles: &Handles) -> Self {
+        Self {
+            snapshot: handles.snapshot.borrow().clone(),
+            view: handles.views.borrow().clone(),
+            states: handles.enrolled.borrow().clone(),
+        }
+    }
+
+    fn mesh<'a>(&'a self, handles: &'a Handles) -> why::Mesh<'a> {
+        why::Mesh {
+            snapshot: &self.snapshot,
+            view: &self.view,
+            options: &handles.options,
+            states: &self.states,
+            node: &handles.node_name,
+        }
+    }
+}
+
+async fn in_time<T>(looked: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    match tokio::time::timeout(LARGE_PATIENCE, looked).await {
+        Ok(found) => found,
+        Err(_) => anyhow::bail!("the agent did not look at its connections in time"),
+    }
+}
+
+/// What would happen to a connection: a question that names nobody is answered by what is wrong with it.
+async fn explain(state: &State, query: Option<&str>) -> Response<Held> {
+    let Some(handles) = state.handles.borrow().clone() else {
+        let missing = state.ready.missing().join(", ");
+        return text(StatusCode::SERVICE_UNAVAILABLE, &format!("the agent is starting, waiting for: {missing}"));
+    };
+    let refused = match in_time(handles.connections.refused()).await {
+        Ok(refused) => refused,
+        Err(error) => return text(StatusCode::SERVICE_UNAVAILABLE, &format!("{error:#}")),
+    };
+    let answer = || {
+        let named = |name: &str| value(query, name).ok_or_else(|| format!("{name} is missing: /why?from=A&to=B:PORT"));
+        let (from, to) = (why::client(&named("from")?)?, why::server(&named("to")?)?);
+        let namespace = value(query, "namespace").unwrap_or_else(|| "default".to_owned());
+        let looked = Looked::of(&handles);
+        let mesh = looked.mesh(&handles);
+        let (client, server) = (mesh.find(&from, &namespace, false)?, mesh.find(&to.0, &namespace, true)?);
+        let all = why::explain(&mesh, &client, &server, to.1, &refused)?;
+        serde_json::to_vec_pretty(&all).map_err(|error| error.to_string())
+    };
+    match answer() {
+        Ok(mut json) => {
+            json.push(b'\n');
+            response(StatusCode::OK, JSON, json.into(), None)
+        }
+        Err(why) => text(StatusCode::BAD_REQUEST, &why),
+    }
+}
+
+/// A value of a query, if it is there and can be decoded.
+fn value(query: Option<&str>, name: &str) -> Option<String> {
+    let pairs = query.unwrap_or_default().split('&');
+    pairs.filter_map(|pair| pair.split_once('=')).find(|(of, _)| *of == name).and_then(|(_, value)| decoded(value))
 }
 
 /// An answer whose size is the cluster's, few at a time: what `gather` finds, made into a document by `make` on a thread of

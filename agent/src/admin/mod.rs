@@ -1,4 +1,5 @@
-//! What an operator can ask a running agent: everything that it believes, its open connections, its log level.
+//! What an operator can ask a running agent: everything that it believes, its open connections, why one was refused,
+//! what can go to STRICT, its log level.
 //!
 //! It reads; the one thing that it changes is the log level. What a node's processes may ask is answered on the loopback
 //! interface of the node ([`http`]), so a pod cannot ask, except a hostNetwork pod, which is a process of the node.
@@ -16,7 +17,7 @@ use crate::{
     listen::NodePort,
     model::PodUid,
     pods,
-    policy::Snapshot,
+    policy::{self, Snapshot},
     source::View,
     telemetry::{
         LogLevel, open,
@@ -26,6 +27,8 @@ use crate::{
 
 pub mod dump;
 pub mod http;
+pub mod strict;
+pub mod why;
 
 /// What there is to read once the agent has started.
 pub struct Handles {
@@ -47,6 +50,8 @@ pub struct Handles {
     pub identities: Identities,
     /// What readiness waits for.
     pub ready: Ready,
+    /// What the operator configured that changes the meaning of the cluster's objects.
+    pub options: policy::Options,
     /// Where the maps are pinned.
     pub pin_dir: PathBuf,
     /// The agent's settings.

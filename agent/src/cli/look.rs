@@ -14,7 +14,12 @@ use super::{
     sheet::{Format, Sheet, Watch},
 };
 use crate::{
-    admin::{dump::Dump, printable},
+    admin::{
+        dump::Dump,
+        printable,
+        strict::StrictDump,
+        why::{self, Explanation, RefusalsDump},
+    },
     config::parse_duration,
     telemetry::open::Proof,
 };
@@ -32,6 +37,11 @@ pub enum Look {
     Certificates(Common),
     /// Open connections of the node's pods, with their bytes so far
     Connections(Connections),
+    /// Why connections were refused in the last hour, or what would happen to one now, and what would allow it
+    Why(Why),
+    /// Reports of what was seen
+    #[command(subcommand)]
+    Report(Report),
     /// Whether the connections of the node's pods are the mesh's
     #[command(subcommand)]
     Capture(Capture),
@@ -84,6 +94,43 @@ pub struct Connections {
     raw: bool,
 }
 
+/// `culvert why`
+#[derive(Args, Clone, Debug)]
+pub struct Why {
+    #[command(flatten)]
+    common: Common,
+    /// What would happen now to a connection from this client: NAMESPACE/POD, a POD of --namespace (or of default), or an
+    /// address
+    #[arg(value_name = "CLIENT", requires = "server")]
+    client: Option<String>,
+    /// To this server: NAMESPACE/POD:PORT, POD:PORT, SERVICE.NAMESPACE.svc:PORT, ADDRESS:PORT or [ADDRESS]:PORT
+    #[arg(value_name = "SERVER")]
+    server: Option<String>,
+}
+
+/// `culvert report`
+#[derive(Subcommand, Clone, Debug)]
+pub enum Report {
+    /// Which workloads of this node can go to STRICT by what was seen, which clients stand in the way, and the manifests
+    Strict(Strict),
+}
+
+/// `culvert report strict`
+#[derive(Args, Clone, Debug)]
+pub struct Strict {
+    /// Where the agent answers operators (its --admin-address)
+    #[arg(long, value_name = "URL", env = "CULVERT_ADDRESS", default_value = "http://127.0.0.1:15000")]
+    address: Address,
+    #[command(flatten)]
+    shown: Shown,
+    /// Only clients that were seen within this time stand in the way
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    within: Option<Duration>,
+    /// Prints only the manifests, for culvert validate -f - or kubectl apply -f -
+    #[arg(long, conflicts_with_all = ["output", "watch"])]
+    manifests: bool,
+}
+
 /// `culvert capture`
 #[derive(Subcommand, Clone, Debug)]
 pub enum Capture {
@@ -131,6 +178,8 @@ impl Look {
                 Self::Policies(common) => common.dumped(rows::policies).await,
                 Self::Certificates(common) => common.dumped(rows::certificates).await,
                 Self::Connections(of) => of.common.shown.show(async || of.sheet().await).await,
+                Self::Why(why) => why.run().await,
+                Self::Report(Report::Strict(strict)) => strict.run().await,
                 Self::Capture(Capture::Proof(common)) => common.prove().await,
                 Self::Metrics(of) => of.shown.show(async || of.sheet().await).await,
                 Self::Log(log) => log.run().await,
@@ -231,14 +280,94 @@ impl Shown {
     }
 }
 
+impl Why {
+    async fn run(&self) -> anyhow::Result<()> {
+        match (&self.client, &self.server) {
+            (Some(client), Some(server)) => self.explain(client, server).await,
+            _ => self.refusals().await,
+        }
+    }
+
+    async fn refusals(&self) -> anyhow::Result<()> {
+        let (common, filter) = (&self.common, self.common.filter());
+        let mut last = None;
+        let show = common.shown.show_or(
+            async || {
+                let answer = client::ask(&common.address, Method::GET, "/refusals").await?;
+                let dump: RefusalsDump = serde_json::from_slice(&answer).with_context(|| foreign(&common.address))?;
+                let sheet = rows::refusals(&dump, &filter, now_ms());
+                last = Some(dump);
+                Ok(sheet)
+            },
+            "nothing of that kind was refused in the last hour",
+        );
+        show.await?;
+        if let Some(dump) = last {
+            eprintln!("seen since {} by the agent of {}", dump.since, printable(&dump.node));
+            for line in rows::evicted(&dump, now_ms()) {
+                eprintln!("culvert: {line}");
+            }
+        }
+        Ok(())
+    }
+
+    async fn explain(&self, client: &str, server: &str) -> anyhow::Result<()> {
+        let common = &self.common;
+        why::client(client).and_then(|_| why::server(server)).map_err(|wrong| anyhow::anyhow!(wrong))?;
+        let encoded = |text: &str| text.bytes().map(encoded).collect::<String>();
+        let namespace = common.shown.namespace.as_deref().unwrap_or("default");
+        let path = format!("/why?from={}&to={}&namespace={}", encoded(client), encoded(server), encoded(namespace));
+        let ask = async || {
+            let answer = client::ask(&common.address, Method::GET, &path).await?;
+            serde_json::from_slice::<Vec<Explanation>>(&answer).with_context(|| foreign(&common.address))
+        };
+        if !common.shown.watch && matches!(common.shown.output, Format::Table | Format::Wide) {
+            let answers = ask().await?;
+            let told: Vec<String> = answers.iter().map(|answer| rows::explained(answer, now_ms())).collect();
+            return print(&told.join("\n")).map(drop);
+        }
+        common.shown.show(async || Ok(rows::explanations(&ask().await?))).await
+    }
+}
+
+impl Strict {
+    async fn run(&self) -> anyhow::Result<()> {
+        let path = match self.within {
+            Some(within) => format!("/strict?within={}", within.as_secs()),
+            None => "/strict".to_owned(),
+        };
+        let filter = Filter { namespace: self.shown.namespace.clone(), pod: None };
+        let mut last = None;
+        let mut ask = async || {
+            let answer = client::ask(&self.address, Method::GET, &path).await?;
+            let dump: StrictDump = serde_json::from_slice(&answer).with_context(|| foreign(&self.address))?;
+            let sheet = rows::strict(&dump, &filter, now_ms());
+            last = Some(dump);
+            Ok(sheet)
+        };
+        if self.manifests {
+            ask().await?;
+        } else {
+            self.shown.show_or(ask, "no workload of this node is in the mesh").await?;
+        }
+        let Some(dump) = last else { return Ok(()) };
+        let manifests = rows::strict_manifests(&dump, &filter);
+        let table = matches!(self.shown.output, Format::Table | Format::Wide);
+        if !manifests.is_empty() && (table || self.manifests) {
+            let head = if self.manifests { "" } else { "\n# For what is ready; --manifests prints nothing else.\n" };
+            print(&format!("{head}{manifests}"))?;
+        }
+        dump.notes.iter().for_each(|note| eprintln!("{}", printable(note)));
+        Ok(())
+    }
+}
+
 impl Connections {
     async fn sheet(&self) -> anyhow::Result<Sheet> {
         let address = &self.common.address;
         let answer = client::ask(address, Method::GET, "/connections").await?;
         let records: Vec<Value> = serde_json::from_slice(&answer).with_context(|| foreign(address))?;
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-        let now_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
-        rows::connections(&records, &self.common.filter(), self.direction.as_deref(), self.raw, now_ms)
+        rows::connections(&records, &self.common.filter(), self.direction.as_deref(), self.raw, now_ms())
             .with_context(|| foreign(address))
     }
 }
@@ -264,6 +393,12 @@ impl Log {
         let level = String::from_utf8_lossy(&answer);
         print(&format!("{}\n", printable(level.trim_end()))).map(drop)
     }
+}
+
+/// Milliseconds since the epoch.
+fn now_ms() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A byte of a value in a query.

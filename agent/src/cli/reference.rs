@@ -88,21 +88,32 @@ pub fn markdown() -> String {
          agent](offline.md) has more about `validate` and `enrollment`.\n",
     );
     for command in built().get_subcommands_mut() {
-        let about = command.get_about().map(ToString::to_string).unwrap_or_default();
         let name = command.get_name().to_owned();
-        page += &format!("\n## culvert {name}\n\n{about}.\n");
-        if matches!(name.as_str(), "agent" | "ca") {
-            page += "Its settings are in [configuration](configuration.md).\n";
-            continue;
-        }
-        let usage = command.render_usage().to_string();
-        page += &format!("\n```text\n{}\n```\n", usage.trim_start_matches("Usage: ").trim());
-        page += "\n| argument | default | meaning |\n|---|---|---|\n";
-        for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
-            page += &row(argument);
+        if command.has_subcommands() {
+            for nested in command.get_subcommands_mut() {
+                let name = format!("{name} {}", nested.get_name());
+                section(&mut page, &name, nested);
+            }
+        } else {
+            section(&mut page, &name, command);
         }
     }
     page
+}
+
+fn section(page: &mut String, name: &str, command: &mut Command) {
+    let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+    *page += &format!("\n## culvert {name}\n\n{about}.\n");
+    if matches!(name, "agent" | "ca") {
+        *page += "Its settings are in [configuration](configuration.md).\n";
+        return;
+    }
+    let usage = command.render_usage().to_string();
+    *page += &format!("\n```text\n{}\n```\n", usage.trim_start_matches("Usage: ").trim());
+    *page += "\n| argument | default | meaning |\n|---|---|---|\n";
+    for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+        *page += &row(argument);
+    }
 }
 
 fn row(argument: &clap::Arg) -> String {

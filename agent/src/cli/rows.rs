@@ -5,9 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::sheet::{Column, Row, Sheet};
+use super::sheet::{self, Column, Row, Sheet};
 use crate::{
-    admin::dump::{CertificateFacts, Dump, WorkloadDump},
+    admin::{
+        dump::{CertificateFacts, Dump, WorkloadDump},
+        printable,
+        strict::{Readiness, StrictClient, StrictDump, StrictWorkload},
+        why::{EndDump, Explanation, PolicyDump, RefusalDump, RefusalsDump},
+    },
     telemetry::open::{Proof, Stray},
 };
 
@@ -386,6 +391,282 @@ pub(super) fn connections(
     }
     rows.sort_by(|a, b| (&a.cells[..5], &a.key).cmp(&(&b.cells[..5], &b.key)));
     Ok(Sheet { columns: CONNECTIONS, rows })
+}
+
+/// `Kind namespace/name#rule`
+fn policy(of: &PolicyDump) -> String {
+    let rule = of.rule.map(|rule| format!("#{rule}")).unwrap_or_default();
+    format!("{} {}/{}{rule}", of.kind, of.namespace, of.name)
+}
+
+/// The same, and where it is written.
+fn policy_at(of: &PolicyDump) -> String {
+    let place = of.place.as_deref().map(|place| format!(" ({place})")).unwrap_or_default();
+    format!("{}{place}", policy(of))
+}
+
+impl EndDump {
+    /// `pod.namespace`, or its address.
+    fn name(&self) -> String {
+        match (&self.pod, &self.namespace, self.addr) {
+            (Some(pod), Some(namespace), _) => format!("{pod}.{namespace}"),
+            (_, _, Some(addr)) => addr.to_string(),
+            _ => "unknown".to_owned(),
+        }
+    }
+
+    fn is_wanted(&self, filter: &Filter) -> bool {
+        let (namespace, pod) = (self.namespace.as_deref().unwrap_or_default(), self.pod.as_deref().unwrap_or_default());
+        filter.namespace(namespace) && filter.pod(namespace, pod)
+    }
+
+    /// For people: who, at which address, and how it stands with the mesh.
+    fn described(&self, port: Option<u16>) -> String {
+        let addr = self.addr.map(|addr| addr.to_string());
+        let mut text = match (&self.namespace, &self.pod, addr) {
+            (Some(namespace), Some(pod), Some(addr)) => format!("{namespace}/{pod} ({addr})"),
+            (Some(namespace), Some(pod), None) => format!("{namespace}/{pod}"),
+            (_, _, Some(addr)) => addr,
+            _ => "unknown".to_owned(),
+        };
+        if let Some(port) = port {
+            text += &format!(", port {port}");
+        }
+        let node = self.node.as_deref().map(|node| format!(" on {node}")).unwrap_or_default();
+        match (self.enrolled, &self.enrolment) {
+            (Some(true), Some(why)) => text += &format!("{node}, in the mesh: {why}"),
+            (Some(false), Some(why)) => text += &format!("{node}, not in the mesh: {why}"),
+            _ => text += ", the address of no pod",
+        }
+        text
+    }
+}
+
+const REFUSALS: &[Column] = &[
+    Column::volatile("LAST"),
+    Column::new("COUNT"),
+    Column::new("SOURCE"),
+    Column::new("DESTINATION"),
+    Column::new("REASON"),
+    Column::new("POLICY"),
+    Column::new("TO ALLOW IT"),
+    Column::wide("NOW"),
+    Column::wide("SEEN FROM"),
+    Column::wide("SOURCE ADDRESS"),
+    Column::wide("DESTINATION ADDRESS"),
+    Column::wide("SERVICE"),
+    Column::wide("IDENTITY"),
+    Column::wide("PLACE"),
+    Column::wide("DETAIL"),
+];
+
+/// `culvert why`
+pub(super) fn refusals(dump: &RefusalsDump, filter: &Filter, now_ms: u64) -> Sheet {
+    let wanted = |of: &&RefusalDump| of.source.is_wanted(filter) || of.destination.is_wanted(filter);
+    let row = |of: &RefusalDump| {
+        let addr = |end: &EndDump| end.addr.map(|addr| addr.to_string()).unwrap_or_default();
+        let rule = of.policy.as_ref().map(policy).unwrap_or_default();
+        let port = if of.port == 0 { String::new() } else { format!(":{}", of.port) };
+        let source = of.source.identity.as_deref().unwrap_or_default();
+        Row {
+            key: format!(
+                "{} {} {} {} {} {port} {} {rule}",
+                of.direction,
+                of.source.name(),
+                addr(&of.source),
+                of.destination.name(),
+                addr(&of.destination),
+                of.reason
+            ),
+            cells: vec![
+                age(now_ms.saturating_sub(of.last_at_ms)),
+                of.count.to_string(),
+                of.source.name(),
+                format!("{}{port}", of.destination.name()),
+                of.reason.clone(),
+                rule,
+                of.remedies.join("; "),
+                of.now.clone().unwrap_or_default(),
+                if of.direction == "outbound" { "client" } else { "server" }.to_owned(),
+                addr(&of.source),
+                addr(&of.destination),
+                of.service.clone().unwrap_or_default(),
+                source.to_owned(),
+                of.policy.as_ref().and_then(|policy| policy.place.clone()).unwrap_or_default(),
+                of.detail.clone(),
+            ],
+            object: json(of),
+        }
+    };
+    Sheet { columns: REFUSALS, rows: dump.refusals.iter().filter(wanted).map(row).collect() }
+}
+
+/// What had no room among the refusals, one line each.
+pub(super) fn evicted(dump: &RefusalsDump, now_ms: u64) -> Vec<String> {
+    let of = &dump.evicted;
+    let mut lines = Vec::new();
+    if of.entries > 0 {
+        let connections: Vec<String> =
+            of.connections.iter().map(|(reason, times)| format!("{times} {reason}")).collect();
+        let last = of.last_at_ms.map(|at| age(now_ms.saturating_sub(at))).unwrap_or_default();
+        lines.push(format!(
+            "only the {} most recent are kept: {} others had to go, of these connections: {}; the latest {last} ago",
+            dump.capacity,
+            of.entries,
+            connections.join(", ")
+        ));
+    }
+    lines
+}
+
+const EXPLANATIONS: &[Column] = &[
+    Column::new("SOURCE"),
+    Column::new("DESTINATION"),
+    Column::new("CAPTURED"),
+    Column::new("TRANSPORT"),
+    Column::new("MODE"),
+    Column::new("VERDICT"),
+    Column::new("REASON"),
+    Column::new("POLICY"),
+    Column::new("TO ALLOW IT"),
+];
+
+/// `culvert why CLIENT SERVER`, one row for each server.
+pub(super) fn explanations(all: &[Explanation]) -> Sheet {
+    let row = |of: &Explanation| Row {
+        key: format!("{} {} {}", of.source.name(), of.destination.name(), of.port),
+        cells: vec![
+            of.source.name(),
+            format!("{}:{}", of.destination.name(), of.port),
+            of.captured.to_string(),
+            of.transport.clone(),
+            of.peer_authentication.as_ref().map(|mode| mode.mode.clone()).unwrap_or_default(),
+            of.decision.clone(),
+            of.reason.clone(),
+            of.policy.as_ref().map(policy).unwrap_or_default(),
+            of.remedies.join("; "),
+        ],
+        object: json(of),
+    };
+    Sheet { columns: EXPLANATIONS, rows: all.iter().map(row).collect() }
+}
+
+/// `culvert why CLIENT SERVER`, for people.
+pub(super) fn explained(of: &Explanation, now_ms: u64) -> String {
+    let mut lines: Vec<(&str, String)> =
+        vec![("From", of.source.described(None)), ("To", of.destination.described(Some(of.port)))];
+    lines.extend(of.service.clone().map(|service| ("Service", service)));
+    let captured = if of.captured { "captured by the agent" } else { "not captured" };
+    lines.push((
+        "Way",
+        match of.transport.as_str() {
+            "tunnel" => format!("{captured}, by a tunnel"),
+            "plaintext" => format!("{captured}, in plaintext"),
+            "same-pod" => "inside the pod".to_owned(),
+            _ => format!("{captured}, and not carried"),
+        },
+    ));
+    lines.extend(of.peer_authentication.as_ref().map(|mode| {
+        let by = mode.policy.as_ref().map_or_else(|| "by default".to_owned(), |of| format!("set by {}", policy_at(of)));
+        ("Mode", format!("{}, {by}", mode.mode))
+    }));
+    let by = of.refused_by.as_ref().map(|side| match side.as_str() {
+        "balancing" => ", by the node's own load balancing".to_owned(),
+        side => format!(", by the {side}'s side"),
+    });
+    lines.push(("Verdict", format!("{}, {}{}", of.decision, of.reason, by.unwrap_or_default())));
+    lines.extend(of.policy.as_ref().map(|policy| ("Rule", policy_at(policy))));
+    lines.push(("In words", of.detail.clone()));
+    lines.extend(of.dry_run.as_ref().map(|text| ("Dry run", text.clone())));
+    lines.extend(of.audit.as_ref().map(|text| ("Audit", text.clone())));
+    lines.extend(of.warnings.iter().map(|text| ("Warning", text.clone())));
+    lines.extend(of.remedies.iter().map(|text| ("To allow it", text.clone())));
+    if let Some(at) = of.refused_at_ms {
+        let ago = age(now_ms.saturating_sub(at));
+        lines.push(("Last hour", format!("refused {} times as seen from this node, the last {ago} ago", of.refused)));
+    }
+    lines.iter().map(|(name, text)| format!("{:13}{}\n", format!("{name}:"), printable(text))).collect()
+}
+
+const STRICT: &[Column] = &[
+    Column::new("NAMESPACE"),
+    Column::new("WORKLOAD"),
+    Column::new("MODE"),
+    Column::new("STATE"),
+    Column::volatile("TUNNELLED"),
+    Column::volatile("PLAINTEXT"),
+    Column::new("CLIENT"),
+    Column::new("PORT"),
+    Column::volatile("COUNT"),
+    Column::volatile("LAST SEEN"),
+    Column::new("IN THE MESH"),
+    Column::new("WHY"),
+    Column::wide("BLOCKS"),
+    Column::wide("OPEN"),
+    Column::wide("ADDRESS"),
+    Column::wide("MANIFEST"),
+    Column::wide("NOTES"),
+];
+
+/// `culvert report strict`: a row for each client, and one for each workload without any.
+pub(super) fn strict(dump: &StrictDump, filter: &Filter, now_ms: u64) -> Sheet {
+    let mut rows = Vec::new();
+    for of in dump.workloads.iter().filter(|of| filter.namespace(&of.namespace)) {
+        let clients: Vec<Option<&StrictClient>> = match of.clients.is_empty() {
+            true => vec![None],
+            false => of.clients.iter().map(Some).collect(),
+        };
+        for (nth, client) in clients.into_iter().enumerate() {
+            rows.push(strict_row(of, nth, client, now_ms));
+        }
+    }
+    Sheet { columns: STRICT, rows }
+}
+
+fn strict_row(of: &StrictWorkload, nth: usize, client: Option<&StrictClient>, now_ms: u64) -> Row {
+    let field = |field: fn(&StrictClient) -> String| client.map(field).unwrap_or_default();
+    let why = match (client, of.state) {
+        (Some(client), _) => client.why.clone(),
+        // What is to be known has no row of its own.
+        (None, Readiness::Strict) => String::new(),
+        (None, Readiness::Ready | Readiness::Blocked | Readiness::Unsure) => of.notes.join("; "),
+    };
+    Row {
+        key: format!("{}/{} {nth}", of.namespace, of.workload),
+        cells: vec![
+            of.namespace.clone(),
+            of.workload.clone(),
+            of.mode.clone(),
+            of.state.as_str().to_owned(),
+            of.tunnelled.to_string(),
+            of.plaintext.to_string(),
+            field(|client| client.client.clone()),
+            field(|client| client.port.to_string()),
+            field(|client| (client.count + client.refused).to_string()),
+            client.map(|client| age(now_ms.saturating_sub(client.last_at_ms))).unwrap_or_default(),
+            field(|client| client.mesh.clone()),
+            why,
+            field(|client| client.blocks.to_string()),
+            field(|client| client.open.to_string()),
+            field(|client| client.addr.to_string()),
+            of.manifest.clone().unwrap_or_default(),
+            of.notes.join("; "),
+        ],
+        // The clients are in it.
+        object: if nth == 0 { json(of) } else { Value::Null },
+    }
+}
+
+/// The manifests that would make STRICT what is ready, as YAML.
+pub(super) fn strict_manifests(dump: &StrictDump, filter: &Filter) -> String {
+    let mut text = String::new();
+    for of in dump.manifests.iter().filter(|of| filter.namespace(&of.namespace)) {
+        text += "---\n";
+        let about = std::iter::once(format!("of {}", of.workloads.join(", "))).chain(of.notes.iter().cloned());
+        about.for_each(|line| text += &format!("# {}\n", printable(&line)));
+        text += &sheet::yaml(&of.manifest);
+    }
+    text
 }
 
 /// As `kubectl` writes ages: the two largest units at most.

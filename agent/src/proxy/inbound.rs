@@ -19,7 +19,7 @@ use super::{
     copy::{self, CopyOutcome, ResetOnClose},
     keepalive,
     outbound::baggage,
-    report::{Flag, Outcome, Story},
+    report::{Flag, Outcome, Story, note_dialled},
     reset_on_close, workload_at,
 };
 use crate::{
@@ -53,6 +53,7 @@ pub async fn tunnel(
     let remote = canonical(remote);
     if local.port() != PORT_HBONE || !pod.ips.contains(&local.ip()) {
         debug!(uid = %pod.uid, %local, "a process dialled the tunnel listener itself: refused");
+        note_dialled(&context, Direction::Inbound, &pod.uid, remote, local);
         return reset_on_close(&socket);
     }
     let story = || Story::of_tunnel(remote, local);
@@ -225,7 +226,7 @@ async fn judge(
     {
         let detail = format!("the address is of a pod with identity {}", known.identity);
         tell_source(story, &snapshot, remote, proved);
-        return refuse(incoming, 401, Outcome::Denied { reason: MISMATCH, detail, policy: None });
+        return refuse(incoming, 401, Outcome::Denied { reason: MISMATCH, detail, by: None });
     }
     tell_source(story, &snapshot, remote, proved);
     let Some(own) = snapshot.workload(&pod.uid) else {
@@ -389,6 +390,7 @@ pub async fn plaintext(
     let remote = canonical(remote);
     if local.port() == own_port || !pod.ips.contains(&local.ip()) {
         debug!(uid = %pod.uid, %local, "a process dialled the plaintext listener itself: refused");
+        note_dialled(&context, Direction::Inbound, &pod.uid, remote, local);
         return;
     }
     // The agent judges it, here and at every change; whoever lists the pod's sockets leaves it alone.
@@ -429,6 +431,7 @@ async fn judge_plaintext(
     if !verdict.allowed {
         return Err(Outcome::denied(&verdict));
     }
+    story.plaintext(context);
     let place = pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())).map_err(Outcome::limited)?;
     let leg = context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await;
     Ok(Admitted {

@@ -11,7 +11,7 @@ use super::{
     copy::{self, ResetOnClose},
     inbound::{Subject, watched},
     keepalive,
-    report::{Flag, Outcome, Story},
+    report::{Flag, Outcome, Story, note_dialled},
 };
 use crate::{
     identity::Unavailable,
@@ -33,6 +33,9 @@ pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream,
     let socket = ResetOnClose::inherited(socket);
     let Some(dst) = context.sockets.borrow().original_destination(socket.get()) else {
         debug!(uid = %pod.uid, "a process dialled the outbound listener itself: refused");
+        if let Ok(local) = socket.get().local_addr() {
+            note_dialled(&context, Direction::Outbound, &pod.uid, client, local);
+        }
         return;
     };
     let client = canonical(client);

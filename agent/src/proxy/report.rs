@@ -13,10 +13,11 @@ use super::{
 };
 use crate::{
     limits::Limit,
-    model::{ObjectRef, SpiffeId},
-    policy::{RouteRefusal, Verdict, Workload},
+    model::{ObjectRef, PodUid, SpiffeId},
+    policy::{DecidedBy, RouteRefusal, Verdict, Workload},
     telemetry::{
         access::{Access, Direction, End, Event},
+        history::{Circumstances, Party, Plaintext, Refusal},
         open::{Carried, Facts, Open},
         trace::{Span, Trace},
         traffic,
@@ -35,8 +36,8 @@ pub(super) enum Outcome {
         reason: &'static str,
         /// The verdict in words, with the object that decided.
         detail: String,
-        /// The object, as the access log names it.
-        policy: Option<String>,
+        /// The object, where a single one did.
+        by: Option<DecidedBy>,
     },
     /// Something else ended it.
     Failed {
@@ -132,11 +133,7 @@ impl Outcome {
 
     /// Of a verdict that does not allow it.
     pub(super) fn denied(verdict: &Verdict) -> Self {
-        Self::Denied {
-            reason: verdict.reason.as_str(),
-            detail: verdict.to_string(),
-            policy: verdict.decided_by.as_ref().map(ToString::to_string),
-        }
+        Self::Denied { reason: verdict.reason.as_str(), detail: verdict.to_string(), by: verdict.decided_by.clone() }
     }
 
     /// Of a copy that ran to its end. `near` and `far` name the two sides for humans; `word` is the reason of a
@@ -176,6 +173,28 @@ impl Outcome {
                 ..
             } => Some(flag.as_str()),
             Self::Failed { .. } => None,
+        }
+    }
+
+    /// The word, if the connection was not let through: what its client takes for a refusal, whoever refused. Not what
+    /// ends a connection that was carried.
+    fn kept_out(&self) -> Option<&'static str> {
+        match self {
+            Self::Complete(_) => None,
+            Self::Denied { reason, .. } => Some(reason),
+            Self::Failed { flag, .. } => match flag {
+                Flag::Connect
+                | Flag::NetworkPolicy
+                | Flag::TlsFailure
+                | Flag::H2HandshakeFailure
+                | Flag::IdentityError
+                | Flag::Refused
+                | Flag::Denied
+                | Flag::Limit(_)
+                | Flag::NoRoute(_)
+                | Flag::UnknownWorkload => Some(flag.as_str()),
+                Flag::Reset | Flag::TunnelLost | Flag::Drained => None,
+            },
         }
     }
 
@@ -278,6 +297,13 @@ impl Story {
         }
     }
 
+    /// The connection came in plaintext, and is let in.
+    pub(super) fn plaintext(&self, context: &Context) {
+        if let Some((plaintext, ip)) = Plaintext::of(&self.facts) {
+            context.open.note_plaintext(plaintext, ip);
+        }
+    }
+
     /// Counts the end and writes the line. The nearer side's bytes go `forward`: what this agent sent towards its remote
     /// peer.
     pub(super) fn end(mut self, context: &Context, outcome: &Outcome) {
@@ -291,6 +317,9 @@ impl Story {
         let facts = &*self.facts;
         if let Some(reason) = outcome.refusal() {
             context.open.refused((facts.direction, reason));
+        }
+        if let Some(reason) = outcome.kept_out() {
+            note(context, facts, reason, outcome);
         }
         let (reason, error): (&'static str, Option<&dyn fmt::Display>) = match outcome {
             Outcome::Complete(word) => (word, None),
@@ -326,8 +355,8 @@ impl Story {
         let service = facts.service.as_ref().map(|service| context.names.hostname(service));
         let decided_by = match outcome {
             // By the policy of its end, which need not be that of its begin.
-            Outcome::Denied { policy, .. } => policy.as_ref(),
-            Outcome::Complete(_) | Outcome::Failed { .. } => self.policy.decided_by.as_ref(),
+            Outcome::Denied { by, .. } => by.as_ref().map(ToString::to_string),
+            Outcome::Complete(_) | Outcome::Failed { .. } => self.policy.decided_by,
         };
         context.access.record(&Access {
             event,
@@ -341,12 +370,48 @@ impl Story {
             duration: self.started.elapsed(),
             error,
             reason: Some(&reason),
-            policy: shown(decided_by),
+            policy: shown(decided_by.as_ref()),
             dry_run: shown(self.policy.dry_run.as_ref()),
             audit: shown(self.policy.audit.as_ref()),
             trace_id: self.counts.then_some(&format_args!("{:032x}", self.trace.id) as &dyn fmt::Display),
         });
     }
+}
+
+/// Keeps a refusal for whoever asks later.
+fn note(context: &Context, facts: &Facts, reason: &'static str, outcome: &Outcome) {
+    let (detail, rule) = match outcome {
+        Outcome::Complete(_) => return,
+        Outcome::Denied { detail, by, .. } => (detail, by.as_ref().map(Into::into)),
+        Outcome::Failed { detail, .. } => (detail, None),
+    };
+    let circumstances = Circumstances {
+        identity: facts.src_identity.clone(),
+        service: facts.service.clone(),
+        ..Circumstances::new(detail)
+    };
+    context.open.note_refusal(Refusal::of(facts, reason, rule), 1, circumstances);
+}
+
+/// Keeps a refusal of a connection that has no story: a process of a pod that dialled a listener of the agent's itself.
+pub(super) fn note_dialled(
+    context: &Context,
+    direction: Direction,
+    pod: &PodUid,
+    remote: SocketAddr,
+    local: SocketAddr,
+) {
+    let own = context.snapshot().workload(pod).map(|own| own.object.clone());
+    let refusal = Refusal {
+        direction,
+        source: Party { ip: Some(remote.ip().to_canonical()), pod: None },
+        destination: Party { ip: Some(local.ip().to_canonical()), pod: own },
+        port: local.port(),
+        reason: "agent-port",
+        rule: None,
+    };
+    let detail = Circumstances::new("a listener of the agent was dialled that is not for applications");
+    context.open.note_refusal(refusal, 1, detail);
 }
 
 fn shown(text: Option<&String>) -> Option<&dyn fmt::Display> {

@@ -23,6 +23,7 @@ use super::{
     trace,
     traffic::{self, Flag, Labels},
 };
+use crate::model::ObjectRef;
 
 /// What kind of metric; only these two are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,6 +244,10 @@ pub enum Question {
     Node(oneshot::Sender<Box<Node>>),
     /// For a capture proof.
     Proof(oneshot::Sender<Box<Proof>>),
+    /// To note what the kernel has refused.
+    Refusals(oneshot::Sender<()>),
+    /// To look at the kernel's connections again, and how many in plaintext it has counted for a pod that nobody saw.
+    Plaintext(oneshot::Sender<Vec<(ObjectRef, u64)>>),
 }
 
 /// Where the values come from. Clones are the same.
@@ -559,7 +564,7 @@ mod tests {
         let (sources, _writer) = sources();
         let addr = |last: u8| std::net::SocketAddr::from(([10, 0, 0, last], 80));
         let mut facts = Facts::new(Direction::Outbound, addr(1), addr(2));
-        facts.service = Some(crate::model::ObjectRef::new("a\"b\\c\nd", "x"));
+        facts.service = Some(ObjectRef::new("a\"b\\c\nd", "x"));
         drop(sources.registry.shard().open(Arc::new(facts), Arc::default()));
         let text = collect(&sources, None).encode().expect("memory");
         let line = text.lines().find(|line| line.starts_with("istio_tcp_connections_opened_total{")).expect("counted");

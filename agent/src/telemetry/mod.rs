@@ -1,5 +1,5 @@
-//! What the agent says of itself: the set-up of its logs, the [`access`] log, [`readiness`], and which
-//! connections are [`open`].
+//! What the agent says of itself: the set-up of its logs, the [`access`] log, [`readiness`], which connections are
+//! [`open`], and which were refused ([`history`]).
 //!
 //! What is worth saying is decided where it happens. Logs go to standard error, the access log to standard output.
 
@@ -16,11 +16,13 @@ use tracing_subscriber::{
 pub mod access;
 pub(crate) mod answering;
 pub mod exposition;
+pub mod history;
 pub mod limit;
 pub mod metrics;
 pub mod open;
 pub mod panics;
 pub mod readiness;
+pub mod recent;
 pub mod tally;
 pub mod trace;
 pub mod traffic;

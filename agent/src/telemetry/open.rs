@@ -21,7 +21,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     access::Direction,
+    history::{Circumstances, History, Noted, Plaintext, PlaintextSeen, Refusals},
     metrics::Question,
+    recent::Seen,
     traffic::{Count, Flag, Kind, Labels, Names, Totals},
 };
 use crate::{
@@ -171,6 +173,7 @@ pub struct Registry {
     shards: Arc<Mutex<Vec<Arc<Shared>>>>,
     totals: Arc<Totals>,
     refusals: Arc<Mutex<HashMap<Refusal, u64>>>,
+    history: Arc<Mutex<History>>,
 }
 
 /// A refusal by the agent: seen from which side, and the word of its reason.
@@ -209,6 +212,10 @@ struct Shared {
     number: u64,
     totals: Arc<Totals>,
     state: Mutex<State>,
+    /// Refusals and plaintext; whoever carries other connections never takes this lock. Nobody holds it and another.
+    noted: Mutex<Noted>,
+    /// Where that goes when there is no room for more.
+    history: Arc<Mutex<History>>,
 }
 
 #[derive(Debug, Default)]
@@ -267,14 +274,24 @@ pub struct Open {
 impl Registry {
     /// An empty one, for at most `label_sets` label sets.
     pub fn new(names: Names, label_sets: usize) -> Self {
-        Self { shards: Arc::default(), totals: Arc::new(Totals::new(names, label_sets)), refusals: Arc::default() }
+        Self {
+            shards: Arc::default(),
+            totals: Arc::new(Totals::new(names, label_sets)),
+            refusals: Arc::default(),
+            history: Arc::default(),
+        }
     }
 
     /// A shard for a thread that is about to carry connections.
     pub fn shard(&self) -> Shard {
         let mut shards = lock(&self.shards);
-        let shared =
-            Arc::new(Shared { number: shards.len() as u64, totals: self.totals.clone(), state: Mutex::default() });
+        let shared = Arc::new(Shared {
+            number: shards.len() as u64,
+            totals: self.totals.clone(),
+            state: Mutex::default(),
+            noted: Mutex::default(),
+            history: self.history.clone(),
+        });
         shards.push(shared.clone());
         Shard { shared }
     }
@@ -324,6 +341,28 @@ impl Registry {
         traffic.open.sort_unstable();
         traffic.refusals.sort_unstable();
         traffic
+    }
+
+    /// Several times a second: takes over what the shards have noted of refusals and plaintext, so that they have room
+    /// again, and drops what is too old.
+    pub fn gather(&self) {
+        for shard in lock(&self.shards).clone() {
+            let noted = std::mem::take(&mut *lock(&shard.noted));
+            lock(&self.history).gather(noted);
+        }
+        lock(&self.history).forget(Instant::now());
+    }
+
+    /// What was refused in the last hour.
+    pub fn refused(&self) -> Refusals {
+        self.gather();
+        lock(&self.history).refusals()
+    }
+
+    /// Who came in plaintext since the agent has started.
+    pub fn plaintext(&self) -> PlaintextSeen {
+        self.gather();
+        lock(&self.history).plaintext()
     }
 
     /// Every minute or so: gathers, and drops the label sets of workloads that are gone. `exists` knows a workload by
@@ -462,6 +501,28 @@ impl Shard {
     pub fn refused(&self, refusal: Refusal) {
         *lock(&self.shared.state).refusals.entry(refusal).or_default() += 1;
     }
+
+    /// Notes that connections were refused just now: for `culvert why`, whoever refused them.
+    pub fn note_refusal(&self, refusal: super::history::Refusal, times: u64, circumstances: Circumstances) {
+        let seen = Seen::now(times, Instant::now(), circumstances);
+        self.note(|noted| noted.refusals.note(refusal, seen));
+    }
+
+    /// Notes that a connection was let in that came in plaintext from `ip`: for `culvert report strict`.
+    pub fn note_plaintext(&self, plaintext: Plaintext, ip: std::net::IpAddr) {
+        self.note(|noted| noted.plaintext.note(plaintext, Seen::now(1, Instant::now(), ip)));
+    }
+
+    /// `note` says whether there is room for more.
+    fn note(&self, note: impl FnOnce(&mut Noted) -> bool) {
+        let full = {
+            let mut noted = lock(&self.shared.noted);
+            note(&mut noted).then(|| std::mem::take(&mut *noted))
+        };
+        if let Some(noted) = full {
+            lock(&self.shared.history).gather(noted);
+        }
+    }
 }
 
 impl Open {
@@ -511,6 +572,43 @@ impl Connections {
         Ok(self.registry.list())
     }
 
+    /// What was refused in the last hour, by the agent and by the kernel.
+    ///
+    /// # Errors
+    /// The agent is ending.
+    pub async fn refused(&self) -> anyhow::Result<Refusals> {
+        let (done, told) = oneshot::channel();
+        self.control.send(Question::Refusals(done)).await.ok().context("the agent is ending")?;
+        told.await.context("the agent is ending")?;
+        Ok(self.registry.refused())
+    }
+
+    /// Who came in plaintext since the agent has started, what is open now, and how many connections were opened.
+    ///
+    /// # Errors
+    /// The agent is ending.
+    pub async fn strictness(&self) -> anyhow::Result<Strictness> {
+        let mut looked = 0;
+        let unseen = loop {
+            let (reply, unseen) = oneshot::channel();
+            self.control.send(Question::Plaintext(reply)).await.ok().context("the agent is ending")?;
+            let unseen = unseen.await.context("the agent is ending")?;
+            looked += 1;
+            // A connection that is just beginning or ending is counted before it is told.
+            if unseen.is_empty() || looked == LOOKS {
+                break unseen;
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        };
+        Ok(Strictness {
+            plaintext: self.registry.plaintext(),
+            unseen,
+            refusals: self.registry.refused(),
+            open: self.registry.list(),
+            traffic: self.registry.traffic(),
+        })
+    }
+
     /// Has every established socket of the node's pods looked at.
     ///
     /// # Errors
@@ -520,6 +618,25 @@ impl Connections {
         self.control.send(Question::Proof(reply)).await.ok().context("the agent is ending")?;
         Ok(*proof.await.context("the agent is ending")?)
     }
+}
+
+/// How often it is looked again for connections that were counted and not told yet, and the pause before.
+const LOOKS: usize = 4;
+const LOOK_AGAIN: std::time::Duration = std::time::Duration::from_millis(250);
+
+/// What `culvert report strict` is made from.
+#[derive(Clone, Debug, Default)]
+pub struct Strictness {
+    /// Who came in plaintext.
+    pub plaintext: PlaintextSeen,
+    /// Connections in plaintext that the kernel has counted for a pod, and of which nobody knows who made them.
+    pub unseen: Vec<(ObjectRef, u64)>,
+    /// Who was refused.
+    pub refusals: Refusals,
+    /// What is open.
+    pub open: Vec<Record>,
+    /// What was opened.
+    pub traffic: Traffic,
 }
 
 /// What came of a capture proof: a look at every established TCP socket of the node's pods.
@@ -686,6 +803,36 @@ mod tests {
         assert_eq!((count.opened, count.received, count.sent), (2, 25, 3));
         assert_eq!((count.closed[Flag::None as usize], count.closed[Flag::Connect as usize]), (1, 1));
         assert_eq!(total(&registry), count, "nothing is counted twice");
+    }
+
+    /// However many different refusals come in a moment: the latest are there, and every other one was told to be gone.
+    #[test]
+    fn a_flood_of_refusals_is_counted_to_the_last() {
+        const EACH: u32 = 6000;
+        let registry = Registry::default();
+        std::thread::scope(|scope| {
+            for thread in 0..2u8 {
+                let shard = registry.shard();
+                scope.spawn(move || {
+                    for number in 0..EACH {
+                        let [_, _, high, low] = number.to_be_bytes();
+                        let mut facts = Facts::clone(&facts(Direction::Inbound, 1));
+                        facts.dst = SocketAddr::new([10, thread, high, low].into(), 80);
+                        let refusal = super::super::history::Refusal::of(&facts, "loop", None);
+                        shard.note_refusal(refusal, 1, Circumstances::new("text"));
+                    }
+                });
+            }
+        });
+        let refused = registry.refused();
+        let kept: u64 = refused.entries.iter().map(|(_, seen)| seen.times).sum();
+        assert_eq!(refused.entries.len(), super::super::history::ENTRIES);
+        assert_eq!(kept + refused.evicted.reasons["loop"], u64::from(2 * EACH));
+        let last = |thread| SocketAddr::new([10, thread, 0x17, 0x6f].into(), 80).ip();
+        for thread in 0..2 {
+            let there = refused.entries.iter().any(|(of, _)| of.destination.ip == Some(last(thread)));
+            assert!(there, "the last one of thread {thread}");
+        }
     }
 
     /// The label sets are bounded; what has no room is counted as unknown, by side.
