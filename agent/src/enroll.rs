@@ -17,10 +17,11 @@ use tracing::{error, info, warn};
 use crate::{
     connections,
     datapath::{Datapath, NetnsCookie, PodPolicy},
+    gate::Gate,
     limits::Limits,
     listen,
     model::{PodUid, SpiffeId},
-    netns::{NetnsHandle, route},
+    netns::{NetnsHandle, addresses, route},
     pods::{self, PodNetwork},
     policy::{Authorization, Snapshot, Workload},
     proxy::ServedPod,
@@ -36,6 +37,8 @@ pub struct Guard {
     pub veths: bool,
     /// Whether UDP is refused where a pod says nothing by its label [`UDP_LABEL`].
     pub udp_refused: bool,
+    /// Pods that are not in are not held.
+    pub gate_open: bool,
 }
 
 /// The label by which a pod says whether its UDP is refused: `allow` or `refuse`.
@@ -50,6 +53,7 @@ pub struct Enrollments {
     failures: BTreeMap<PodUid, String>,
     /// Pods that are not in but have an entry in the kernel, which refuses them.
     refused: BTreeMap<PodUid, NetnsCookie>,
+    gate: Gate,
 }
 
 /// Where a pod of this node stands, for people to look at.
@@ -89,6 +93,7 @@ impl Enrollments {
             by_cookie: BTreeMap::new(),
             failures: BTreeMap::new(),
             refused: BTreeMap::new(),
+            gate: Gate::default(),
         }
     }
 
@@ -101,6 +106,7 @@ impl Enrollments {
         node: &pods::Node,
     ) -> Changes {
         let mut changes = Changes::default();
+        self.gate.let_out(datapath, snapshot, node);
         let wanted = wanted(snapshot, node);
         let leaving: Vec<PodUid> =
             self.enrolled.keys().filter(|uid| self.leaves(uid, &wanted, snapshot, node)).cloned().collect();
@@ -153,7 +159,7 @@ impl Enrollments {
                     {
                         self.refused.insert(uid.clone(), cookie);
                     }
-                    let text = match known.is_some() || self.refused.contains_key(uid) {
+                    let text = match known.is_some() || self.refused.contains_key(uid) || !self.guard.gate_open {
                         true => format!("{error:#}"),
                         false => format!("{error:#}; nothing of it is captured, and nothing refused"),
                     };
@@ -177,6 +183,8 @@ impl Enrollments {
             stays
         });
         self.limits.share_among(self.enrolled.len());
+        let enrolled = |uid: &PodUid| self.enrolled.contains_key(uid);
+        self.gate.settle(datapath, snapshot, node, enrolled, &self.failures);
         changes
     }
 
@@ -209,6 +217,16 @@ impl Enrollments {
         for worker in workers {
             worker.tell(Command::Leave(cookie));
         }
+    }
+
+    /// How many pods are held at the gate: it is not known yet whether they are to be in.
+    pub fn held(&self) -> usize {
+        self.gate.held()
+    }
+
+    /// Several times a second: says which pods are held, if it is time to.
+    pub fn tell_held(&mut self) {
+        self.gate.tell();
     }
 
     /// The pod of a network namespace.
@@ -341,23 +359,15 @@ fn enter(
 /// The namespace that the pod's processes are in must be the pod's: what is attached to a wrong one would catch
 /// somebody else's connections.
 fn has_an_address(netns: &NetnsHandle, ips: &[IpAddr]) -> anyhow::Result<()> {
-    let there: Vec<IpAddr> = netns
-        .run(|| {
-            let interfaces = nix::ifaddrs::getifaddrs()?;
-            Ok(interfaces.filter_map(|interface| ip(&interface.address?)).collect())
-        })
+    let there = netns
+        .run(addresses::here)
         .context("enter the pod's network namespace")?
-        .map_err(|error: nix::Error| anyhow::anyhow!("list the addresses of the pod's network namespace: {error}"))?;
+        .context("list the addresses of the pod's network namespace")?;
     anyhow::ensure!(
         ips.iter().any(|ip| there.contains(ip)),
         "the network namespace of the pod's processes has none of its addresses {ips:?} (it has {there:?})"
     );
     Ok(())
-}
-
-fn ip(address: &nix::sys::socket::SockaddrStorage) -> Option<IpAddr> {
-    let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-    v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
 }
 
 fn policy(snapshot: &Snapshot, workload: &Workload, guard: &Guard) -> PodPolicy {

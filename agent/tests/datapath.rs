@@ -21,9 +21,10 @@ use std::{
 
 use aya::maps::{HashMap as BpfHashMap, Map, MapData};
 use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy, Predecessor, Turn};
+use culvert::pods::{CgroupDir, CgroupId, Hierarchy};
 use culvert_common::{
     Addr, Answer, Direction, EventKind, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE,
-    PodAddrValue, REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue,
+    PodAddrValue, REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue, gate::Class,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -161,10 +162,18 @@ impl Drop for Node {
         for namespace in ["pod", "peer"] {
             let _ = Command::new("ip").args(["netns", "del", &format!("{}-{namespace}", self.name)]).status();
         }
-        for child in ["agent", "kubelet", ""] {
-            let _ = fs::remove_dir(self.cgroup.join(child));
+        remove_cgroups(&self.cgroup);
+    }
+}
+
+/// A cgroup and those below it; no process is in them.
+fn remove_cgroups(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroups(&entry.path());
         }
     }
+    let _ = fs::remove_dir(cgroup);
 }
 
 fn load_at(config: Config) -> Datapath {
@@ -373,6 +382,194 @@ fn only_the_agents_sockets_begin_connections_that_leave_the_pod() {
     assert_eq!(stray(), [false, false], "the next agent does not know the pod");
     within(&node.peer, || third.remove(node.cookie)).expect("removed");
     assert_eq!(stray(), [true, true], "out of the mesh");
+}
+
+/// The pods' common cgroup with one pod in it, whose container calls and is called; the peer's namespace is the node's own.
+struct Gated<'a> {
+    node: &'a Node,
+    root: CgroupDir,
+    pod: CgroupId,
+    container: PathBuf,
+}
+
+impl<'a> Gated<'a> {
+    /// `path`: of the pod, below the common cgroup.
+    fn new(node: &'a Node, path: &str) -> Self {
+        let root = node.cgroup.join("kubepods");
+        let (pod, container) = (root.join(path), root.join(path).join("container"));
+        fs::create_dir_all(&container).expect("make a cgroup");
+        let root = Hierarchy::of(&root).expect("on cgroup2").dir(&root).expect("there");
+        Self { node, root, pod: CgroupId::of_path(&pod).expect("there"), container }
+    }
+
+    /// An agent that has been told of the node, and not of the pod.
+    fn load(&self) -> Datapath {
+        let mut datapath = self.node.load_next();
+        let own =
+            within(&self.node.peer, || netns_cookie(&Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket")));
+        let settings = SettingsValue { host_netns_cookie: own.0, ..SettingsValue::default() };
+        datapath.settings(settings).expect("written");
+        let addresses = [PEER4, PEER6].iter().map(|ip| ip.parse().expect("a literal")).collect();
+        datapath.node_addresses(&addresses).expect("written");
+        datapath.beat().expect("beat");
+        datapath
+    }
+
+    /// As a process of the container.
+    fn inside<T>(&self, work: impl FnOnce() -> T) -> T {
+        join(&self.container);
+        let value = work();
+        join(&self.node.cgroup.join("agent"));
+        value
+    }
+
+    /// Whether connections get out, in both families; a refusal is EPERM and nothing else.
+    fn gets_out(&self) -> [bool; 2] {
+        [format!("{PEER4}:9080"), format!("[{PEER6}]:9080")].map(|to| {
+            match self.inside(|| self.node.dial_from_pod(&to)) {
+                Ok(_) => true,
+                Err(error) => {
+                    assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{to}: {error}");
+                    false
+                }
+            }
+        })
+    }
+
+    /// Whether connections get in, in both families; one that does not hears nothing.
+    fn gets_in(&self) -> [bool; 2] {
+        [format!("{POD4}:9080"), format!("[{POD6}]:9080")].map(|to| {
+            let to: SocketAddr = to.parse().expect("a literal");
+            match within(&self.node.peer, || TcpStream::connect_timeout(&to, Duration::from_millis(400))) {
+                Ok(_) => true,
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::TimedOut, "{to}: {error}");
+                    false
+                }
+            }
+        })
+    }
+}
+
+/// [K.4]: closed in both directions and families until somebody says what the pod is, with no agent too; the node, what is
+/// inside the pod, what is established and the agent itself are not disturbed.
+#[test]
+fn a_pod_that_no_agent_has_classified_is_held() {
+    let node = Node::new();
+    let held = |datapath: &Datapath, direction| {
+        counted(datapath, NetnsCookie(0), direction, Answer::Refuse, Reason::PodUnknown)
+    };
+    // Below a class, and beside the classes.
+    for path in ["burstable/pod1", "pod2"] {
+        let gated = Gated::new(&node, path);
+        let server = gated.inside(|| node.serve("[::]:9080"));
+        // As a static pod has it: in the pods' cgroup, and in the node's namespace.
+        let of_node =
+            gated.inside(|| within(&node.peer, || TcpListener::bind("[::]:9080").expect("a server of the node")));
+        let until = Instant::now() + Duration::from_secs(20);
+        let open = || {
+            [format!("{PEER4}:9080"), format!("[{PEER6}]:9080")].iter().all(|to| node.dial_from_pod(to).is_ok())
+                && [format!("{POD4}:9080"), format!("[{POD6}]:9080")].iter().all(|to| node.dial_from_peer(to).is_ok())
+        };
+        while !open() {
+            assert!(Instant::now() < until, "nothing is attached yet, or this test shows nothing");
+        }
+        assert_eq!((gated.gets_out(), gated.gets_in()), ([true; 2], [true; 2]));
+        let mut before = node.dial_from_peer(&format!("{POD4}:9080")).expect("open");
+        let mut served = loop {
+            let (served, from) = server.accept().expect("accepted");
+            if from.port() == before.local_addr().expect("bound").port() {
+                break served;
+            }
+        };
+
+        let mut datapath = gated.load();
+        datapath.gate(Some(std::slice::from_ref(&gated.root))).expect("written");
+        assert_eq!((gated.gets_out(), gated.gets_in()), ([true; 2], [true; 2]), "nothing before it serves");
+        assert!(datapath.take_over().expect("attached").is_empty());
+        assert_eq!((gated.gets_out(), gated.gets_in()), ([false; 2], [false; 2]));
+        assert_eq!(held(&datapath, Direction::Outbound), 2, "each once");
+        assert!(held(&datapath, Direction::Inbound) >= 2, "each SYN");
+        // What goes on, what stays inside, and what is the node's.
+        before.write_all(b"on").expect("established");
+        served.read_exact(&mut [0; 2]).expect("established");
+        for to in ["127.0.0.1:9080", "[::1]:9080", "[::ffff:127.0.0.1]:9080"] {
+            gated.inside(|| node.dial_from_pod(to)).expect(to);
+        }
+        for to in [format!("{PEER4}:9080"), format!("[{PEER6}]:9080")] {
+            gated.inside(|| node.dial_from_peer(&to)).expect("a socket of the node's own namespace");
+        }
+        let sockets = &mut datapath.sockets().expect("the worker's maps");
+        let own =
+            gated.inside(|| within(&node.pod, || Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket")));
+        sockets.mark(&own).expect("marked");
+        let to: SocketAddr = format!("{PEER4}:9080").parse().expect("a literal");
+        gated.inside(|| own.connect(&to.into())).expect("the agent's own socket");
+        assert_eq!(held(&datapath, Direction::Outbound), 2, "none of these");
+
+        datapath.classify(&BTreeMap::from([(gated.pod, Class::Out)])).expect("written");
+        assert_eq!((gated.gets_out(), gated.gets_in()), ([true; 2], [true; 2]), "out of the mesh");
+        drop(datapath);
+        assert_eq!((gated.gets_out(), gated.gets_in()), ([true; 2], [true; 2]), "known, without an agent");
+        let later = Gated::new(&node, "besteffort/pod3");
+        assert_eq!(later.gets_out(), [false; 2], "unknown, without an agent");
+        drop(server);
+        let other = later.inside(|| node.serve("[::]:9080"));
+        assert_eq!(later.gets_in(), [false; 2], "unknown, without an agent");
+
+        // The next agent, which has not found the common cgroup: what its predecessor held is held by it.
+        let mut next = gated.load();
+        assert!(next.take_over().expect("attached").is_empty());
+        assert_eq!((later.gets_out(), later.gets_in()), ([false; 2], [false; 2]));
+        assert!(held(&next, Direction::Outbound) == 2 && held(&next, Direction::Inbound) >= 2, "by its own programs");
+        // --gate=open
+        next.gate(None).expect("detached");
+        assert_eq!((later.gets_out(), later.gets_in()), ([true; 2], [true; 2]), "open");
+        next.gate(Some(std::slice::from_ref(&gated.root))).expect("attached while it serves");
+        assert_eq!((later.gets_out(), later.gets_in()), ([false; 2], [false; 2]), "closed again");
+        fs::remove_file(node.bpffs.join("culvert/links").join(format!("gate4_{}", gated.root.id.0))).expect("unpinned");
+        let until = Instant::now() + Duration::from_secs(20);
+        while later.gets_out() != [false; 2]
+            || !node.bpffs.join(format!("culvert/links/gate4_{}", gated.root.id.0)).exists()
+        {
+            next.maintain();
+            assert!(Instant::now() < until, "a link that somebody removed is put back");
+            thread::sleep(Duration::from_millis(20));
+        }
+        next.gate(None).expect("detached");
+        drop((next, other, of_node));
+        remove_cgroups(&node.cgroup.join("kubepods"));
+    }
+}
+
+/// [K.4]: a pod of the mesh passes the gate only where the other programs know it: a namespace that it was given after the
+/// agent had gone is held.
+#[test]
+fn a_pod_of_the_mesh_passes_the_gate_where_it_is_captured() {
+    let node = Node::new();
+    let gated = Gated::new(&node, "burstable/pod1");
+    let _server = gated.inside(|| node.serve("[::]:9080"));
+    let mut datapath = gated.load();
+    datapath.gate(Some(std::slice::from_ref(&gated.root))).expect("written");
+    datapath.classify(&BTreeMap::from([(gated.pod, Class::In)])).expect("written");
+    assert!(datapath.take_over().expect("attached").is_empty());
+    let until = Instant::now() + Duration::from_secs(20);
+    while node.dial_from_pod(&format!("{PEER4}:1")).is_err_and(|error| error.kind() == ErrorKind::TimedOut) {
+        assert!(Instant::now() < until, "a fresh link");
+    }
+    assert_eq!((gated.gets_out(), gated.gets_in()), ([false; 2], [false; 2]), "in no other map");
+    let listener = node.enrol(&mut datapath, Mode::Permissive);
+    let _client = gated.inside(|| node.dial_from_pod("10.200.0.9:80")).expect("captured");
+    listener.accept().expect("the agent's listener gets it");
+    assert_eq!(gated.gets_in(), [true; 2], "judged, and passed");
+    // Refused by the next program: said once.
+    datapath.suspend(node.cookie).expect("written");
+    assert!(refused(gated.inside(|| node.dial_from_pod("10.200.0.9:80"))));
+    datapath.classify(&BTreeMap::new()).expect("written");
+    let error = gated.inside(|| node.dial_from_pod("10.200.0.9:80")).expect_err("held");
+    assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+    let pending = counted(&datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::EnrolmentPending);
+    assert_eq!(pending, 1, "what the gate has refused is not judged again");
 }
 
 /// [K.4]: enrolled but not ready, no listener, silent; each with its own reason, and recovery without touching the pod.

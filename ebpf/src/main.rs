@@ -7,8 +7,11 @@
 //! | `handshake` | `sock_ops` | the node's cgroup | carries what is known of a connection from one end to the other |
 //! | `inbound` | `sk_lookup` | each enrolled pod's network namespace | passes, refuses or hands over what arrives |
 //! | `leaving` | `tc` ingress | the node's end of each enrolled pod's veth | stops what leaves a pod without having been captured |
+//! | `gate4`, `gate6` | `cgroup/connect4`, `6` | the pods' common cgroup | refuse pods that no agent knows yet |
+//! | `gate_in` | `cgroup_skb/ingress` | the pods' common cgroup | drops what would connect to them |
 //!
-//! Only `leaving` runs per packet of an established connection; all that it does then is to look at the headers. What a connection deserves is decided by
+//! Only `leaving` and `gate_in` run per packet of an established connection; all that they do then is to look at the headers,
+//! and at the socket's state. What a connection deserves is decided by
 //! `culvert_common::decide`; the files here gather its inputs and carry out its answer.
 #![no_std]
 #![no_main]
@@ -16,6 +19,7 @@
 
 mod connect;
 mod context;
+mod gate;
 mod handshake;
 mod inbound;
 mod leaving;
@@ -24,8 +28,8 @@ mod peername;
 mod report;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, classifier, sk_lookup, sock_ops},
-    programs::{SkLookupContext, SockAddrContext, SockOpsContext, TcContext},
+    macros::{cgroup_skb, cgroup_sock_addr, classifier, sk_lookup, sock_ops},
+    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext, TcContext},
 };
 
 /// `cgroup/connect4`: 1 lets the connect go on, 0 refuses it with the errno that was set.
@@ -71,6 +75,24 @@ pub fn inbound(ctx: SkLookupContext) -> u32 {
 #[classifier]
 pub fn leaving(ctx: TcContext) -> i32 {
     leaving::run(&ctx)
+}
+
+/// `cgroup/connect4` for pods: 1 lets the connect go on to `connect4`, 0 refuses it.
+#[cgroup_sock_addr(connect4)]
+pub fn gate4(ctx: SockAddrContext) -> i32 {
+    gate::connect(&ctx, false)
+}
+
+/// `cgroup/connect6` for pods.
+#[cgroup_sock_addr(connect6)]
+pub fn gate6(ctx: SockAddrContext) -> i32 {
+    gate::connect(&ctx, true)
+}
+
+/// `cgroup_skb/ingress` for pods: 1 lets the packet reach its socket, 0 drops it.
+#[cgroup_skb(ingress)]
+pub fn gate_in(ctx: SkBuffContext) -> i32 {
+    gate::arrive(&ctx)
 }
 
 /// Never reached: the verifier rejects a program that could panic.

@@ -6,8 +6,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use culvert_common::{
-    Event, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue, SettingsValue,
-    SocketValue, UdpKey, VerdictKey, VethValue, addr::Addr,
+    Event, FlowKey, FlowValue, GateLevels, GateValue, HeartbeatValue, ListenerKey, ModeKey, ModeValue, PodAddrValue,
+    PodValue, SettingsValue, SocketValue, UdpKey, VerdictKey, VethValue, addr::Addr,
 };
 
 /// Allocates entries as they come: the kernel's memory follows what is used, and adding one can fail.
@@ -62,6 +62,19 @@ pub(crate) static HEARTBEAT: Array<HeartbeatValue, 1> = Array::new();
 /// Facts about the node. The agent writes.
 #[btf_map]
 pub(crate) static SETTINGS: Array<SettingsValue, 1> = Array::new();
+
+/// What the agent knows of pods, by the id of their cgroups, which is not used again. The agent writes; `gate4`, `gate6` and
+/// `gate_in` read. Twice the pods of `PODS`, since pods outside the mesh are here too; one that does not fit stays refused.
+#[btf_map]
+pub(crate) static GATE: HashMap<u64, GateValue, 32768, ON_DEMAND> = HashMap::new();
+
+/// How deep the cgroups of pods lie. The agent writes.
+#[btf_map]
+pub(crate) static GATE_LEVELS: Array<GateLevels, 1> = Array::new();
+
+/// The node's own addresses; the value is 1. The agent writes; `gate_in` reads. Some for each device of the node.
+#[btf_map]
+pub(crate) static NODE_ADDRS: HashMap<Addr, u32, 16384, ON_DEMAND> = HashMap::new();
 
 /// Refusals and ends of connections that no process of the agent saw; bytes. When it is full the event is lost and the
 /// counter in `VERDICTS` still stands.

@@ -14,8 +14,20 @@ use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, bui
 use serde_json::Value;
 
 /// Maps of which `bpftool` can show whole entries; of the others it shows only the keys, or nothing.
-const SHOWN: [&str; 9] =
-    ["PODS", "POD_ADDRS", "MODES", "FLOWS", "VETHS", "UDP_REFUSALS", "VERDICTS", "HEARTBEAT", "SETTINGS"];
+const SHOWN: [&str; 12] = [
+    "PODS",
+    "POD_ADDRS",
+    "MODES",
+    "FLOWS",
+    "VETHS",
+    "UDP_REFUSALS",
+    "VERDICTS",
+    "HEARTBEAT",
+    "SETTINGS",
+    "GATE",
+    "GATE_LEVELS",
+    "NODE_ADDRS",
+];
 /// A port whose connections are dropped, so that a handshake lasts.
 const QUIET: u16 = 4444;
 

@@ -6,8 +6,8 @@ use std::{collections::BTreeMap, path::Path};
 use anyhow::Context as _;
 use aya::maps::{Array, HashMap as BpfHashMap, Map, MapData, MapInfo, MapType, PerCpuHashMap, SockHash};
 use culvert_common::{
-    Addr, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue, SettingsValue,
-    UdpKey, VerdictKey, VethValue,
+    Addr, FlowKey, FlowValue, GateValue, HeartbeatValue, ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue,
+    SettingsValue, UdpKey, VerdictKey, VethValue,
 };
 
 use super::MAPS;
@@ -31,6 +31,10 @@ pub struct Content {
     pub udp_refusals: BTreeMap<UdpKey, u64>,
     /// `VERDICTS`, summed over the CPUs.
     pub verdicts: BTreeMap<VerdictKey, u64>,
+    /// `GATE`, by the id of the pod's cgroup.
+    pub gate: BTreeMap<u64, GateValue>,
+    /// `NODE_ADDRS`.
+    pub node_addrs: BTreeMap<Addr, u32>,
     /// `HEARTBEAT`.
     pub heartbeat: HeartbeatValue,
     /// `SETTINGS`.
@@ -60,6 +64,8 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
         addrs: hash(dir, "POD_ADDRS")?,
         modes: hash(dir, "MODES")?,
         veths: hash(dir, "VETHS")?,
+        gate: hash(dir, "GATE")?,
+        node_addrs: hash(dir, "NODE_ADDRS")?,
         ..Content::default()
     };
     let listeners: SockHash<MapData, ListenerKey> = Map::SockHash(open(dir, "LISTENERS")?).try_into()?;
@@ -86,7 +92,9 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
             "VETHS" => Some(content.veths.len()),
             "UDP_REFUSALS" => Some(content.udp_refusals.len()),
             "VERDICTS" => Some(content.verdicts.len()),
-            "HEARTBEAT" | "SETTINGS" => Some(1),
+            "GATE" => Some(content.gate.len()),
+            "NODE_ADDRS" => Some(content.node_addrs.len()),
+            "HEARTBEAT" | "SETTINGS" | "GATE_LEVELS" => Some(1),
             _ => None,
         };
         let capacity = match info.map_type() {

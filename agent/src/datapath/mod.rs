@@ -22,7 +22,7 @@ use anyhow::{Context as _, anyhow};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuHashMap, RingBuf, SkStorage, SockHash},
-    programs::{CgroupSockAddr, SchedClassifier, SkLookup, SockOps},
+    programs::{CgroupSkb, CgroupSockAddr, SchedClassifier, SkLookup, SockOps},
 };
 use aya_log::EbpfLogger;
 use culvert_common::{
@@ -32,6 +32,7 @@ use culvert_common::{
 };
 use tracing::warn;
 
+mod gate;
 pub mod inspect;
 pub mod measure;
 mod owner;
@@ -45,7 +46,7 @@ use sys::{AttachType, Target};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert"));
 
 /// The maps, by the names that they have in the object, in the pin directory and in `bpftool`.
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 15] = [
     "PODS",
     "POD_ADDRS",
     "MODES",
@@ -57,6 +58,9 @@ const MAPS: [&str; 12] = [
     "VERDICTS",
     "HEARTBEAT",
     "SETTINGS",
+    "GATE",
+    "GATE_LEVELS",
+    "NODE_ADDRS",
     "EVENTS",
 ];
 
@@ -156,6 +160,7 @@ pub struct Datapath {
     verdicts: PerCpuHashMap<MapData, VerdictKey, u64>,
     heartbeat: Array<MapData, HeartbeatValue>,
     settings: Array<MapData, SettingsValue>,
+    gate: gate::Gate,
     retired: Vec<(Instant, ModeKey)>,
 }
 
@@ -199,6 +204,7 @@ impl Datapath {
             verdicts: typed(&mut ebpf, "VERDICTS")?,
             heartbeat: typed(&mut ebpf, "HEARTBEAT")?,
             settings: typed(&mut ebpf, "SETTINGS")?,
+            gate: gate::Gate::new(&mut ebpf, &dir.join("GATE"))?,
             ebpf,
             logger,
             dir,
@@ -256,6 +262,8 @@ impl Datapath {
         for (name, kind) in CGROUP_PROGRAMS {
             self.attach_to_cgroup(name, kind)?;
         }
+        self.attach_gate()?;
+        self.gate.serves();
         for map in MAPS.iter().filter(|map| !SHARED.contains(map)) {
             let (from, to) = (self.dir.join(NEXT).join(map), self.dir.join(map));
             fs::rename(&from, &to).with_context(|| format!("move {} to {}", from.display(), to.display()))?;
@@ -630,7 +638,8 @@ impl Datapath {
         let attached = self
             .pod_netns
             .keys()
-            .fold(attached, |result, cookie| result.and(self.attach_pod(*cookie)).and(self.attach_veths(*cookie)));
+            .fold(attached, |result, cookie| result.and(self.attach_pod(*cookie)).and(self.attach_veths(*cookie)))
+            .and(self.attach_gate());
         match attached {
             Ok(()) => warn!(links = foreign, "took links back that another agent had changed, or somebody removed"),
             Err(error) => {
@@ -650,6 +659,7 @@ impl Datapath {
         CGROUP_PROGRAMS.iter().filter(|(name, _)| !ours(&links.join(name), name)).count()
             + self.pod_netns.keys().filter(|cookie| !ours(&self.pod_link(**cookie), "inbound")).count()
             + self.foreign_veths()
+            + self.foreign_gates()
     }
 
     /// Removes what agents of other layouts have pinned: their maps, and links of their own if they had them elsewhere.
@@ -811,10 +821,12 @@ fn remove_pins(dir: &Path) -> io::Result<()> {
 }
 
 fn load_programs(ebpf: &mut Ebpf) -> anyhow::Result<()> {
-    for name in ["connect4", "connect6", "peername4", "peername6"] {
+    for name in ["connect4", "connect6", "peername4", "peername6", "gate4", "gate6"] {
         let program: &mut CgroupSockAddr = program(ebpf, name)?;
         program.load().with_context(|| format!("the kernel refused program {name}"))?;
     }
+    let gate_in: &mut CgroupSkb = program(ebpf, "gate_in")?;
+    gate_in.load().context("the kernel refused program gate_in")?;
     let handshake: &mut SockOps = program(ebpf, "handshake")?;
     handshake.load().context("the kernel refused program handshake")?;
     let inbound: &mut SkLookup = program(ebpf, "inbound")?;

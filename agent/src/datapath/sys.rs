@@ -21,6 +21,7 @@ const BPF_LINK_DETACH: libc::c_long = 34;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum AttachType {
+    SkbIngress = 0,
     SockOps = 3,
     Connect4 = 10,
     Connect6 = 11,

@@ -74,7 +74,9 @@ pub(super) fn nodes(places: &[Place; 2], link: LinkPlan) -> Result<()> {
         let other = node.other();
         let mut batch = String::new();
         writeln!(batch, "link set lo up")?;
-        writeln!(batch, "link add {BRIDGE} type bridge forward_delay 0")?;
+        // An address of its own, as CNI's bridge has it: else it is that of the lowest device, and a new pod can change it. What
+        // pods send to the old one is dropped until their neighbour's entry is renewed.
+        writeln!(batch, "link add {BRIDGE} address 02:00:00:00:00:01 type bridge forward_delay 0")?;
         writeln!(batch, "link set {LINK} mtu {}", link.mtu)?;
         if link.loss_percent > 0 {
             // What segmentation offload keeps together would also be lost together, up to 64 KiB at a time.
