@@ -35,7 +35,7 @@ use crate::{
         agent::{self, Again, Certificates, Config},
     },
     connections::{self, Passed},
-    datapath::{self, Datapath, Predecessor, Turn},
+    datapath::{self, Datapath, NetnsCookie, Predecessor, Turn},
     drain::{self, Cause},
     enroll::{self, Enrollments},
     identity::{self, Identities},
@@ -172,7 +172,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         None => pods::find_cgroup2_mount()?,
     };
     let host = Arc::new(NetnsHandle::current().context("open the node's network namespace")?);
-    let datapath = Datapath::load(
+    let mut datapath = Datapath::load(
         datapath::Config { pin_dir: config.pin_dir.clone(), cgroup_root: cgroup_root.clone(), workers: config.workers },
         turn,
     )?;
@@ -279,6 +279,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     drop(drain);
     let passed =
         Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), registry.shard(), names, limit.limiter());
+    datapath.refuse_udp(NetnsCookie(0), config.udp_refused)?;
     let guard = enroll::Guard {
         node: host.clone(),
         veths: config.veth_filter,

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, ErrorKind, Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
     process::Command,
@@ -20,7 +20,7 @@ use std::{
 };
 
 use aya::maps::{HashMap as BpfHashMap, Map, MapData};
-use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy, Predecessor, Turn};
+use culvert::datapath::{Config, Datapath, Leg, NetnsCookie, PodPolicy, Predecessor, Turn, inspect};
 use culvert::pods::{CgroupDir, CgroupId, Hierarchy};
 use culvert_common::{
     Addr, Answer, Direction, EventKind, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE,
@@ -570,6 +570,79 @@ fn a_pod_of_the_mesh_passes_the_gate_where_it_is_captured() {
     assert_eq!(error.raw_os_error(), Some(libc::EPERM));
     let pending = counted(&datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::EnrolmentPending);
     assert_eq!(pending, 1, "what the gate has refused is not judged again");
+}
+
+/// Specification §3: refused UDP is an errno of the call, counted once and by destination; DNS and what stays in the pod goes on.
+/// A pod that the gate holds is treated so where the whole mesh is.
+#[test]
+fn refused_udp_is_an_errno() {
+    let node = Node::new();
+    let gated = Gated::new(&node, "burstable/pod1");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    datapath.guard(node.cookie, &[], true).expect("written");
+    let udp = |to: &str, connected: bool| {
+        let to: SocketAddr = to.parse().expect("a literal");
+        within(&node.pod, || {
+            let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
+            if connected {
+                socket.connect(to)?;
+                return socket.send(b"datagram");
+            }
+            socket.send_to(b"datagram", to)
+        })
+    };
+    let passes = |to: &str, connected: bool| match udp(to, connected) {
+        Ok(_) => true,
+        Err(error) => {
+            assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{to}: {error}");
+            false
+        }
+    };
+    let own4 = format!("{POD4}:8125");
+    let open = ["10.99.0.1:53", "[fd99::1]:53", "127.0.0.1:8125", "[::1]:8125", &own4];
+    // A target each, so that each is counted apart.
+    for connected in [false, true] {
+        for to in open {
+            assert!(passes(to, connected), "{to}");
+        }
+        for to in ["10.99.0.1:8125", "[fd99::1]:8125", "[::ffff:10.99.0.1]:8126"] {
+            assert!(!passes(to, connected), "{to}");
+        }
+    }
+    let refusals =
+        |datapath: &Datapath| counted(datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::UdpRefused);
+    assert_eq!(refusals(&datapath), 6);
+    let maps = inspect::read(datapath.pin_dir()).expect("read");
+    for (addr, port) in [("10.99.0.1", 8125), ("fd99::1", 8125), ("10.99.0.1", 8126)] {
+        let key = (Addr::from(addr.parse::<IpAddr>().expect("a literal")), port);
+        let counted = maps.udp_refusals.iter().find(|(known, _)| (known.addr, known.port) == key);
+        assert_eq!(counted.map(|(_, packets)| *packets), Some(2), "{key:?}");
+    }
+    datapath.ready(node.cookie, &policy(2, Mode::Permissive)).expect("generation 2");
+    assert!(passes("10.99.0.1:8125", false) && passes("10.99.0.1:8125", true), "allowed again");
+    datapath.ready(node.cookie, &PodPolicy { udp_refused: true, ..policy(3, Mode::Permissive) }).expect("generation 3");
+    assert!(!passes("10.99.0.1:8125", false));
+    // The next agent does not know the pod: refused like everything else.
+    let mut next = gated.load();
+    assert!(next.take_over().expect("attached").is_empty());
+    assert!(!passes("10.99.0.1:8125", false) && !passes("10.99.0.1:8125", true));
+    next.remove(node.cookie).expect("removed");
+    assert!(passes("10.99.0.1:8125", false) && passes("10.99.0.1:8125", true), "out of the mesh");
+
+    // At the gate: as the mesh says.
+    next.gate(Some(std::slice::from_ref(&gated.root))).expect("attached");
+    for connected in [false, true] {
+        assert!(gated.inside(|| passes("10.99.0.1:8125", connected)), "UDP is allowed");
+    }
+    next.refuse_udp(NetnsCookie(0), true).expect("written");
+    for connected in [false, true] {
+        assert!(!gated.inside(|| passes("10.99.0.1:8125", connected)) && passes("10.99.0.1:8125", connected), "held");
+        for to in open.iter().filter(|to| **to != own4) {
+            assert!(gated.inside(|| passes(to, connected)), "{to}");
+        }
+    }
+    next.classify(&BTreeMap::from([(gated.pod, Class::Out)])).expect("written");
+    assert!(gated.inside(|| passes("10.99.0.1:8125", false) && passes("10.99.0.1:8125", true)), "known");
 }
 
 /// [K.4]: enrolled but not ready, no listener, silent; each with its own reason, and recovery without touching the pod.

@@ -14,6 +14,7 @@ use crate::{
     context::{SOCK_STREAM, forget, inputs, netns_cookie, note, now_ns, pod, storage, word, words},
     maps::{POD_ADDRS, SETTINGS},
     report::{count, refused},
+    udp,
 };
 
 const ALLOW: i32 = 1;
@@ -26,7 +27,7 @@ pub(crate) fn connect(ctx: &SockAddrContext, v6: bool) -> i32 {
     let (kind, dst, port) = asked(ctx, v6);
     // UDP and everything else that is no stream is not captured (specification §3).
     if kind != SOCK_STREAM {
-        return ALLOW;
+        return udp::judge(ctx, v6);
     }
     // SAFETY: the helper takes no argument.
     if unsafe { bpf_get_retval() } < 0 {
@@ -131,7 +132,7 @@ fn of_pod(ctx: &SockAddrContext, pod: &PodValue, cookie: u64, v6: bool, dst: Add
 }
 
 #[inline(always)]
-fn owns(cookie: u64, addr: Addr) -> bool {
+pub(crate) fn owns(cookie: u64, addr: Addr) -> bool {
     // SAFETY: the value is compared at once.
     unsafe { POD_ADDRS.get(addr) }.is_some_and(|owner| owner.netns_cookie == cookie)
 }

@@ -16,8 +16,9 @@ use culvert_common::{
 use crate::{
     connect::asked,
     context::{SOCK_STREAM, netns_cookie, storage, word},
-    maps::{GATE, GATE_LEVELS, NODE_ADDRS, POD_ADDRS, PODS, SETTINGS},
-    report::refused,
+    maps::{GATE, GATE_LEVELS, NODE_ADDRS, POD_ADDRS, PODS, SETTINGS, UDP_PODS},
+    report::{count, refused},
+    udp,
 };
 
 const PASS: i32 = 1;
@@ -28,31 +29,49 @@ const REFUSE: i32 = 0;
 #[inline(always)]
 pub(crate) fn connect(ctx: &SockAddrContext, v6: bool) -> i32 {
     let (kind, dst, port) = asked(ctx, v6);
-    if kind != SOCK_STREAM || dst.is_loopback() || dst.is_unspecified() {
-        return PASS;
+    if kind != SOCK_STREAM {
+        return send(ctx, v6);
     }
-    let cookie = netns_cookie(ctx);
-    // SAFETY: the helper takes a number, and answers 0 for a level that does not exist.
-    let Some(class) = class(|level| unsafe { bpf_get_current_ancestor_cgroup_id(level) }) else {
-        // No process of a pod: the kernel goes on with what one has begun, as with further paths of MPTCP.
-        return PASS;
-    };
-    // SAFETY: only tested for presence.
-    if admits(class, unsafe { PODS.get(cookie) }.is_some()) {
-        return PASS;
-    }
-    // Static and hostNetwork pods, and what a container runtime does for a pod before it enters its namespace.
-    if SETTINGS.get(0).is_some_and(|settings| settings.host_netns_cookie == cookie) {
-        return PASS;
-    }
-    // SAFETY: the context's socket is never null in this hook.
-    let known = storage(unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }).map_or(0, |value| value.kind);
-    if known == SocketKind::Agent as u8 || known == SocketKind::Leg as u8 {
+    if dst.is_loopback() || dst.is_unspecified() || passes(ctx) {
         return PASS;
     }
     let flow = FlowKey { src: Addr::UNSPECIFIED, dst, sport: 0, dport: port, _pad: 0 };
     refused(0, Direction::Outbound, &UNKNOWN, &flow);
     REFUSE
+}
+
+/// UDP of such a socket: held where the mesh refuses UDP, since the pod may be one of those.
+#[inline(always)]
+pub(crate) fn send(ctx: &SockAddrContext, v6: bool) -> i32 {
+    // SAFETY: only tested for presence.
+    if unsafe { UDP_PODS.get(0) }.is_none() || udp::leaves(ctx, v6).is_none() || passes(ctx) {
+        return PASS;
+    }
+    // Not told one by one: it may be as many as a pod can send.
+    count(0, Direction::Outbound, &UNKNOWN);
+    REFUSE
+}
+
+/// Whether what a process sends, or whom it calls, is for others to judge.
+#[inline(always)]
+fn passes(ctx: &SockAddrContext) -> bool {
+    let cookie = netns_cookie(ctx);
+    // SAFETY: the helper takes a number, and answers 0 for a level that does not exist.
+    let Some(class) = class(|level| unsafe { bpf_get_current_ancestor_cgroup_id(level) }) else {
+        // No process of a pod: the kernel goes on with what one has begun, as with further paths of MPTCP.
+        return true;
+    };
+    // SAFETY: only tested for presence.
+    if admits(class, unsafe { PODS.get(cookie) }.is_some()) {
+        return true;
+    }
+    // Static and hostNetwork pods, and what a container runtime does for a pod before it enters its namespace.
+    if SETTINGS.get(0).is_some_and(|settings| settings.host_netns_cookie == cookie) {
+        return true;
+    }
+    // SAFETY: the context's socket is never null in these hooks.
+    let known = storage(unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }).map_or(0, |value| value.kind);
+    known == SocketKind::Agent as u8 || known == SocketKind::Leg as u8
 }
 
 /// One packet for a socket that was made in a pod's cgroup.

@@ -46,7 +46,12 @@ pub(crate) static SOCKETS: SkStorage<SocketValue> = SkStorage::new();
 #[btf_map]
 pub(crate) static VETHS: HashMap<u32, VethValue, 32768, ON_DEMAND> = HashMap::new();
 
-/// Packets of UDP that were refused, by pod and destination. `leaving` writes; the agent and `bpftool` read. When it is full
+/// Pods whose UDP is refused, by netns cookie, and 0 for those that the gate holds; the value is 1. The agent writes; `connect`,
+/// `udp` and `gate` read. One that does not fit is not enrolled.
+#[btf_map]
+pub(crate) static UDP_PODS: HashMap<u64, u32, 16385, ON_DEMAND> = HashMap::new();
+
+/// Packets of UDP that were refused, by pod and destination. `leaving` and `udp` write; the agent and `bpftool` read. When it is full
 /// the destination that was asked for least recently is forgotten; `VERDICTS` still has the sum.
 #[btf_map]
 pub(crate) static UDP_REFUSALS: LruHashMap<UdpKey, u64, 8192> = LruHashMap::new();

@@ -14,12 +14,13 @@ use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, bui
 use serde_json::Value;
 
 /// Maps of which `bpftool` can show whole entries; of the others it shows only the keys, or nothing.
-const SHOWN: [&str; 12] = [
+const SHOWN: [&str; 13] = [
     "PODS",
     "POD_ADDRS",
     "MODES",
     "FLOWS",
     "VETHS",
+    "UDP_PODS",
     "UDP_REFUSALS",
     "VERDICTS",
     "HEARTBEAT",

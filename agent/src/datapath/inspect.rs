@@ -27,6 +27,8 @@ pub struct Content {
     pub listeners: BTreeMap<u64, usize>,
     /// `VETHS`, by index of the device.
     pub veths: BTreeMap<u32, VethValue>,
+    /// `UDP_PODS`, by netns cookie.
+    pub udp_pods: BTreeMap<u64, u32>,
     /// `UDP_REFUSALS`: packets.
     pub udp_refusals: BTreeMap<UdpKey, u64>,
     /// `VERDICTS`, summed over the CPUs.
@@ -64,6 +66,7 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
         addrs: hash(dir, "POD_ADDRS")?,
         modes: hash(dir, "MODES")?,
         veths: hash(dir, "VETHS")?,
+        udp_pods: hash(dir, "UDP_PODS")?,
         gate: hash(dir, "GATE")?,
         node_addrs: hash(dir, "NODE_ADDRS")?,
         ..Content::default()
@@ -90,6 +93,7 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
             "LISTENERS" => Some(content.listeners.values().sum()),
             "FLOWS" => Some(flows),
             "VETHS" => Some(content.veths.len()),
+            "UDP_PODS" => Some(content.udp_pods.len()),
             "UDP_REFUSALS" => Some(content.udp_refusals.len()),
             "VERDICTS" => Some(content.verdicts.len()),
             "GATE" => Some(content.gate.len()),

@@ -46,7 +46,7 @@ use sys::{AttachType, Target};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert"));
 
 /// The maps, by the names that they have in the object, in the pin directory and in `bpftool`.
-const MAPS: [&str; 15] = [
+const MAPS: [&str; 16] = [
     "PODS",
     "POD_ADDRS",
     "MODES",
@@ -54,6 +54,7 @@ const MAPS: [&str; 15] = [
     "FLOWS",
     "SOCKETS",
     "VETHS",
+    "UDP_PODS",
     "UDP_REFUSALS",
     "VERDICTS",
     "HEARTBEAT",
@@ -74,13 +75,15 @@ const NEXT: &str = "next";
 const POD_LINK: &str = "inbound_";
 
 /// The programs that are attached to the node's cgroup; the name of the program is the name of its pinned link.
-const CGROUP_PROGRAMS: [(&str, AttachType); 5] = [
+const CGROUP_PROGRAMS: [(&str, AttachType); 7] = [
     // The handshake first: a connection that is captured without it would find nothing recorded, and be refused.
     ("handshake", AttachType::SockOps),
     ("peername4", AttachType::Getpeername4),
     ("peername6", AttachType::Getpeername6),
     ("connect4", AttachType::Connect4),
     ("connect6", AttachType::Connect6),
+    ("send4", AttachType::UdpSendmsg4),
+    ("send6", AttachType::UdpSendmsg6),
 ];
 
 /// How long entries of a replaced generation stay: verdicts that began with it must still find them.
@@ -157,6 +160,7 @@ pub struct Datapath {
     modes: BpfHashMap<MapData, ModeKey, ModeValue>,
     listeners: SockHash<MapData, ListenerKey>,
     veths: BpfHashMap<MapData, u32, VethValue>,
+    udp_pods: BpfHashMap<MapData, u64, u32>,
     verdicts: PerCpuHashMap<MapData, VerdictKey, u64>,
     heartbeat: Array<MapData, HeartbeatValue>,
     settings: Array<MapData, SettingsValue>,
@@ -201,6 +205,7 @@ impl Datapath {
             modes: typed(&mut ebpf, "MODES")?,
             listeners: typed(&mut ebpf, "LISTENERS")?,
             veths: typed(&mut ebpf, "VETHS")?,
+            udp_pods: typed(&mut ebpf, "UDP_PODS")?,
             verdicts: typed(&mut ebpf, "VERDICTS")?,
             heartbeat: typed(&mut ebpf, "HEARTBEAT")?,
             settings: typed(&mut ebpf, "SETTINGS")?,
@@ -370,7 +375,7 @@ impl Datapath {
     pub fn ready(&mut self, cookie: NetnsCookie, policy: &PodPolicy) -> anyhow::Result<()> {
         let before =
             self.pod(cookie)?.ok_or_else(|| anyhow!("pod of namespace cookie {} was not prepared", cookie.0))?;
-        self.write_veths(cookie, policy.udp_refused)?;
+        self.refuse_udp(cookie, policy.udp_refused)?;
         let old: Vec<ModeKey> = self.mode_keys(cookie, |key| key.generation != policy.generation);
         let same_generation = before.state == PodState::Ready as u8 && before.generation == policy.generation;
         let value = match self.write_ports(cookie, policy) {
@@ -411,6 +416,19 @@ impl Datapath {
         Ok(())
     }
 
+    /// Says whether UDP of a pod is refused, but for DNS; of pods that the gate holds, by cookie 0.
+    ///
+    /// # Errors
+    /// A full map.
+    pub fn refuse_udp(&mut self, cookie: NetnsCookie, refused: bool) -> anyhow::Result<()> {
+        if refused {
+            self.udp_pods.insert(cookie.0, 1, 0).context("write UDP_PODS (the map holds 16384 pods)")?;
+        } else {
+            ignore_missing(self.udp_pods.remove(&cookie.0)).context("remove from UDP_PODS")?;
+        }
+        self.write_veths(cookie, refused)
+    }
+
     /// Refuses a pod's traffic from now on, without forgetting it.
     ///
     /// # Errors
@@ -437,6 +455,7 @@ impl Datapath {
         result = result.and(self.remove_veths(cookie));
         let addrs: Vec<Addr> = self.addrs_of(cookie);
         result = result.and(ignore_missing(self.pods.remove(&cookie.0)).context("remove from PODS"));
+        result = result.and(ignore_missing(self.udp_pods.remove(&cookie.0)).context("remove from UDP_PODS"));
         for addr in addrs {
             result = result.and(ignore_missing(self.addrs.remove(&addr)).context("remove from POD_ADDRS"));
         }
@@ -611,6 +630,7 @@ impl Datapath {
                     if self.pod(cookie)?.is_none() {
                         let (state, mode) = (PodState::Pending as u8, Mode::Missing as u8);
                         self.write_pod(cookie, &PodValue { state, mode, ..PodValue::default() })?;
+                        self.refuse_udp(cookie, true)?;
                     }
                     sys::link_update(link.as_fd(), program_fd(&self.ebpf, "inbound")?)
                         .with_context(|| format!("replace the program of {}", path.display()))?;
@@ -821,7 +841,18 @@ fn remove_pins(dir: &Path) -> io::Result<()> {
 }
 
 fn load_programs(ebpf: &mut Ebpf) -> anyhow::Result<()> {
-    for name in ["connect4", "connect6", "peername4", "peername6", "gate4", "gate6"] {
+    for name in [
+        "connect4",
+        "connect6",
+        "peername4",
+        "peername6",
+        "send4",
+        "send6",
+        "gate4",
+        "gate6",
+        "gate_send4",
+        "gate_send6",
+    ] {
         let program: &mut CgroupSockAddr = program(ebpf, name)?;
         program.load().with_context(|| format!("the kernel refused program {name}"))?;
     }

@@ -25,6 +25,8 @@ pub(super) enum AttachType {
     SockOps = 3,
     Connect4 = 10,
     Connect6 = 11,
+    UdpSendmsg4 = 14,
+    UdpSendmsg6 = 15,
     Getpeername4 = 29,
     Getpeername6 = 30,
     SkLookup = 36,
