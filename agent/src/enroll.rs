@@ -183,7 +183,10 @@ impl Enrollments {
             stays
         });
         self.limits.share_among(self.enrolled.len());
-        let enrolled = |uid: &PodUid| self.enrolled.contains_key(uid);
+        // Those that have their entries and are refused by them, with a reset, are not for the gate.
+        let refused = self.refused.iter().filter(|(_, cookie)| datapath.has_inbound(**cookie));
+        let refused: BTreeSet<PodUid> = refused.map(|(uid, _)| uid.clone()).collect();
+        let enrolled = |uid: &PodUid| self.enrolled.contains_key(uid) || refused.contains(uid);
         self.gate.settle(datapath, snapshot, node, enrolled, &self.failures);
         changes
     }

@@ -331,6 +331,11 @@ impl Datapath {
         self.write_addrs(cookie, ips)
     }
 
+    /// Whether a prepared pod has its inbound program, or is to get it when this agent takes over.
+    pub fn has_inbound(&self, cookie: NetnsCookie) -> bool {
+        self.owner.part() == Part::Preparing || sys::open_pinned(&self.pod_link(cookie)).is_ok()
+    }
+
     fn attach_pod(&self, cookie: NetnsCookie) -> anyhow::Result<()> {
         let Some(netns) = self.pod_netns.get(&cookie) else { return Ok(()) };
         let inode = netns_inode(netns.as_fd())?;
