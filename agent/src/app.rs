@@ -35,14 +35,14 @@ use crate::{
         agent::{self, Again, Certificates, Config},
     },
     connections::{self, Passed},
-    datapath::{self, Datapath, Predecessor, Turn},
+    datapath::{self, Datapath, NetnsCookie, Predecessor, Turn},
     drain::{self, Cause},
     enroll::{self, Enrollments},
     identity::{self, Identities},
     limits::{self, Limits},
     listen::NodePort,
     model::{Cluster, ObjectRef, PodUid, TrustDomain},
-    netns::NetnsHandle,
+    netns::{NetnsHandle, addresses},
     pods::{self, Kubelet},
     policy::{self, Snapshot},
     proxy::Context,
@@ -178,7 +178,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         None => pods::find_cgroup2_mount()?,
     };
     let host = Arc::new(NetnsHandle::current().context("open the node's network namespace")?);
-    let datapath = Datapath::load(
+    let mut datapath = Datapath::load(
         datapath::Config { pin_dir: config.pin_dir.clone(), cgroup_root: cgroup_root.clone(), workers: config.workers },
         turn,
     )?;
@@ -287,7 +287,15 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     drop(drain);
     let passed =
         Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), registry.shard(), names, limit.limiter());
-    let guard = enroll::Guard { node: host.clone(), veths: config.veth_filter, udp_refused: config.udp_refused };
+    datapath.refuse_udp(NetnsCookie(0), config.udp_refused)?;
+    let guard = enroll::Guard {
+        node: host.clone(),
+        veths: config.veth_filter,
+        udp_refused: config.udp_refused,
+        gate_open: config.gate_open,
+    };
+    // Before they are listed for the first time, so that none is missed.
+    let addresses = addresses::Changes::here().context("follow the node's addresses")?;
     let mut control = Control {
         settings,
         hangup: signal(SignalKind::hangup()).context("listen for SIGHUP")?,
@@ -310,6 +318,8 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         compiled,
         identities,
         host,
+        addresses,
+        has_addresses: false,
         kubelet: None,
         snapshots,
         unjudged: BTreeMap::new(),
@@ -501,6 +511,9 @@ struct Control {
     compiled: Arc<Cluster>,
     identities: Identities,
     host: Arc<NetnsHandle>,
+    addresses: addresses::Changes,
+    /// The kernel has the node's addresses, as far as is known.
+    has_addresses: bool,
     kubelet: Option<Kubelet>,
     snapshots: watch::Sender<Arc<Snapshot>>,
     /// Pods whose open connections have not been judged by the policy in force yet.
@@ -575,9 +588,13 @@ impl Control {
                     if self.may_take_over()? {
                         self.take_over()?;
                     }
+                    self.tell_addresses();
                     self.datapath.maintain();
                     self.enrollments.refuse_waiting(&mut self.datapath);
                     self.account();
+                    if let Stage::Serving = self.stage && !self.settings.config.gate_open {
+                        self.enrollments.tell_held();
+                    }
                     self.forget();
                     self.give_back();
                     if let Stage::Serving = self.stage
@@ -712,8 +729,17 @@ impl Control {
     fn settle(&mut self, node: &pods::Node) -> anyhow::Result<()> {
         let snapshot = self.snapshots.borrow().clone();
         self.tell_kubelet(&node.kubelet)?;
+        self.tell_addresses();
         self.identities.want(&Enrollments::identities(&snapshot, node));
         let changes = self.enrollments.reconcile(&mut self.datapath, &self.workers, &snapshot, node);
+        let roots = (!self.settings.config.gate_open).then_some(&*node.roots);
+        if let Err(error) = self.datapath.gate(roots) {
+            error!(
+                error = format!("{error:#}"),
+                "the gate for pods that are not known yet is not as it should be: trying again"
+            );
+            self.retry = true;
+        }
         self.failed = changes.failed;
         self.retry |= changes.failed > 0 || changes.leaving > 0;
         self.states.send_replace(Arc::new(self.enrollments.states()));
@@ -773,6 +799,25 @@ impl Control {
         self.datapath.settings(settings)?;
         self.kubelet = Some(kubelet.clone());
         Ok(())
+    }
+
+    /// Tells the kernel of the node's addresses, if they have changed.
+    fn tell_addresses(&mut self) {
+        if !self.addresses.any() && self.has_addresses {
+            return;
+        }
+        let told = addresses::here().context("list the node's addresses");
+        match told.and_then(|all| self.datapath.node_addresses(&all)) {
+            Ok(()) => self.has_addresses = true,
+            Err(error) => {
+                self.has_addresses = false;
+                let error = format!("{error:#}");
+                warn!(
+                    error,
+                    "the node's addresses are not all known: static pods that no agent knows may not be reached there"
+                );
+            }
+        }
     }
 
     fn beat(&mut self) -> anyhow::Result<()> {
@@ -858,6 +903,7 @@ impl Control {
             enrolled: self.enrollments.pods().count(),
             failed: self.enrollments.failures(),
             judged_by_agent: self.datapath.judged_by_agent(),
+            held: if self.settings.config.gate_open { 0 } else { self.enrollments.held() },
             strays: self.passed.strays(),
             certificates: self
                 .identities

@@ -18,10 +18,11 @@ use tracing::{error, info, warn};
 use crate::{
     connections,
     datapath::{Datapath, NetnsCookie, Plaintext, PodPolicy},
+    gate::Gate,
     limits::Limits,
     listen,
     model::{PodUid, SpiffeId},
-    netns::{NetnsHandle, route},
+    netns::{NetnsHandle, addresses, route},
     pods::{self, PodNetwork},
     policy::{Authorization, Snapshot, Workload},
     proxy::ServedPod,
@@ -37,6 +38,8 @@ pub struct Guard {
     pub veths: bool,
     /// Whether UDP is refused where a pod says nothing by its label [`UDP_LABEL`].
     pub udp_refused: bool,
+    /// Pods that are not in are not held.
+    pub gate_open: bool,
 }
 
 /// Policies that a warning names.
@@ -58,6 +61,7 @@ pub struct Enrollments {
     waiting: BTreeMap<PodUid, Waiting>,
     /// Pods that have left and could not be forgotten completely.
     leaving: BTreeSet<NetnsCookie>,
+    gate: Gate,
 }
 
 /// Where a pod of this node stands, for people to look at.
@@ -110,6 +114,7 @@ impl Enrollments {
             refused: BTreeMap::new(),
             waiting: BTreeMap::new(),
             leaving: BTreeSet::new(),
+            gate: Gate::default(),
         }
     }
 
@@ -122,6 +127,7 @@ impl Enrollments {
         node: &pods::Node,
     ) -> Changes {
         let mut changes = Changes::default();
+        self.gate.let_out(datapath, snapshot, node);
         let (wanted, nameless) = wanted(snapshot, node);
         let back = |cookie: &NetnsCookie| {
             self.by_cookie.contains_key(cookie) || self.refused.values().any(|own| own == cookie)
@@ -184,7 +190,7 @@ impl Enrollments {
                     {
                         self.refused.insert(uid.clone(), cookie);
                     }
-                    let text = match known.is_some() || self.refused.contains_key(uid) {
+                    let text = match known.is_some() || self.refused.contains_key(uid) || !self.guard.gate_open {
                         true => format!("{error:#}"),
                         false => format!("{error:#}; nothing of it is captured, and nothing refused"),
                     };
@@ -211,6 +217,11 @@ impl Enrollments {
         changes.leaving = self.leaving.len();
         self.wait_for_addresses(datapath, nameless);
         self.limits.share_among(self.enrolled.len());
+        // Those that have their entries and are refused by them, with a reset, are not for the gate.
+        let refused = self.refused.iter().filter(|(_, cookie)| datapath.has_inbound(**cookie));
+        let refused: BTreeSet<PodUid> = refused.map(|(uid, _)| uid.clone()).collect();
+        let enrolled = |uid: &PodUid| self.enrolled.contains_key(uid) || refused.contains(uid);
+        self.gate.settle(datapath, snapshot, node, enrolled, &self.failures);
         changes
     }
 
@@ -233,7 +244,7 @@ impl Enrollments {
                 let cookie = connections::cookie(&waits.netns)?;
                 let other = self.by_cookie.get(&cookie);
                 anyhow::ensure!(other.is_none(), "its network namespace is that of another pod of the mesh");
-                let ips = addresses(&waits.netns)?;
+                let ips = own_addresses(&waits.netns)?;
                 if waits.refused.as_ref().is_none_or(|(_, known)| !same_addresses(known, &ips)) {
                     datapath.prepare(cookie, waits.netns.as_fd(), &ips)?;
                     datapath.suspend(cookie)?;
@@ -285,6 +296,16 @@ impl Enrollments {
         for worker in workers {
             worker.tell(Command::Leave(cookie));
         }
+    }
+
+    /// How many pods are held at the gate: it is not known yet whether they are to be in.
+    pub fn held(&self) -> usize {
+        self.gate.held()
+    }
+
+    /// Several times a second: says which pods are held, if it is time to.
+    pub fn tell_held(&mut self) {
+        self.gate.tell();
     }
 
     /// The pod of a network namespace.
@@ -420,7 +441,7 @@ fn enter(
 /// The namespace that the pod's processes are in must be the pod's: what is attached to a wrong one would catch
 /// somebody else's connections.
 fn has_an_address(netns: &NetnsHandle, ips: &[IpAddr]) -> anyhow::Result<()> {
-    let there = addresses(netns)?;
+    let there = own_addresses(netns)?;
     anyhow::ensure!(
         ips.iter().any(|ip| there.contains(ip)),
         "the network namespace of the pod's processes has none of its addresses {ips:?} (it has {there:?})"
@@ -429,23 +450,16 @@ fn has_an_address(netns: &NetnsHandle, ips: &[IpAddr]) -> anyhow::Result<()> {
 }
 
 /// The addresses of a namespace's devices, but for those of loopback and of the link alone, which every one has.
-fn addresses(netns: &NetnsHandle) -> anyhow::Result<Vec<IpAddr>> {
-    netns
-        .run(|| {
-            let own = |ip: &IpAddr| match ip {
-                IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
-                IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
-            };
-            let interfaces = nix::ifaddrs::getifaddrs()?;
-            Ok(interfaces.filter_map(|interface| ip(&interface.address?)).filter(own).collect())
-        })
+fn own_addresses(netns: &NetnsHandle) -> anyhow::Result<Vec<IpAddr>> {
+    let own = |ip: &IpAddr| match ip {
+        IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
+        IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),
+    };
+    let all = netns
+        .run(addresses::here)
         .context("enter the pod's network namespace")?
-        .map_err(|error: nix::Error| anyhow::anyhow!("list the addresses of the pod's network namespace: {error}"))
-}
-
-fn ip(address: &nix::sys::socket::SockaddrStorage) -> Option<IpAddr> {
-    let v4 = address.as_sockaddr_in().map(|v4| IpAddr::V4(v4.ip()));
-    v4.or_else(|| address.as_sockaddr_in6().map(|v6| IpAddr::V6(v6.ip())))
+        .context("list the addresses of the pod's network namespace")?;
+    Ok(all.into_iter().filter(own).collect())
 }
 
 /// What policies say of plaintext, made once for all pods of one pass that have the same.

@@ -29,6 +29,7 @@
 //! | [`proxy`] | the story of one connection: `outbound.rs`, `inbound.rs`, `copy.rs` |
 //! | [`worker`] | one thread that carries connections |
 //! | [`connections`] | connections that no worker carries: told, judged again, closed; the proof that there are no others |
+//! | [`gate`] | which pods the kernel lets through before they are in the mesh, and which it holds |
 //! | [`enroll`] | bring a pod in and out, in the right order, and again without harm |
 //! | [`admin`] | what an operator can ask a running agent: what it believes, its connections, why one was refused, what can go to STRICT, its log level |
 //! | [`ca`] | the server side of the CA API: who may ask for which identity, and the signing |
@@ -45,7 +46,8 @@
 //! server pod's namespace, where `sk_lookup` hands port 15008 to a worker; [`proxy::inbound`] verifies, decides, and
 //! connects to the application from a loopback address. `getpeername` and `accept` show both applications each other's
 //! real addresses. Plaintext to an enrolled pod is decided in `sk_lookup` alone; what it passes no process of ours
-//! touches, and `sock_ops` reports its end. What leaves a pod without `connect` is stopped at the node's end of its veth.
+//! touches, and `sock_ops` reports its end. What leaves a pod without `connect` is stopped at the node's end of its veth. A pod
+//! that no agent has classified yet is held in both directions by programs at the pods' common cgroup ([`gate`]).
 //!
 //! # Threads
 //!
@@ -78,6 +80,7 @@ pub mod drain;
 pub mod enroll;
 #[cfg(test)]
 mod fuzz;
+pub mod gate;
 pub mod identity;
 pub mod limits;
 pub mod listen;

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, ErrorKind, Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
     process::Command,
@@ -22,12 +22,13 @@ use std::{
 use aya::maps::{HashMap as BpfHashMap, LpmTrie, Map, MapData};
 use culvert::{
     datapath::{Config, Datapath, Leg, NetnsCookie, Plaintext, PodPolicy, Predecessor, Turn, inspect},
+    pods::{CgroupDir, CgroupId, Hierarchy},
     policy::{Decision, RuleId, Table},
 };
 use culvert_common::{
     Addr, Answer, Asked, Authorization, AuthorizationKey, AuthorizationValue, ClassValue, Direction, Event, EventKind,
     Inputs, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE, Peer, PodAddrValue, PodState, PortKey,
-    REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue, SourceKey, decide,
+    REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue, SourceKey, decide, gate::Class,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -165,10 +166,18 @@ impl Drop for Node {
         for namespace in ["pod", "peer"] {
             let _ = Command::new("ip").args(["netns", "del", &format!("{}-{namespace}", self.name)]).status();
         }
-        for child in ["agent", "kubelet", ""] {
-            let _ = fs::remove_dir(self.cgroup.join(child));
+        remove_cgroups(&self.cgroup);
+    }
+}
+
+/// A cgroup and those below it; no process is in them.
+fn remove_cgroups(cgroup: &Path) {
+    for entry in fs::read_dir(cgroup).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroups(&entry.path());
         }
     }
+    let _ = fs::remove_dir(cgroup);
 }
 
 fn load_at(config: Config) -> Datapath {
@@ -378,6 +387,267 @@ fn only_the_agents_sockets_begin_connections_that_leave_the_pod() {
     assert_eq!(stray(), [false, false], "the next agent does not know the pod");
     within(&node.peer, || third.remove(node.cookie)).expect("removed");
     assert_eq!(stray(), [true, true], "out of the mesh");
+}
+
+/// The pods' common cgroup with one pod in it, whose container calls and is called; the peer's namespace is the node's own.
+struct Gated<'a> {
+    node: &'a Node,
+    root: CgroupDir,
+    pod: CgroupId,
+    container: PathBuf,
+}
+
+impl<'a> Gated<'a> {
+    /// `path`: of the pod, below the common cgroup.
+    fn new(node: &'a Node, path: &str) -> Self {
+        let root = node.cgroup.join("kubepods");
+        let (pod, container) = (root.join(path), root.join(path).join("container"));
+        fs::create_dir_all(&container).expect("make a cgroup");
+        let root = Hierarchy::of(&root).expect("on cgroup2").dir(&root).expect("there");
+        Self { node, root, pod: CgroupId::of_path(&pod).expect("there"), container }
+    }
+
+    /// An agent that has been told of the node, and not of the pod.
+    fn load(&self) -> Datapath {
+        let mut datapath = self.node.load_next();
+        let own =
+            within(&self.node.peer, || netns_cookie(&Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket")));
+        let settings = SettingsValue { host_netns_cookie: own.0, ..SettingsValue::default() };
+        datapath.settings(settings).expect("written");
+        let addresses = [PEER4, PEER6].iter().map(|ip| ip.parse().expect("a literal")).collect();
+        datapath.node_addresses(&addresses).expect("written");
+        datapath.beat().expect("beat");
+        datapath
+    }
+
+    /// As a process of the container.
+    fn inside<T>(&self, work: impl FnOnce() -> T) -> T {
+        join(&self.container);
+        let value = work();
+        join(&self.node.cgroup.join("agent"));
+        value
+    }
+
+    /// Whether connections get out, in both families; a refusal is EPERM and nothing else.
+    fn gets_out(&self) -> [bool; 2] {
+        [format!("{PEER4}:9080"), format!("[{PEER6}]:9080")].map(|to| {
+            match self.inside(|| self.node.dial_from_pod(&to)) {
+                Ok(_) => true,
+                Err(error) => {
+                    assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{to}: {error}");
+                    false
+                }
+            }
+        })
+    }
+
+    /// Whether connections get in, in both families; one that does not hears nothing.
+    fn gets_in(&self) -> [bool; 2] {
+        [format!("{POD4}:9080"), format!("[{POD6}]:9080")].map(|to| {
+            let to: SocketAddr = to.parse().expect("a literal");
+            match within(&self.node.peer, || TcpStream::connect_timeout(&to, Duration::from_millis(400))) {
+                Ok(_) => true,
+                Err(error) => {
+                    assert_eq!(error.kind(), ErrorKind::TimedOut, "{to}: {error}");
+                    false
+                }
+            }
+        })
+    }
+}
+
+/// [K.4]: closed in both directions and families until somebody says what the pod is, with no agent too; the node, what is
+/// inside the pod, what is established and the agent itself are not disturbed.
+#[test]
+fn a_pod_that_no_agent_has_classified_is_held() {
+    let node = Node::new();
+    let held = |datapath: &Datapath, direction| {
+        counted(datapath, NetnsCookie(0), direction, Answer::Refuse, Reason::PodUnknown)
+    };
+    // Below a class, and beside the classes.
+    for path in ["burstable/pod1", "pod2"] {
+        let gated = Gated::new(&node, path);
+        let server = gated.inside(|| node.serve("[::]:9080"));
+        // As a static pod has it: in the pods' cgroup, and in the node's namespace.
+        let of_node =
+            gated.inside(|| within(&node.peer, || TcpListener::bind("[::]:9080").expect("a server of the node")));
+        let until = Instant::now() + Duration::from_secs(20);
+        let open = || {
+            [format!("{PEER4}:9080"), format!("[{PEER6}]:9080")].iter().all(|to| node.dial_from_pod(to).is_ok())
+                && [format!("{POD4}:9080"), format!("[{POD6}]:9080")].iter().all(|to| node.dial_from_peer(to).is_ok())
+        };
+        while !open() {
+            assert!(Instant::now() < until, "nothing is attached yet, or this test shows nothing");
+        }
+        assert_eq!((gated.gets_out(), gated.gets_in()), ([true; 2], [true; 2]));
+        let mut before = node.dial_from_peer(&format!("{POD4}:9080")).expect("open");
+        let mut served = loop {
+            let (served, from) = server.accept().expect("accepted");
+            if from.port() == before.local_addr().expect("bound").port() {
+                break served;
+            }
+        };
+
+        let mut datapath = gated.load();
+        datapath.gate(Some(std::slice::from_ref(&gated.root))).expect("written");
+        assert_eq!((gated.gets_out(), gated.gets_in()), ([true; 2], [true; 2]), "nothing before it serves");
+        assert!(datapath.take_over().expect("attached").is_empty());
+        assert_eq!((gated.gets_out(), gated.gets_in()), ([false; 2], [false; 2]));
+        assert_eq!(held(&datapath, Direction::Outbound), 2, "each once");
+        assert!(held(&datapath, Direction::Inbound) >= 2, "each SYN");
+        // What goes on, what stays inside, and what is the node's.
+        before.write_all(b"on").expect("established");
+        served.read_exact(&mut [0; 2]).expect("established");
+        for to in ["127.0.0.1:9080", "[::1]:9080", "[::ffff:127.0.0.1]:9080"] {
+            gated.inside(|| node.dial_from_pod(to)).expect(to);
+        }
+        for to in [format!("{PEER4}:9080"), format!("[{PEER6}]:9080")] {
+            gated.inside(|| node.dial_from_peer(&to)).expect("a socket of the node's own namespace");
+        }
+        let sockets = &mut datapath.sockets().expect("the worker's maps");
+        let own =
+            gated.inside(|| within(&node.pod, || Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket")));
+        sockets.mark(&own).expect("marked");
+        let to: SocketAddr = format!("{PEER4}:9080").parse().expect("a literal");
+        gated.inside(|| own.connect(&to.into())).expect("the agent's own socket");
+        assert_eq!(held(&datapath, Direction::Outbound), 2, "none of these");
+
+        datapath.classify(&BTreeMap::from([(gated.pod, Class::Out)])).expect("written");
+        assert_eq!((gated.gets_out(), gated.gets_in()), ([true; 2], [true; 2]), "out of the mesh");
+        drop(datapath);
+        assert_eq!((gated.gets_out(), gated.gets_in()), ([true; 2], [true; 2]), "known, without an agent");
+        let later = Gated::new(&node, "besteffort/pod3");
+        assert_eq!(later.gets_out(), [false; 2], "unknown, without an agent");
+        drop(server);
+        let other = later.inside(|| node.serve("[::]:9080"));
+        assert_eq!(later.gets_in(), [false; 2], "unknown, without an agent");
+
+        // The next agent, which has not found the common cgroup: what its predecessor held is held by it.
+        let mut next = gated.load();
+        assert!(next.take_over().expect("attached").is_empty());
+        assert_eq!((later.gets_out(), later.gets_in()), ([false; 2], [false; 2]));
+        assert!(held(&next, Direction::Outbound) == 2 && held(&next, Direction::Inbound) >= 2, "by its own programs");
+        // --gate=open
+        next.gate(None).expect("detached");
+        assert_eq!((later.gets_out(), later.gets_in()), ([true; 2], [true; 2]), "open");
+        next.gate(Some(std::slice::from_ref(&gated.root))).expect("attached while it serves");
+        assert_eq!((later.gets_out(), later.gets_in()), ([false; 2], [false; 2]), "closed again");
+        fs::remove_file(node.bpffs.join("culvert/links").join(format!("gate4_{}", gated.root.id.0))).expect("unpinned");
+        let until = Instant::now() + Duration::from_secs(20);
+        while later.gets_out() != [false; 2]
+            || !node.bpffs.join(format!("culvert/links/gate4_{}", gated.root.id.0)).exists()
+        {
+            next.maintain();
+            assert!(Instant::now() < until, "a link that somebody removed is put back");
+            thread::sleep(Duration::from_millis(20));
+        }
+        next.gate(None).expect("detached");
+        drop((next, other, of_node));
+        remove_cgroups(&node.cgroup.join("kubepods"));
+    }
+}
+
+/// [K.4]: a pod of the mesh passes the gate only where the other programs know it: a namespace that it was given after the
+/// agent had gone is held.
+#[test]
+fn a_pod_of_the_mesh_passes_the_gate_where_it_is_captured() {
+    let node = Node::new();
+    let gated = Gated::new(&node, "burstable/pod1");
+    let _server = gated.inside(|| node.serve("[::]:9080"));
+    let mut datapath = gated.load();
+    datapath.gate(Some(std::slice::from_ref(&gated.root))).expect("written");
+    datapath.classify(&BTreeMap::from([(gated.pod, Class::In)])).expect("written");
+    assert!(datapath.take_over().expect("attached").is_empty());
+    let until = Instant::now() + Duration::from_secs(20);
+    while node.dial_from_pod(&format!("{PEER4}:1")).is_err_and(|error| error.kind() == ErrorKind::TimedOut) {
+        assert!(Instant::now() < until, "a fresh link");
+    }
+    assert_eq!((gated.gets_out(), gated.gets_in()), ([false; 2], [false; 2]), "in no other map");
+    let listener = node.enrol(&mut datapath, Mode::Permissive);
+    let _client = gated.inside(|| node.dial_from_pod("10.200.0.9:80")).expect("captured");
+    listener.accept().expect("the agent's listener gets it");
+    assert_eq!(gated.gets_in(), [true; 2], "judged, and passed");
+    // Refused by the next program: said once.
+    datapath.suspend(node.cookie).expect("written");
+    assert!(refused(gated.inside(|| node.dial_from_pod("10.200.0.9:80"))));
+    datapath.classify(&BTreeMap::new()).expect("written");
+    let error = gated.inside(|| node.dial_from_pod("10.200.0.9:80")).expect_err("held");
+    assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+    let pending = counted(&datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::EnrolmentPending);
+    assert_eq!(pending, 1, "what the gate has refused is not judged again");
+}
+
+/// Specification §3: refused UDP is an errno of the call, counted once and by destination; DNS and what stays in the pod goes on.
+/// A pod that the gate holds is treated so where the whole mesh is.
+#[test]
+fn refused_udp_is_an_errno() {
+    let node = Node::new();
+    let gated = Gated::new(&node, "burstable/pod1");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    datapath.guard(node.cookie, &[], true).expect("written");
+    let udp = |to: &str, connected: bool| {
+        let to: SocketAddr = to.parse().expect("a literal");
+        within(&node.pod, || {
+            let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
+            if connected {
+                socket.connect(to)?;
+                return socket.send(b"datagram");
+            }
+            socket.send_to(b"datagram", to)
+        })
+    };
+    let passes = |to: &str, connected: bool| match udp(to, connected) {
+        Ok(_) => true,
+        Err(error) => {
+            assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{to}: {error}");
+            false
+        }
+    };
+    let own4 = format!("{POD4}:8125");
+    let open = ["10.99.0.1:53", "[fd99::1]:53", "127.0.0.1:8125", "[::1]:8125", &own4];
+    // A target each, so that each is counted apart.
+    for connected in [false, true] {
+        for to in open {
+            assert!(passes(to, connected), "{to}");
+        }
+        for to in ["10.99.0.1:8125", "[fd99::1]:8125", "[::ffff:10.99.0.1]:8126"] {
+            assert!(!passes(to, connected), "{to}");
+        }
+    }
+    let refusals =
+        |datapath: &Datapath| counted(datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::UdpRefused);
+    assert_eq!(refusals(&datapath), 6);
+    let maps = inspect::read(datapath.pin_dir()).expect("read");
+    for (addr, port) in [("10.99.0.1", 8125), ("fd99::1", 8125), ("10.99.0.1", 8126)] {
+        let key = (Addr::from(addr.parse::<IpAddr>().expect("a literal")), port);
+        let counted = maps.udp_refusals.iter().find(|(known, _)| (known.addr, known.port) == key);
+        assert_eq!(counted.map(|(_, packets)| *packets), Some(2), "{key:?}");
+    }
+    datapath.ready(node.cookie, &policy(2, Mode::Permissive)).expect("generation 2");
+    assert!(passes("10.99.0.1:8125", false) && passes("10.99.0.1:8125", true), "allowed again");
+    datapath.ready(node.cookie, &PodPolicy { udp_refused: true, ..policy(3, Mode::Permissive) }).expect("generation 3");
+    assert!(!passes("10.99.0.1:8125", false));
+    // The next agent does not know the pod: refused like everything else.
+    let mut next = gated.load();
+    assert!(next.take_over().expect("attached").is_empty());
+    assert!(!passes("10.99.0.1:8125", false) && !passes("10.99.0.1:8125", true));
+    next.remove(node.cookie).expect("removed");
+    assert!(passes("10.99.0.1:8125", false) && passes("10.99.0.1:8125", true), "out of the mesh");
+
+    // At the gate: as the mesh says.
+    next.gate(Some(std::slice::from_ref(&gated.root))).expect("attached");
+    for connected in [false, true] {
+        assert!(gated.inside(|| passes("10.99.0.1:8125", connected)), "UDP is allowed");
+    }
+    next.refuse_udp(NetnsCookie(0), true).expect("written");
+    for connected in [false, true] {
+        assert!(!gated.inside(|| passes("10.99.0.1:8125", connected)) && passes("10.99.0.1:8125", connected), "held");
+        for to in open.iter().filter(|to| **to != own4) {
+            assert!(gated.inside(|| passes(to, connected)), "{to}");
+        }
+    }
+    next.classify(&BTreeMap::from([(gated.pod, Class::Out)])).expect("written");
+    assert!(gated.inside(|| passes("10.99.0.1:8125", false) && passes("10.99.0.1:8125", true)), "known");
 }
 
 /// [K.4]: enrolled but not ready, no listener, silent; each with its own reason, and recovery without touching the pod.

@@ -357,6 +357,30 @@ pub struct SettingsValue {
 }
 const _: () = assert!(size_of::<SettingsValue>() == 24);
 
+/// Value of `GATE`, by the id of a pod's cgroup: what an agent knows of the pod.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GateValue {
+    /// [`crate::gate::Class`].
+    pub class: u8,
+    /// Zero.
+    pub _pad: [u8; 7],
+}
+const _: () = assert!(size_of::<GateValue>() == 8);
+
+/// How many levels [`GateLevels`] has room for.
+pub const GATE_LEVELS: usize = 16;
+
+/// The one value of `GATE_LEVELS`: how deep the cgroups of pods lie.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GateLevels {
+    /// As `bpf_get_current_ancestor_cgroup_id` counts; those that are tried first come first. 0, the root of the hierarchy,
+    /// which is no pod's, ends them.
+    pub levels: [u8; GATE_LEVELS],
+}
+const _: () = assert!(size_of::<GateLevels>() == GATE_LEVELS);
+
 /// What an event tells.
 #[repr(u8)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -438,6 +462,8 @@ mod pod {
         VerdictKey,
         HeartbeatValue,
         SettingsValue,
+        GateValue,
+        GateLevels,
         Event,
     );
 }

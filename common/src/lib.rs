@@ -8,6 +8,7 @@
 
 pub mod addr;
 pub mod frame;
+pub mod gate;
 pub mod layout;
 pub mod verdict;
 

@@ -161,11 +161,13 @@ pub enum Reason {
     Protocol = 24,
     /// UDP, where the mesh or the pod says that it is refused (specification §3).
     UdpRefused = 25,
+    /// A pod that no agent has classified yet connects, or is connected to ([K.4]).
+    PodUnknown = 26,
 }
 
 impl Reason {
     /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::Captured,
         Self::TunnelPort,
         Self::NoAllowPolicies,
@@ -192,6 +194,7 @@ impl Reason {
         Self::HiddenHeader,
         Self::Protocol,
         Self::UdpRefused,
+        Self::PodUnknown,
     ];
 
     /// The word for logs, metrics and documents.
@@ -223,6 +226,7 @@ impl Reason {
             Self::HiddenHeader => "hidden-header",
             Self::Protocol => "protocol",
             Self::UdpRefused => "udp-refused",
+            Self::PodUnknown => "pod-unknown",
         }
     }
 

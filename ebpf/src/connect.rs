@@ -3,7 +3,7 @@
 
 use aya_ebpf::{
     bindings::bpf_sock,
-    helpers::{bpf_get_current_ancestor_cgroup_id, bpf_get_prandom_u32, bpf_set_retval},
+    helpers::{bpf_get_current_ancestor_cgroup_id, bpf_get_prandom_u32, bpf_get_retval, bpf_set_retval},
     programs::SockAddrContext,
 };
 use culvert_common::{
@@ -14,6 +14,7 @@ use crate::{
     context::{SOCK_STREAM, forget, inputs, netns_cookie, note, now_ns, pod, storage, word, words},
     maps::{POD_ADDRS, SETTINGS},
     report::{count, refused},
+    udp,
 };
 
 const ALLOW: i32 = 1;
@@ -23,27 +24,38 @@ const ECONNREFUSED: i32 = 111;
 /// One `connect` of any socket under the node's cgroup.
 #[inline(always)]
 pub(crate) fn connect(ctx: &SockAddrContext, v6: bool) -> i32 {
-    let raw = ctx.sock_addr;
-    // SAFETY: the verifier checks each access to the context.
-    let (kind, port, dst) = unsafe {
-        (
-            word(&raw const (*raw).type_),
-            u16::from_be(word(&raw const (*raw).user_port) as u16),
-            if v6 {
-                Addr::from_be32x4(words(&raw const (*raw).user_ip6))
-            } else {
-                Addr::from_be32(word(&raw const (*raw).user_ip4))
-            },
-        )
-    };
+    let (kind, dst, port) = asked(ctx, v6);
     // UDP and everything else that is no stream is not captured (specification §3).
     if kind != SOCK_STREAM {
+        return udp::judge(ctx, v6);
+    }
+    // SAFETY: the helper takes no argument.
+    if unsafe { bpf_get_retval() } < 0 {
+        // A program before this one refuses it, and has said why: the gate, or somebody else's. It stays refused.
         return ALLOW;
     }
     let cookie = netns_cookie(ctx);
     match pod(cookie) {
         Some(pod) => of_pod(ctx, &pod, cookie, v6, dst, port),
         None => of_node(ctx, cookie, dst),
+    }
+}
+
+/// The kind of a socket, and where it is to connect or to send.
+#[inline(always)]
+pub(crate) fn asked(ctx: &SockAddrContext, v6: bool) -> (u32, Addr, u16) {
+    let raw = ctx.sock_addr;
+    // SAFETY: the verifier checks each access to the context.
+    unsafe {
+        (
+            word(&raw const (*raw).type_),
+            if v6 {
+                Addr::from_be32x4(words(&raw const (*raw).user_ip6))
+            } else {
+                Addr::from_be32(word(&raw const (*raw).user_ip4))
+            },
+            u16::from_be(word(&raw const (*raw).user_port) as u16),
+        )
     }
 }
 
@@ -120,7 +132,7 @@ fn of_pod(ctx: &SockAddrContext, pod: &PodValue, cookie: u64, v6: bool, dst: Add
 }
 
 #[inline(always)]
-fn owns(cookie: u64, addr: Addr) -> bool {
+pub(crate) fn owns(cookie: u64, addr: Addr) -> bool {
     // SAFETY: the value is compared at once.
     unsafe { POD_ADDRS.get(addr) }.is_some_and(|owner| owner.netns_cookie == cookie)
 }

@@ -4,7 +4,7 @@
 //! socket that sent a frame stays with it until the node's stack takes it over, also across a veth.
 
 use aya_ebpf::{
-    bindings::{BPF_ANY, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    bindings::{TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::bpf_sk_fullsock,
     programs::TcContext,
 };
@@ -15,8 +15,9 @@ use culvert_common::{
 
 use crate::{
     context::{storage, word},
-    maps::{POD_ADDRS, UDP_REFUSALS, VETHS},
+    maps::{POD_ADDRS, VETHS},
     report::{count, refused},
+    udp::count_refusal,
 };
 
 /// EtherTypes (IANA).
@@ -92,7 +93,7 @@ pub(crate) fn run(ctx: &TcContext) -> i32 {
             TC_ACT_SHOT
         }
         Reason::UdpRefused => {
-            count_udp(&UdpKey { addr: head.dst, netns_cookie: cookie, port: packet.dport, _pad: [0; 6] });
+            count_refusal(&UdpKey { addr: head.dst, netns_cookie: cookie, port: packet.dport, _pad: [0; 6] });
             stop(cookie, reason)
         }
         _ => stop(cookie, reason),
@@ -202,17 +203,4 @@ fn verdict(reason: Reason) -> Verdict {
 fn stop(cookie: u64, reason: Reason) -> i32 {
     count(cookie, Direction::Outbound, &verdict(reason));
     TC_ACT_SHOT
-}
-
-#[inline(always)]
-fn count_udp(key: &UdpKey) {
-    match UDP_REFUSALS.get_ptr_mut(key) {
-        // SAFETY: the slot is eight aligned bytes of a map. Of two CPUs that count there at the same moment one is lost;
-        // `VERDICTS` has each.
-        Some(counter) => unsafe { *counter += 1 },
-        None => {
-            // What is lost in a race is in `VERDICTS`.
-            let _ = UDP_REFUSALS.insert(key, 1u64, BPF_ANY.into());
-        }
-    }
 }

@@ -3,13 +3,18 @@
 //! | program | hook | attached to | does |
 //! |---|---|---|---|
 //! | `connect4`, `connect6` | `cgroup/connect4`, `6` | the node's cgroup | captures or refuses a pod's connection; notes the kubelet's |
+//! | `send4`, `send6` | `cgroup/sendmsg4`, `6` | the node's cgroup | refuse a pod's UDP where that is wanted, as `connect4`, `6` do |
 //! | `peername4`, `peername6` | `cgroup/getpeername4`, `6` | the node's cgroup | shows the application who it really talks to |
 //! | `handshake` | `sock_ops` | the node's cgroup | carries what is known of a connection from one end to the other |
 //! | `inbound` | `sk_lookup` | each enrolled pod's network namespace | passes, refuses or hands over what arrives |
 //! | `leaving` | `tc` ingress | the node's end of each enrolled pod's veth | stops what leaves a pod without having been captured |
 //! | `judge` | `tc` | nothing | answers what `inbound` would decide, for whoever runs it |
+//! | `gate4`, `gate6` | `cgroup/connect4`, `6` | the pods' common cgroup | refuse pods that no agent knows yet |
+//! | `gate_send4`, `gate_send6` | `cgroup/sendmsg4`, `6` | the pods' common cgroup | refuse their UDP, where the mesh refuses it |
+//! | `gate_in` | `cgroup_skb/ingress` | the pods' common cgroup | drops what would connect to them |
 //!
-//! Only `leaving` runs per packet of an established connection; all that it does then is to look at the headers. What a connection deserves is decided by
+//! Only `leaving` and `gate_in` run per packet of an established connection; all that they do then is to look at the headers,
+//! and at the socket's state. What a connection deserves is decided by
 //! `culvert_common::decide`; the files here gather its inputs and carry out its answer.
 #![no_std]
 #![no_main]
@@ -17,6 +22,7 @@
 
 mod connect;
 mod context;
+mod gate;
 mod handshake;
 mod inbound;
 mod judge;
@@ -24,10 +30,11 @@ mod leaving;
 mod maps;
 mod peername;
 mod report;
+mod udp;
 
 use aya_ebpf::{
-    macros::{cgroup_sock_addr, classifier, sk_lookup, sock_ops},
-    programs::{SkLookupContext, SockAddrContext, SockOpsContext, TcContext},
+    macros::{cgroup_skb, cgroup_sock_addr, classifier, sk_lookup, sock_ops},
+    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockOpsContext, TcContext},
 };
 
 /// `cgroup/connect4`: 1 lets the connect go on, 0 refuses it with the errno that was set.
@@ -40,6 +47,18 @@ pub fn connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
     connect::connect(&ctx, true)
+}
+
+/// `cgroup/sendmsg4`, of UDP to an address: 1 lets it go on, 0 refuses it.
+#[cgroup_sock_addr(sendmsg4)]
+pub fn send4(ctx: SockAddrContext) -> i32 {
+    udp::judge(&ctx, false)
+}
+
+/// `cgroup/sendmsg6`; IPv4-mapped destinations come by `sendmsg4`.
+#[cgroup_sock_addr(sendmsg6)]
+pub fn send6(ctx: SockAddrContext) -> i32 {
+    udp::judge(&ctx, true)
 }
 
 /// `cgroup/getpeername4`, which `accept` goes through too. Must return 1.
@@ -79,6 +98,36 @@ pub fn leaving(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn judge(ctx: TcContext) -> i32 {
     judge::run(&ctx)
+}
+
+/// `cgroup/connect4` for pods: 1 lets the connect go on to `connect4`, 0 refuses it.
+#[cgroup_sock_addr(connect4)]
+pub fn gate4(ctx: SockAddrContext) -> i32 {
+    gate::connect(&ctx, false)
+}
+
+/// `cgroup/connect6` for pods.
+#[cgroup_sock_addr(connect6)]
+pub fn gate6(ctx: SockAddrContext) -> i32 {
+    gate::connect(&ctx, true)
+}
+
+/// `cgroup/sendmsg4` for pods.
+#[cgroup_sock_addr(sendmsg4)]
+pub fn gate_send4(ctx: SockAddrContext) -> i32 {
+    gate::send(&ctx, false)
+}
+
+/// `cgroup/sendmsg6` for pods.
+#[cgroup_sock_addr(sendmsg6)]
+pub fn gate_send6(ctx: SockAddrContext) -> i32 {
+    gate::send(&ctx, true)
+}
+
+/// `cgroup_skb/ingress` for pods: 1 lets the packet reach its socket, 0 drops it.
+#[cgroup_skb(ingress)]
+pub fn gate_in(ctx: SkBuffContext) -> i32 {
+    gate::arrive(&ctx)
 }
 
 /// Never reached: the verifier rejects a program that could panic.

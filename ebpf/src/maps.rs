@@ -6,9 +6,9 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use culvert_common::{
-    AuthorizationKey, AuthorizationValue, ClassValue, Event, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey,
-    ModeValue, PodAddrValue, PodValue, PortKey, SettingsValue, SocketValue, SourceKey, UdpKey, VerdictKey, VethValue,
-    addr::Addr,
+    AuthorizationKey, AuthorizationValue, ClassValue, Event, FlowKey, FlowValue, GateLevels, GateValue, HeartbeatValue,
+    ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue, PortKey, SettingsValue, SocketValue, SourceKey, UdpKey,
+    VerdictKey, VethValue, addr::Addr,
 };
 
 /// Allocates entries as they come: the kernel's memory follows what is used, and adding one can fail.
@@ -61,7 +61,12 @@ pub(crate) static SOCKETS: SkStorage<SocketValue> = SkStorage::new();
 #[btf_map]
 pub(crate) static VETHS: HashMap<u32, VethValue, 32768, ON_DEMAND> = HashMap::new();
 
-/// Packets of UDP that were refused, by pod and destination. `leaving` writes; the agent and `bpftool` read. When it is full
+/// Pods whose UDP is refused, by netns cookie, and 0 for those that the gate holds; the value is 1. The agent writes; `connect`,
+/// `udp` and `gate` read. One that does not fit is not enrolled.
+#[btf_map]
+pub(crate) static UDP_PODS: HashMap<u64, u32, 16385, ON_DEMAND> = HashMap::new();
+
+/// Packets of UDP that were refused, by pod and destination. `leaving` and `udp` write; the agent and `bpftool` read. When it is full
 /// the destination that was asked for least recently is forgotten; `VERDICTS` still has the sum.
 #[btf_map]
 pub(crate) static UDP_REFUSALS: LruHashMap<UdpKey, u64, 8192> = LruHashMap::new();
@@ -77,6 +82,19 @@ pub(crate) static HEARTBEAT: Array<HeartbeatValue, 1> = Array::new();
 /// Facts about the node. The agent writes.
 #[btf_map]
 pub(crate) static SETTINGS: Array<SettingsValue, 1> = Array::new();
+
+/// What the agent knows of pods, by the id of their cgroups, which is not used again. The agent writes; `gate4`, `gate6` and
+/// `gate_in` read. Twice the pods of `PODS`, since pods outside the mesh are here too; one that does not fit stays refused.
+#[btf_map]
+pub(crate) static GATE: HashMap<u64, GateValue, 32768, ON_DEMAND> = HashMap::new();
+
+/// How deep the cgroups of pods lie. The agent writes.
+#[btf_map]
+pub(crate) static GATE_LEVELS: Array<GateLevels, 1> = Array::new();
+
+/// The node's own addresses; the value is 1. The agent writes; `gate_in` reads. Some for each device of the node.
+#[btf_map]
+pub(crate) static NODE_ADDRS: HashMap<Addr, u32, 16384, ON_DEMAND> = HashMap::new();
 
 /// Refusals and ends of connections that no process of the agent saw; bytes. When it is full the event is lost and the
 /// counter in `VERDICTS` still stands.

@@ -14,7 +14,7 @@ use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, bui
 use serde_json::Value;
 
 /// Maps of which `bpftool` can show whole entries; of the others it shows only the keys, or nothing.
-const SHOWN: [&str; 12] = [
+const SHOWN: [&str; 16] = [
     "PODS",
     "POD_ADDRS",
     "MODES",
@@ -23,10 +23,14 @@ const SHOWN: [&str; 12] = [
     "AUTHORIZATION",
     "FLOWS",
     "VETHS",
+    "UDP_PODS",
     "UDP_REFUSALS",
     "VERDICTS",
     "HEARTBEAT",
     "SETTINGS",
+    "GATE",
+    "GATE_LEVELS",
+    "NODE_ADDRS",
 ];
 /// A port whose connections are dropped, so that a handshake lasts.
 const QUIET: u16 = 4444;

@@ -228,16 +228,18 @@ fn a_borrowed_address_connects_nowhere() -> Result<()> {
     Ok(())
 }
 
-/// Specification §3: UDP passes unless the mesh or the pod says otherwise; then it is counted by destination, and only DNS
-/// is left.
+/// Specification §3: UDP passes unless the mesh or the pod says otherwise; then the application gets an errno, it is counted
+/// once, by destination, and only DNS is left. What was connected before is stopped where it comes into the node.
 #[test]
 fn udp_is_refused_where_the_mesh_or_the_pod_says_so() -> Result<()> {
     let sandbox = mesh("escape-udp", &["--udp", "refuse"])?;
     let link = sandbox.capture()?;
     let legacy = sandbox.pod("test/legacy")?.clone();
+    let send = |pod: &str, way: Way, port: u16, marker: &str, family| {
+        attack(&sandbox, &sandbox.pod(pod)?.place, way, legacy.at(family, port), marker, &[])
+    };
     let sent = |pod: &str, port: u16, marker: &str, family| -> Result<()> {
-        let place = &sandbox.pod(pod)?.place;
-        let got = attack(&sandbox, place, Way::Udp, legacy.at(family, port), marker, &[])?;
+        let got = send(pod, Way::Udp, port, marker, family)?;
         ensure!(got.outcome == "sent", "{got:?}");
         Ok(())
     };
@@ -246,8 +248,17 @@ fn udp_is_refused_where_the_mesh_or_the_pod_says_so() -> Result<()> {
             Ok(link.contains(marker.as_bytes())?.then_some(()))
         })
     };
+    let packets = |family| -> Result<u64> {
+        let maps = inspect::read(&sandbox.pin_dir(Node::A).join(format!("v{LAYOUT_VERSION}")))?;
+        let to = legacy.at(family, 8125);
+        let counted = maps.udp_refusals.iter().find(|(key, _)| (key.addr.ip(), key.port) == (to.ip(), to.port()));
+        Ok(counted.map_or(0, |(_, packets)| *packets))
+    };
     for family in [Family::V4, Family::V6] {
-        sent("test/client", 8125, "refused-datagram", family)?;
+        for way in [Way::Udp, Way::UdpConnected] {
+            let got = send("test/client", way, 8125, "refused-datagram", family)?;
+            ensure!(got.failure == Some(Failure::NotPermitted), "{way:?} {family:?}: {got:?}");
+        }
         sent("test/client", 53, &format!("a-name-please-{family:?}"), family)?;
         sent("test/free", 8125, &format!("allowed-datagram-{family:?}"), family)?;
         // By the order on one device: what was sent before has been judged.
@@ -255,22 +266,35 @@ fn udp_is_refused_where_the_mesh_or_the_pod_says_so() -> Result<()> {
         arrives(&format!("allowed-datagram-{family:?}"))?;
     }
     ensure!(!link.contains(b"refused-datagram")?, "readable on the link");
-    ensure!(counted(&sandbox, Answer::Refuse, Reason::UdpRefused)? == 2, "both are counted");
-    let maps = inspect::read(&sandbox.pin_dir(Node::A).join(format!("v{LAYOUT_VERSION}")))?;
-    for family in [Family::V4, Family::V6] {
-        let to = legacy.at(family, 8125);
-        let counted = maps.udp_refusals.iter().find(|(key, _)| (key.addr.ip(), key.port) == (to.ip(), to.port()));
-        ensure!(counted.is_some_and(|(_, packets)| *packets == 1), "{to}: {:?}", maps.udp_refusals);
-    }
-    // The pod's label counts while it runs.
+    ensure!(counted(&sandbox, Answer::Refuse, Reason::UdpRefused)? == 4, "each is counted once");
+    ensure!((packets(Family::V4)?, packets(Family::V6)?) == (2, 2), "each is counted once by its destination");
+
+    // The pod's label counts while it runs; a socket that was connected before is no exception.
+    let free = sandbox.pod("test/free")?.clone();
+    let connected = free.place.inside(|| {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+        socket.connect(legacy.at(Family::V4, 8125))?;
+        Ok(socket)
+    })?;
+    connected.send(b"an-early-datagram")?;
+    arrives("an-early-datagram")?;
     let file = "pod-test-free.yaml";
     let text = fs::read_to_string(sandbox.manifests().path().join(file))?;
     ensure!(text.contains("culvert.io/udp: \"allow\""), "{text}");
     sandbox.manifests().apply(file, &text.replace("culvert.io/udp: \"allow\"", "culvert.io/udp: \"refuse\""))?;
     command::wait_for("the pod's UDP is refused", SOON * patience(), || {
-        sent("test/free", 8125, "a-late-datagram", Family::V4)?;
-        Ok((counted(&sandbox, Answer::Refuse, Reason::UdpRefused)? > 2).then_some(()))
+        let got = send("test/free", Way::Udp, 8125, "a-late-datagram", Family::V4)?;
+        Ok((got.failure == Some(Failure::NotPermitted)).then_some(()))
     })?;
+    let before = counted(&sandbox, Answer::Refuse, Reason::UdpRefused)?;
+    // What nobody listened for has come back as an error, which the next call gets.
+    command::wait_for("it is sent", SOON * patience(), || {
+        Ok(connected.send(b"a-connected-datagram").is_ok().then_some(()))
+    })?;
+    command::wait_for("it is stopped and counted", SOON * patience(), || {
+        Ok((counted(&sandbox, Answer::Refuse, Reason::UdpRefused)? == before + 1).then_some(()))
+    })?;
+    ensure!(!link.contains(b"a-connected-datagram")?, "readable on the link");
     Ok(())
 }
 

@@ -40,7 +40,7 @@ pub struct Dump {
     pub missing: Vec<String>,
     /// By namespace, name and UID.
     pub workloads: Vec<WorkloadDump>,
-    /// Pods that run on this node and that no object of the source describes: they are left alone.
+    /// Pods that run on this node and that no object of the source describes: the gate holds them, unless it is open.
     pub unknown_pods: Vec<UnknownPod>,
     /// By namespace and name.
     pub services: Vec<ServiceDump>,

@@ -171,6 +171,13 @@ pub const SETTINGS: &[Setting] = &[
                cannot pass by the mesh; off saves a look at the headers of each packet",
     },
     Setting {
+        name: "gate",
+        value: "closed|open",
+        default: Some("closed"),
+        help: "Whether pods that no agent knows yet are held: they neither connect nor are connected to, also while no agent \
+               runs; open lets them pass by the mesh until an agent has enrolled them",
+    },
+    Setting {
         name: "otlp-endpoint",
         value: "URL",
         default: None,
@@ -267,6 +274,8 @@ pub struct Config {
     pub udp_refused: bool,
     /// `--veth-filter`
     pub veth_filter: bool,
+    /// `--gate`: whether it is open.
+    pub gate_open: bool,
     /// `--otlp-endpoint`
     pub otlp_endpoint: Option<String>,
     /// `--drain-deadline`
@@ -403,6 +412,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let refuse_mismatch = values.parse("identity-mismatch", |text| one_of(text, ["allow", "refuse"]));
     let udp_refused = values.parse("udp", |text| one_of(text, ["allow", "refuse"]));
     let veth_filter = values.parse("veth-filter", |text| one_of(text, ["off", "on"]));
+    let gate_open = values.parse("gate", |text| one_of(text, ["closed", "open"]));
     let otlp_endpoint = values.parse("otlp-endpoint", trace::endpoint);
     let drain_deadline = values.duration("drain-deadline");
     let max_open_files = values.parse("max-open-files", |text| number(text, 64));
@@ -433,6 +443,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             refuse_mismatch: refuse_mismatch?,
             udp_refused: udp_refused?,
             veth_filter: veth_filter?,
+            gate_open: gate_open?,
             otlp_endpoint,
             drain_deadline: drain_deadline?,
             limits: limits?,

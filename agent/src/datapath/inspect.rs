@@ -6,8 +6,8 @@ use std::{collections::BTreeMap, path::Path};
 use anyhow::Context as _;
 use aya::maps::{Array, HashMap as BpfHashMap, LpmTrie, Map, MapData, MapInfo, MapType, PerCpuHashMap, SockHash};
 use culvert_common::{
-    Addr, AuthorizationKey, AuthorizationValue, ClassValue, FlowKey, FlowValue, HeartbeatValue, ListenerKey, ModeKey,
-    ModeValue, PodAddrValue, PodValue, PortKey, SettingsValue, SourceKey, UdpKey, VerdictKey, VethValue,
+    Addr, AuthorizationKey, AuthorizationValue, ClassValue, FlowKey, FlowValue, GateValue, HeartbeatValue, ListenerKey,
+    ModeKey, ModeValue, PodAddrValue, PodValue, PortKey, SettingsValue, SourceKey, UdpKey, VerdictKey, VethValue,
 };
 
 use super::MAPS;
@@ -33,10 +33,16 @@ pub struct Content {
     pub listeners: BTreeMap<u64, usize>,
     /// `VETHS`, by index of the device.
     pub veths: BTreeMap<u32, VethValue>,
+    /// `UDP_PODS`, by netns cookie.
+    pub udp_pods: BTreeMap<u64, u32>,
     /// `UDP_REFUSALS`: packets.
     pub udp_refusals: BTreeMap<UdpKey, u64>,
     /// `VERDICTS`, summed over the CPUs.
     pub verdicts: BTreeMap<VerdictKey, u64>,
+    /// `GATE`, by the id of the pod's cgroup.
+    pub gate: BTreeMap<u64, GateValue>,
+    /// `NODE_ADDRS`.
+    pub node_addrs: BTreeMap<Addr, u32>,
     /// `HEARTBEAT`.
     pub heartbeat: HeartbeatValue,
     /// `SETTINGS`.
@@ -68,6 +74,9 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
         ports: hash(dir, "PORTS")?,
         authorization: hash(dir, "AUTHORIZATION")?,
         veths: hash(dir, "VETHS")?,
+        udp_pods: hash(dir, "UDP_PODS")?,
+        gate: hash(dir, "GATE")?,
+        node_addrs: hash(dir, "NODE_ADDRS")?,
         ..Content::default()
     };
     let sources: LpmTrie<MapData, SourceKey, ClassValue> = Map::LpmTrie(open(dir, "SOURCES")?).try_into()?;
@@ -97,9 +106,12 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
             "LISTENERS" => Some(content.listeners.values().sum()),
             "FLOWS" => Some(flows),
             "VETHS" => Some(content.veths.len()),
+            "UDP_PODS" => Some(content.udp_pods.len()),
             "UDP_REFUSALS" => Some(content.udp_refusals.len()),
             "VERDICTS" => Some(content.verdicts.len()),
-            "HEARTBEAT" | "SETTINGS" => Some(1),
+            "GATE" => Some(content.gate.len()),
+            "NODE_ADDRS" => Some(content.node_addrs.len()),
+            "HEARTBEAT" | "SETTINGS" | "GATE_LEVELS" => Some(1),
             _ => None,
         };
         let capacity = match info.map_type() {

@@ -40,6 +40,7 @@ impl Datapath {
             fill("LISTENERS", self.listeners.keys().count(), self.listeners.map())?,
             fill("FLOWS", flows.keys().count(), flows.map())?,
             fill("VETHS", self.veths.keys().count(), self.veths.map())?,
+            fill("GATE", self.gate.classes(), self.gate.map())?,
             fill("VERDICTS", self.verdicts.keys().count(), self.verdicts.map())?,
         ])
     }

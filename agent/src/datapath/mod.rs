@@ -23,7 +23,7 @@ use anyhow::{Context as _, anyhow};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap as BpfHashMap, Map, MapData, MapError, PerCpuHashMap, RingBuf, SkStorage, SockHash},
-    programs::{CgroupSockAddr, SchedClassifier, SkLookup, SockOps},
+    programs::{CgroupSkb, CgroupSockAddr, SchedClassifier, SkLookup, SockOps},
 };
 use aya_log::EbpfLogger;
 use culvert_common::{
@@ -33,6 +33,7 @@ use culvert_common::{
 };
 use tracing::warn;
 
+mod gate;
 pub mod inspect;
 mod judge;
 pub mod measure;
@@ -51,7 +52,7 @@ use tables::Tables;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert"));
 
 /// The maps, by the names that they have in the object, in the pin directory and in `bpftool`.
-const MAPS: [&str; 15] = [
+const MAPS: [&str; 19] = [
     "PODS",
     "POD_ADDRS",
     "MODES",
@@ -62,10 +63,14 @@ const MAPS: [&str; 15] = [
     "FLOWS",
     "SOCKETS",
     "VETHS",
+    "UDP_PODS",
     "UDP_REFUSALS",
     "VERDICTS",
     "HEARTBEAT",
     "SETTINGS",
+    "GATE",
+    "GATE_LEVELS",
+    "NODE_ADDRS",
     "EVENTS",
 ];
 
@@ -79,13 +84,15 @@ const NEXT: &str = "next";
 const POD_LINK: &str = "inbound_";
 
 /// The programs that are attached to the node's cgroup; the name of the program is the name of its pinned link.
-const CGROUP_PROGRAMS: [(&str, AttachType); 5] = [
+const CGROUP_PROGRAMS: [(&str, AttachType); 7] = [
     // The handshake first: a connection that is captured without it would find nothing recorded, and be refused.
     ("handshake", AttachType::SockOps),
     ("peername4", AttachType::Getpeername4),
     ("peername6", AttachType::Getpeername6),
     ("connect4", AttachType::Connect4),
     ("connect6", AttachType::Connect6),
+    ("send4", AttachType::UdpSendmsg4),
+    ("send6", AttachType::UdpSendmsg6),
 ];
 
 /// How long entries of a replaced generation stay: verdicts that began with it must still find them.
@@ -199,10 +206,12 @@ pub struct Datapath {
     modes: BpfHashMap<MapData, ModeKey, ModeValue>,
     listeners: SockHash<MapData, ListenerKey>,
     veths: BpfHashMap<MapData, u32, VethValue>,
+    udp_pods: BpfHashMap<MapData, u64, u32>,
     verdicts: PerCpuHashMap<MapData, VerdictKey, u64>,
     heartbeat: Array<MapData, HeartbeatValue>,
     settings: Array<MapData, SettingsValue>,
     tables: Tables,
+    gate: gate::Gate,
     retired: Vec<(Instant, ModeKey)>,
     /// What did not fit into the kernel: tried again when there is room.
     without_room: BTreeMap<NetnsCookie, PodPolicy>,
@@ -250,9 +259,11 @@ impl Datapath {
             )?,
             listeners: typed(&mut ebpf, "LISTENERS")?,
             veths: typed(&mut ebpf, "VETHS")?,
+            udp_pods: typed(&mut ebpf, "UDP_PODS")?,
             verdicts: typed(&mut ebpf, "VERDICTS")?,
             heartbeat: typed(&mut ebpf, "HEARTBEAT")?,
             settings: typed(&mut ebpf, "SETTINGS")?,
+            gate: gate::Gate::new(&mut ebpf, &dir.join("GATE"))?,
             ebpf,
             logger,
             dir,
@@ -311,6 +322,8 @@ impl Datapath {
         for (name, kind) in CGROUP_PROGRAMS {
             self.attach_to_cgroup(name, kind)?;
         }
+        self.attach_gate()?;
+        self.gate.serves();
         for map in MAPS.iter().filter(|map| !SHARED.contains(map)) {
             let (from, to) = (self.dir.join(NEXT).join(map), self.dir.join(map));
             fs::rename(&from, &to).with_context(|| format!("move {} to {}", from.display(), to.display()))?;
@@ -373,6 +386,11 @@ impl Datapath {
         self.write_addrs(cookie, ips)
     }
 
+    /// Whether a prepared pod has its inbound program, or is to get it when this agent takes over.
+    pub fn has_inbound(&self, cookie: NetnsCookie) -> bool {
+        self.owner.part() == Part::Preparing || sys::open_pinned(&self.pod_link(cookie)).is_ok()
+    }
+
     fn attach_pod(&self, cookie: NetnsCookie) -> anyhow::Result<()> {
         let Some(netns) = self.pod_netns.get(&cookie) else { return Ok(()) };
         let inode = netns_inode(netns.as_fd())?;
@@ -417,7 +435,7 @@ impl Datapath {
     pub fn ready(&mut self, cookie: NetnsCookie, policy: &PodPolicy) -> anyhow::Result<()> {
         let before =
             self.pod(cookie)?.ok_or_else(|| anyhow!("pod of namespace cookie {} was not prepared", cookie.0))?;
-        self.write_veths(cookie, policy.udp_refused)?;
+        self.refuse_udp(cookie, policy.udp_refused)?;
         let old: Vec<ModeKey> = self.mode_keys(cookie, |key| key.generation != policy.generation);
         let same_generation = before.state == PodState::Ready as u8 && before.generation == policy.generation;
         let table = match &policy.plaintext {
@@ -474,6 +492,19 @@ impl Datapath {
         }
     }
 
+    /// Says whether UDP of a pod is refused, but for DNS; of pods that the gate holds, by cookie 0.
+    ///
+    /// # Errors
+    /// A full map.
+    pub fn refuse_udp(&mut self, cookie: NetnsCookie, refused: bool) -> anyhow::Result<()> {
+        if refused {
+            self.udp_pods.insert(cookie.0, 1, 0).context("write UDP_PODS (the map holds 16384 pods)")?;
+        } else {
+            ignore_missing(self.udp_pods.remove(&cookie.0)).context("remove from UDP_PODS")?;
+        }
+        self.write_veths(cookie, refused)
+    }
+
     /// Refuses a pod's traffic from now on, without forgetting it.
     ///
     /// # Errors
@@ -503,6 +534,7 @@ impl Datapath {
         result = result.and(ignore_missing(self.pods.remove(&cookie.0)).context("remove from PODS"));
         self.tables.switch(cookie, 0);
         self.without_room.remove(&cookie);
+        result = result.and(ignore_missing(self.udp_pods.remove(&cookie.0)).context("remove from UDP_PODS"));
         for addr in addrs {
             result = result.and(ignore_missing(self.addrs.remove(&addr)).context("remove from POD_ADDRS"));
         }
@@ -690,6 +722,7 @@ impl Datapath {
                     if self.pod(cookie)?.is_none() {
                         let (state, mode) = (PodState::Pending as u8, Mode::Missing as u8);
                         self.write_pod(cookie, &PodValue { state, mode, ..PodValue::default() })?;
+                        self.refuse_udp(cookie, true)?;
                     }
                     sys::link_update(link.as_fd(), program_fd(&self.ebpf, "inbound")?)
                         .with_context(|| format!("replace the program of {}", path.display()))?;
@@ -717,7 +750,8 @@ impl Datapath {
         let attached = self
             .pod_netns
             .keys()
-            .fold(attached, |result, cookie| result.and(self.attach_pod(*cookie)).and(self.attach_veths(*cookie)));
+            .fold(attached, |result, cookie| result.and(self.attach_pod(*cookie)).and(self.attach_veths(*cookie)))
+            .and(self.attach_gate());
         match attached {
             Ok(()) => warn!(links = foreign, "took links back that another agent had changed, or somebody removed"),
             Err(error) => {
@@ -737,6 +771,7 @@ impl Datapath {
         CGROUP_PROGRAMS.iter().filter(|(name, _)| !ours(&links.join(name), name)).count()
             + self.pod_netns.keys().filter(|cookie| !ours(&self.pod_link(**cookie), "inbound")).count()
             + self.foreign_veths()
+            + self.foreign_gates()
     }
 
     /// Removes what agents of other layouts have pinned: their maps, and links of their own if they had them elsewhere.
@@ -898,10 +933,23 @@ fn remove_pins(dir: &Path) -> io::Result<()> {
 }
 
 fn load_programs(ebpf: &mut Ebpf) -> anyhow::Result<()> {
-    for name in ["connect4", "connect6", "peername4", "peername6"] {
+    for name in [
+        "connect4",
+        "connect6",
+        "peername4",
+        "peername6",
+        "send4",
+        "send6",
+        "gate4",
+        "gate6",
+        "gate_send4",
+        "gate_send6",
+    ] {
         let program: &mut CgroupSockAddr = program(ebpf, name)?;
         program.load().with_context(|| format!("the kernel refused program {name}"))?;
     }
+    let gate_in: &mut CgroupSkb = program(ebpf, "gate_in")?;
+    gate_in.load().context("the kernel refused program gate_in")?;
     let handshake: &mut SockOps = program(ebpf, "handshake")?;
     handshake.load().context("the kernel refused program handshake")?;
     let inbound: &mut SkLookup = program(ebpf, "inbound")?;

@@ -22,9 +22,12 @@ const BPF_LINK_DETACH: libc::c_long = 34;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum AttachType {
+    SkbIngress = 0,
     SockOps = 3,
     Connect4 = 10,
     Connect6 = 11,
+    UdpSendmsg4 = 14,
+    UdpSendmsg6 = 15,
     Getpeername4 = 29,
     Getpeername6 = 30,
     SkLookup = 36,

@@ -45,7 +45,7 @@ impl Datapath {
     /// A full map or a failed attachment.
     pub fn guard(&mut self, cookie: NetnsCookie, veths: &[u32], udp_refused: bool) -> anyhow::Result<()> {
         self.pod_veths.insert(cookie, veths.to_vec());
-        self.write_veths(cookie, udp_refused)?;
+        self.refuse_udp(cookie, udp_refused)?;
         if self.owner.part() == Part::Serving { self.attach_veths(cookie) } else { Ok(()) }
     }
 

@@ -1,5 +1,5 @@
 //! Enters a network namespace and comes back; [`sock_diag`] lists, reads and destroys the sockets in it, [`route`] finds its
-//! devices.
+//! devices, [`addresses`] its addresses.
 //!
 //! Which namespace is whose, and what is done inside, is the caller's business.
 //!
@@ -21,6 +21,7 @@ use std::{
 
 use nix::sched::{CloneFlags, setns};
 
+pub mod addresses;
 pub mod route;
 pub mod sock_diag;
 

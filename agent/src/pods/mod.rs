@@ -69,6 +69,9 @@ pub struct Config {
 pub struct Node {
     /// Its pods.
     pub pods: BTreeMap<PodUid, Arc<NodePod>>,
+    /// Every directory of a pod: also those in which no process lives yet. The kubelet makes it before anything of the pod
+    /// runs.
+    pub dirs: BTreeMap<CgroupId, PodUid>,
     /// The common parents of pods, usually one: where programs that speak for all pods are attached.
     pub roots: Vec<CgroupDir>,
     /// The kubelet's cgroup. A restart of the kubelet makes a new one, with a new id.
@@ -95,6 +98,18 @@ pub enum PodNetwork {
     Host,
     /// A namespace of its own, kept open; its cookie has been read.
     Own(Arc<NetnsHandle>),
+}
+
+impl Node {
+    /// The directories of the pod that this process lives in: one, or none for an agent that is no pod. Asks every pod's.
+    pub fn own_dirs(&self) -> Vec<CgroupId> {
+        // Seen from the pid namespace that this process is in, whichever that is.
+        let own = std::process::id();
+        let lives_in = |pod: &&Arc<NodePod>| {
+            cgroup::members(&pod.cgroup.path).is_ok_and(|all| all.iter().any(|member| member.pid == own))
+        };
+        self.pods.values().filter(lives_in).map(|pod| pod.cgroup.id).collect()
+    }
 }
 
 /// The thread that watches. Dropping it stops and joins the thread.

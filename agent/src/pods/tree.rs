@@ -253,7 +253,9 @@ impl Tree {
         let roots = self.dirs.iter().filter(|(_, dir)| dir.role == Role::Root);
         let roots =
             roots.map(|(path, dir)| CgroupDir { path: path.clone(), id: dir.id, level: self.hierarchy.level(path) });
-        Node { pods, roots: roots.collect(), kubelet: self.kubelet.clone() }
+        let dirs = self.dirs.iter().filter(|(_, dir)| dir.role == Role::Pod);
+        let dirs = dirs.filter_map(|(path, dir)| Some((dir.id, pod_uid(path.file_name()?.to_str()?)?)));
+        Node { pods, dirs: dirs.collect(), roots: roots.collect(), kubelet: self.kubelet.clone() }
     }
 
     /// Forgets all directories and reads the tree as if for the first time; known namespaces are kept.

@@ -117,6 +117,11 @@ pub const METRICS: &[Metric] = &[
         &[],
     ),
     gauge(
+        "culvert_gated_pods",
+        "Pods of this node that the gate holds, because it is not known yet whether they are in the mesh",
+        &[],
+    ),
+    gauge(
         "culvert_unaccounted_connections",
         "Established TCP sockets of enrolled pods that are neither the mesh's nor exempt, by the last capture proof",
         &[],
@@ -191,6 +196,8 @@ pub struct Node {
     pub failed: usize,
     /// Pods whose plaintext the agent judges.
     pub judged_by_agent: usize,
+    /// Pods that the gate holds.
+    pub held: usize,
     /// Established sockets that the last capture proof could not account for.
     pub strays: usize,
     /// Identities, and the second since the epoch at which each one's certificate ends.
@@ -459,6 +466,7 @@ fn of_node(samples: &mut Samples, node: &Node) {
     samples.one("culvert_enrolled_pods", node.enrolled as f64);
     samples.one("culvert_enrolment_failures", node.failed as f64);
     samples.one("culvert_pods_judged_by_agent", node.judged_by_agent as f64);
+    samples.one("culvert_gated_pods", node.held as f64);
     samples.one("culvert_unaccounted_connections", node.strays as f64);
     for map in &node.maps {
         let labels = || vec![("map", Cow::from(map.name))];

@@ -44,6 +44,8 @@ pub enum Way {
     Sctp,
     /// A UDP socket.
     Udp,
+    /// A UDP socket that is connected first.
+    UdpConnected,
     /// A raw IP socket that sends a SYN.
     RawSyn,
     /// A packet socket that sends a SYN.
@@ -171,6 +173,12 @@ fn go(attack: &Attack) -> io::Result<&'static str> {
         Way::UdpLite => {
             let socket = Socket::new(family, libc::SOCK_DGRAM, IPPROTO_UDPLITE)?;
             socket.send_to(attack.marker.as_bytes(), 0, to)?;
+            Ok("sent")
+        }
+        Way::UdpConnected => {
+            let socket = UdpSocket::bind(if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" })?;
+            socket.connect(to)?;
+            socket.send(attack.marker.as_bytes())?;
             Ok("sent")
         }
         Way::Udp => {

@@ -80,6 +80,9 @@ pub(super) fn general(reason: &str) -> &'static str {
             "nothing, once the policy has arrived that is referred to; until then the agent's log names it"
         }
         "loop" => "connect to the application's port: 15001, 15006 and 15008 are the mesh's own",
+        "pod-unknown" => {
+            "wait until the agent knows the pod; its log names pods that it holds and says why (--gate=open lets them pass)"
+        }
         "enrolment-pending" => "wait until the pod is in the mesh; culvert workloads -o wide says what keeps it out",
         "agent-silent" => "nothing, once the agent moves again; its log of that moment says why it did not",
         "no-listener" => "nothing, once an agent serves the pod; the agent's log of that moment says why none did",
