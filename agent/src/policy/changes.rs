@@ -73,7 +73,8 @@ fn differing<'m, K: Ord, T>(old: &'m BTreeMap<K, Arc<T>>, new: &'m BTreeMap<K, A
                 new.next();
                 return Some(to.0);
             }
-            (old.next(), new.next());
+            old.next();
+            new.next();
             if !Arc::ptr_eq(from.1, to.1) {
                 return Some(to.0);
             }

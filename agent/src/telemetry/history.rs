@@ -2,7 +2,7 @@
 //!
 //! A worker, and the thread that tells what the kernel did, note into their own [`Shard`](super::open::Shard), under a
 //! lock that nobody else holds for longer than it takes to empty it; a connection that is refused nowhere, and comes by
-//! a tunnel, notes nothing. [`History`] gathers all shards several times a second, or when one is full, and keeps the most
+//! a tunnel, notes nothing. `History` gathers all shards several times a second, or when one is full, and keeps the most
 //! recent ones.
 //!
 //! # Memory

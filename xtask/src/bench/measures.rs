@@ -12,6 +12,8 @@ use super::Peer;
 use super::session::{FAR, NEAR, Session, Tools, elsewhere, policies};
 
 pub(super) type Figures = BTreeMap<&'static str, f64>;
+/// Measures in a session.
+pub(super) type Take = fn(&Session<'_>) -> Result<Figures>;
 
 /// Workloads of the large configuration.
 pub(super) const WORKLOADS: usize = 50_000;
@@ -35,20 +37,20 @@ pub(super) struct Measure {
 #[derive(Clone, Copy)]
 pub(super) enum Scope {
     /// In a session that others use before and after.
-    Shared(fn(&Session<'_>) -> Result<Figures>),
+    Shared(Take),
     /// The same, and it cannot be done twice in one.
-    Once(fn(&Session<'_>) -> Result<Figures>),
+    Once(Take),
     /// In sessions of its own; `None` where it means nothing for the peer.
     Own(fn(Peer, &Tools) -> Result<Option<Figures>>),
 }
 
 impl Measure {
-    const fn shared_as(name: &'static str, take: fn(&Session<'_>) -> Result<Figures>) -> Self {
+    const fn shared_as(name: &'static str, take: Take) -> Self {
         Self { name, scope: Scope::Shared(take) }
     }
 
     /// What is to be done in a session that others use too, and whether it can be done again.
-    pub(super) fn shared(&self) -> Option<(fn(&Session<'_>) -> Result<Figures>, bool)> {
+    pub(super) fn shared(&self) -> Option<(Take, bool)> {
         match self.scope {
             Scope::Shared(take) => Some((take, true)),
             Scope::Once(take) => Some((take, false)),

@@ -288,7 +288,7 @@ pub(super) fn policies(count: usize, namespaces: usize) -> Result<String> {
                 nth % 1000
             )
         };
-        write!(out, "{}  mtls: {{mode: STRICT}}\n", of("PeerAuthentication"))?;
+        writeln!(out, "{}  mtls: {{mode: STRICT}}", of("PeerAuthentication"))?;
         writeln!(
             out,
             "{}  rules: [{{from: [{{source: {{principals: [cluster.local/ns/{namespace}/sa/elsewhere-{}]}}}}]}}]",
