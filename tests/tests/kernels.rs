@@ -62,7 +62,7 @@ const MODULES: [&str; 15] = [
 
 fn supports(kernel: Kernel) -> Result<()> {
     let unpacked = kernel.unpacked()?;
-    let mut guest = Guest::new(SCRIPT).limit(Duration::from_secs(480));
+    let mut guest = Guest::new(SCRIPT).limit(Duration::from_secs(900));
     let mut listed = Vec::new();
     for (name, package, target) in SUITES {
         let program = test_program(package, target)?;
