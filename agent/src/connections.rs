@@ -173,6 +173,7 @@ impl Passed {
         let now = Instant::now();
         self.limiter.tell(now);
         self.closed_by_us.retain(|_, (at, _)| now.duration_since(*at) < KEEP_REASON);
+        let mut overtaken: BTreeMap<NetnsCookie, (&ServedPod, Vec<Event>)> = BTreeMap::new();
         while let Some(event) = self.events.next() {
             let pod = pods(NetnsCookie(event.netns_cookie));
             if event.kind == EventKind::Closed as u8 {
@@ -191,7 +192,7 @@ impl Passed {
                     self.account.seen(NetnsCookie(event.netns_cookie));
                 }
                 if let Some(pod) = pod {
-                    self.overtaken(snapshot, pod, &event);
+                    overtaken.entry(pod.cookie).or_insert_with(|| (pod, Vec::new())).1.push(event);
                 }
                 continue;
             }
@@ -206,6 +207,9 @@ impl Passed {
                 access::Direction::Outbound | access::Direction::Inbound => {}
             }
             self.refused(snapshot, &event, facts);
+        }
+        for (pod, events) in overtaken.into_values() {
+            self.overtaken(snapshot, pod, &events);
         }
     }
 
@@ -440,14 +444,22 @@ impl Passed {
         Ok(was_open)
     }
 
-    fn overtaken(&mut self, snapshot: &Snapshot, pod: &ServedPod, event: &Event) {
+    fn overtaken(&mut self, snapshot: &Snapshot, pod: &ServedPod, events: &[Event]) {
         let result = SockDiag::open(&pod.netns).and_then(|mut diag| {
-            let id = SocketId { local: dst(event), remote: src(event), ifindex: 0, cookie: 0 };
-            let reason = Reason::from_u8(event.reason).unwrap_or(Reason::KernelCapacity);
-            let verdict = Verdict { answer: Answer::Refuse, reason, rule: event.rule, generation: event.generation };
-            let (reason, detail) = (reason.as_str(), snapshot.explain(&verdict));
-            let why = Forbidden { reason, detail, policy: decided_by(snapshot, event) };
-            self.close(snapshot.workload(&pod.uid).map(Arc::as_ref), &mut diag, &id, why)
+            // The kernel tells addresses; by now they may be nobody's, or another connection's that is to be ended too.
+            let list = diag.list(&Query { states: States::CONNECTIONS, bytes: false, storage: None })?;
+            let sockets: HashMap<_, _> =
+                list.iter().map(|socket| ((socket.id.remote, socket.id.local), &socket.id)).collect();
+            for event in events {
+                let Some(id) = sockets.get(&(src(event), dst(event))) else { continue };
+                let reason = Reason::from_u8(event.reason).unwrap_or(Reason::KernelCapacity);
+                let verdict =
+                    Verdict { answer: Answer::Refuse, reason, rule: event.rule, generation: event.generation };
+                let (reason, detail) = (reason.as_str(), snapshot.explain(&verdict));
+                let why = Forbidden { reason, detail, policy: decided_by(snapshot, event) };
+                self.close(snapshot.workload(&pod.uid).map(Arc::as_ref), &mut diag, id, why)?;
+            }
+            Ok(())
         });
         if let Err(error) = result {
             let own = snapshot.workload(&pod.uid).map(Arc::as_ref);

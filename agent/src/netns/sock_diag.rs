@@ -35,6 +35,8 @@ impl States {
     pub const SYN_RECV: Self = Self(1 << 3);
     /// ESTABLISHED.
     pub const ESTABLISHED: Self = Self(1 << 1);
+    /// Everything but LISTEN.
+    pub const CONNECTIONS: Self = Self(Self::ALL.0 & !Self::LISTEN.0);
     /// LISTEN.
     pub const LISTEN: Self = Self(1 << 10);
     /// Every state.
@@ -56,7 +58,7 @@ pub struct SocketId {
     pub remote: SocketAddr,
     /// The interface that the socket is bound to; 0 for none.
     pub ifindex: u32,
-    /// Socket cookie (`SO_COOKIE`, `bpf_get_socket_cookie`); 0 matches any socket with these addresses.
+    /// Socket cookie (`SO_COOKIE`, `bpf_get_socket_cookie`); never 0 of a socket that was listed.
     pub cookie: u64,
 }
 
@@ -253,8 +255,11 @@ impl SockDiag {
     /// Returns whether there was such a socket; that it closed by itself in the meantime is no error.
     ///
     /// # Errors
-    /// The kernel refused: no CAP_NET_ADMIN in the namespace, or built without CONFIG_INET_DIAG_DESTROY.
+    /// There is no cookie, or the kernel refused: no CAP_NET_ADMIN in the namespace, or built without
+    /// CONFIG_INET_DIAG_DESTROY.
     pub fn destroy(&mut self, id: &SocketId) -> anyhow::Result<bool> {
+        // Where the connection is gone, the kernel finds the listener by its addresses (inet_lookup), and would end that.
+        anyhow::ensure!(id.cookie != 0, "destroy socket {} → {}: which one is not known", id.local, id.remote);
         let mut request = self.request(SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK);
         let v4 = id.local.ip().to_canonical().is_ipv4() && id.remote.ip().to_canonical().is_ipv4();
         request.extend([if v4 { libc::AF_INET } else { libc::AF_INET6 } as u8, libc::IPPROTO_TCP as u8, 0, 0]);
@@ -403,9 +408,8 @@ fn push_id(request: &mut Vec<u8>, id: &SocketId, v4: bool) {
     }
     request.extend(id.ifindex.to_ne_bytes());
     // All ones is INET_DIAG_NOCOOKIE.
-    let cookie = if id.cookie == 0 { u64::MAX } else { id.cookie };
-    request.extend((cookie as u32).to_ne_bytes());
-    request.extend(((cookie >> 32) as u32).to_ne_bytes());
+    request.extend((id.cookie as u32).to_ne_bytes());
+    request.extend(((id.cookie >> 32) as u32).to_ne_bytes());
 }
 
 fn ip_at(bytes: &[u8], at: usize, v4: bool) -> IpAddr {
@@ -542,6 +546,8 @@ mod tests {
             assert!(!diag.destroy(&younger).expect("another cookie is another socket"));
             assert!(diag.destroy(&id).expect("destroy"));
             assert!(!diag.destroy(&id).expect("it is gone, which is no error"));
+            // The kernel would take the listener for it.
+            assert!(diag.destroy(&SocketId { cookie: 0, ..id }).is_err());
 
             assert_eq!(server.read(&mut [0]).expect_err("aborted").raw_os_error(), Some(libc::ECONNABORTED));
             assert_eq!(client.read(&mut [0]).expect_err("reset").raw_os_error(), Some(libc::ECONNRESET));

@@ -1,5 +1,6 @@
 //! Policy that changes while connections are open ([D.1]), and verdicts that the kernel gives alone.
 
+use std::net::TcpStream;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -120,6 +121,39 @@ fn twenty_flips_under_load_fail_no_tunnel_and_let_no_plaintext_through() -> Resu
         let end = held.ended(&sandbox, Duration::from_secs(1))?;
         ensure!(end.failure == Some(Failure::Reset) && end.at_ms < *deadline, "{end:?} after {deadline}");
     }
+    Ok(())
+}
+
+/// [D.1]: a connection that a policy overtakes in its handshake is ended, however soon its client has gone, and never the
+/// socket that listens.
+#[test]
+fn flips_end_brief_connections_and_nobody_who_listens() -> Result<()> {
+    const FLIPS: usize = 100;
+    let sandbox = mesh(plan("t-brief"))?;
+    let to = sandbox.pod(SERVER)?.at(Family::V4, 9080);
+    let done = AtomicBool::new(false);
+    let brief = || {
+        while !done.load(Ordering::Relaxed) {
+            // Served or refused, and gone at once.
+            let _ = TcpStream::connect_timeout(&to, Duration::from_secs(1));
+            thread::sleep(Duration::from_micros(200));
+        }
+        Ok(())
+    };
+    let flipped = thread::scope(|scope| {
+        let clients = [(); 2].map(|()| scope.spawn(|| sandbox.pod(LEGACY)?.place.inside(brief)));
+        let flipped = (0..FLIPS).try_for_each(|flip| {
+            write(&sandbox, &if flip % 2 == 0 { vec![strict("default")] } else { Vec::new() })?;
+            thread::sleep(Duration::from_millis(30));
+            Ok(())
+        });
+        done.store(true, Ordering::Relaxed);
+        let ended = clients.into_iter().try_for_each(|client| client.join().expect("no thread panicked"));
+        flipped.and(ended)
+    });
+    flipped?;
+    put(&sandbox, &[])?;
+    call(&sandbox, LEGACY, to, &marker("still-there"), Want::Plain)?;
     Ok(())
 }
 
