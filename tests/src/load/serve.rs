@@ -83,8 +83,10 @@ fn accept(listener: &TcpListener, poll: &Poll, clients: &mut Vec<Option<Client>>
             // Nobody more; or one that is gone again.
             Err(_) => return Ok(()),
         };
-        stream.set_nonblocking(true)?;
-        stream.set_nodelay(true)?;
+        // It may have been ended already, by a policy for example.
+        if stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true)).is_err() {
+            continue;
+        }
         let key = free.pop().unwrap_or_else(|| {
             clients.push(None);
             clients.len() - 1
