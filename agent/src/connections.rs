@@ -548,6 +548,7 @@ impl Passed {
         counted: &[(VerdictKey, u64)],
         pods: impl Fn(NetnsCookie) -> Option<&'a Arc<ServedPod>>,
     ) {
+        self.account.forget(|pod| pods(pod).is_none());
         for (key, times) in self.account.untold(counted) {
             let own = pods(NetnsCookie(key.netns_cookie)).and_then(|pod| snapshot.workload(&pod.uid));
             let own =

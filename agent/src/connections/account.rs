@@ -49,6 +49,11 @@ impl Account {
         *self.plaintext.entry(server).or_default() += 1;
     }
 
+    /// Forgets what was seen of pods that are gone.
+    pub(super) fn forget(&mut self, gone: impl Fn(NetnsCookie) -> bool) {
+        self.plaintext.retain(|pod, _| !gone(*pod));
+    }
+
     /// Refusals that were counted and that no record tells of: what was missing the last time that somebody asked, and
     /// still is. (A record is sent just after it was counted.) Each is given once.
     pub(super) fn untold(&mut self, counted: &[(VerdictKey, u64)]) -> Vec<(VerdictKey, u64)> {
@@ -162,6 +167,11 @@ mod tests {
         account.seen(NetnsCookie(7));
         account.seen(NetnsCookie(7));
         assert_eq!(account.unseen(&counted, workload), []);
+        account.forget(|cookie| cookie.0 != 7);
+        assert_eq!(account.unseen(&counted, workload), [], "it is still there");
+        account.seen(NetnsCookie(8));
+        account.forget(|cookie| cookie.0 == 8);
+        assert_eq!(account.plaintext.len(), 1);
         // The pod leaves, and comes back.
         assert_eq!(account.unseen(&[], workload), []);
         assert_eq!(account.unseen(&counted[..1], workload), [(server.clone(), 3)]);
