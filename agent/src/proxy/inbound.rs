@@ -329,6 +329,11 @@ impl Subject {
         policy::decide(snapshot, &connection)
     }
 
+    /// Whether the client's trust domain is the mesh's: all that a verdict asks for beside the server's pod.
+    fn is_trusted(&self, snapshot: &Snapshot) -> bool {
+        self.identity.as_ref().is_none_or(|identity| snapshot.mesh.trusts(&identity.trust_domain))
+    }
+
     /// How the connection ends, if this snapshot does not allow it.
     fn forbidden(&self, snapshot: &Snapshot, pod: &ServedPod) -> Option<Outcome> {
         // A pod that has left the source ends by itself ([E.5]).
@@ -356,6 +361,8 @@ pub(super) async fn watched(
     {
         return outcome;
     }
+    // Most changes are about others.
+    let mut own = now.workload(&pod.uid).cloned();
     drop(now);
     let cut = context.cut();
     tokio::pin!(cut);
@@ -368,6 +375,12 @@ pub(super) async fn watched(
                     return Outcome::failed(Flag::Drained, "the agent ends");
                 }
                 let snapshot = snapshots.borrow_and_update().clone();
+                let next = snapshot.workload(&pod.uid);
+                let same = own.as_ref().zip(next).is_some_and(|(own, next)| Arc::ptr_eq(own, next));
+                if same && subject.is_trusted(&snapshot) {
+                    continue;
+                }
+                own = next.cloned();
                 if let Some(outcome) = subject.forbidden(&snapshot, pod) {
                     return outcome;
                 }
