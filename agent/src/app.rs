@@ -327,7 +327,10 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         failed: 0,
         stuck: false,
         stage: Stage::Preparing { since: Instant::now(), said: None },
+        ready: ready.clone(),
         first_pass: Some(first_pass),
+        knows_all: false,
+        unread: None,
         answering,
         looked_at_file: Instant::now(),
     };
@@ -525,8 +528,13 @@ struct Control {
     /// A worker does not move, and it was said.
     stuck: bool,
     stage: Stage,
+    ready: readiness::Ready,
     /// Until this agent serves.
     first_pass: Option<readiness::Hold>,
+    /// Everything that there is to read was read once.
+    knows_all: bool,
+    /// What could not be read, until then.
+    unread: Option<(String, readiness::Hold)>,
     /// Says that the node's ports are this agent's to answer on.
     answering: watch::Sender<bool>,
     looked_at_file: Instant,
@@ -559,8 +567,16 @@ impl Control {
             if std::mem::take(&mut work) {
                 let view = self.views.borrow_and_update().clone();
                 let node = self.nodes.borrow_and_update().clone();
-                self.compile(&view, &node);
-                self.settle(&node)?;
+                self.guard(&node)?;
+                if self.knows_all(&view) {
+                    self.compile(&view, &node);
+                    self.settle(&node);
+                    if let Stage::Serving = self.stage
+                        && self.first_pass.is_some()
+                    {
+                        self.begin();
+                    }
+                }
             }
             tokio::select! {
                 changed = self.views.changed() => {
@@ -643,9 +659,16 @@ impl Control {
     /// Whether it is time to take over: nobody serves, or this agent can do it as well as the one that does.
     fn may_take_over(&mut self) -> anyhow::Result<bool> {
         let Stage::Preparing { since, said } = &mut self.stage else { return Ok(false) };
-        if self.datapath.predecessor()? != Predecessor::Serving {
-            self.answering.send_replace(true);
-            return Ok(true);
+        match self.datapath.predecessor()? {
+            // Whoever serves knows more.
+            Predecessor::Serving if !self.knows_all => return Ok(false),
+            Predecessor::Serving => {}
+            Predecessor::Gone | Predecessor::Silent => {
+                self.answering.send_replace(true);
+                // What an earlier agent has left refuses its pods for want of a sign of life, and lets the others alone; where
+                // there is nothing, every pod is held.
+                return Ok(self.knows_all || !self.datapath.has_remains());
+            }
         }
         let status = self.identities.status();
         let missing: Vec<String> = status
@@ -679,14 +702,38 @@ impl Control {
             self.retry = true;
             self.enrollments.not_attached(cookie, &error, &self.workers);
         }
+        self.answering.send_replace(true);
+        if self.knows_all {
+            self.begin();
+        }
+        Ok(())
+    }
+
+    /// Settles what an earlier agent left: from now on this one serves every pod that it knows.
+    fn begin(&mut self) {
         let (snapshot, node) = (self.snapshots.borrow().clone(), self.nodes.borrow().clone());
         self.enrollments.adopt(&mut self.datapath, &snapshot, &node);
         self.judge_again(&snapshot);
-        self.answering.send_replace(true);
         self.first_pass = None;
         info!(generation = snapshot.generation, pods = node.pods.len(), "ready");
         self.give_back_at = Some(Instant::now() + FIRST_GIVE_BACK);
-        Ok(())
+    }
+
+    /// Whether all that there is to read has been read once. Until then nothing that the source says can be relied on: the
+    /// policy that it does not show may be the one that forbids ([D.2]). What becomes unreadable later stays in force.
+    fn knows_all(&mut self, view: &View) -> bool {
+        if self.knows_all || view.unread.is_empty() {
+            self.knows_all = true;
+            self.unread = None;
+        } else {
+            let files = view.unread.join(", ");
+            let name = format!("manifests: what {files} says is not known; no pod is served until it can be read");
+            if self.unread.as_ref().is_none_or(|(said, _)| *said != name) {
+                error!(files, "manifests cannot be read, and what they say is not known: no pod is served until it is");
+                self.unread = Some((name.clone(), self.ready.hold(name)));
+            }
+        }
+        self.knows_all
     }
 
     fn give_back(&mut self) {
@@ -709,7 +756,7 @@ impl Control {
         let next = policy::compile(&view.cluster, &self.options, Some(last));
         self.compiled = view.cluster.clone();
         self.compiles = (self.compiles.0 + 1, begun.elapsed());
-        for warning in next.warnings.iter().filter(|warning| !before.warnings.contains(warning)) {
+        for warning in next.warnings.iter().filter(|warning| before.warnings.binary_search(warning).is_err()) {
             warn!("{warning}");
         }
         if next.generation != before.generation {
@@ -725,13 +772,11 @@ impl Control {
         }
     }
 
-    /// Makes the node equal to the snapshot.
-    fn settle(&mut self, node: &pods::Node) -> anyhow::Result<()> {
-        let snapshot = self.snapshots.borrow().clone();
+    /// Tells the kernel what it needs to know of the node, whatever the source says: whose probes are let in, and where the
+    /// pods begin that are held until they are known.
+    fn guard(&mut self, node: &pods::Node) -> anyhow::Result<()> {
         self.tell_kubelet(&node.kubelet)?;
         self.tell_addresses();
-        self.identities.want(&Enrollments::identities(&snapshot, node));
-        let changes = self.enrollments.reconcile(&mut self.datapath, &self.workers, &snapshot, node);
         let roots = (!self.settings.config.gate_open).then_some(&*node.roots);
         if let Err(error) = self.datapath.gate(roots) {
             error!(
@@ -740,6 +785,14 @@ impl Control {
             );
             self.retry = true;
         }
+        Ok(())
+    }
+
+    /// Makes the node equal to the snapshot.
+    fn settle(&mut self, node: &pods::Node) {
+        let snapshot = self.snapshots.borrow().clone();
+        self.identities.want(&Enrollments::identities(&snapshot, node));
+        let changes = self.enrollments.reconcile(&mut self.datapath, &self.workers, &snapshot, node);
         self.failed = changes.failed;
         self.retry |= changes.failed > 0 || changes.leaving > 0;
         self.states.send_replace(Arc::new(self.enrollments.states()));
@@ -751,7 +804,6 @@ impl Control {
         if let Stage::Serving = self.stage {
             self.judge_again(&snapshot);
         }
-        Ok(())
     }
 
     /// Judges open connections where policy has changed; what fails stays to be done ([D.1]).

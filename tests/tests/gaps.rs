@@ -408,6 +408,47 @@ fn what_the_source_does_not_say_opens_nothing() -> Result<()> {
     scene.expect_closed("at the end")
 }
 
+/// A manifest that is broken while an agent starts may be the one that forbids: until it can be read, nobody is served
+/// ([D.2]); a file that breaks later takes nothing away ([C.11]).
+#[test]
+fn manifests_that_cannot_be_read_at_the_start_open_nothing() -> Result<()> {
+    const BROKEN: &str = "kind: [";
+    let mut scene = Scene::new("gap-unread")?;
+    let folder = scene.sandbox.manifests().path().to_owned();
+    for file in [POLICY_FILE, "namespaces.yaml"] {
+        let right = fs::read_to_string(folder.join(file))?;
+        let offset = scene.log_end(Node::B)?;
+        scene.sandbox.manifests().apply(file, BROKEN)?;
+        scene.wait_told(Node::B, offset, &[("message", "what this file gave before stays in force")])?;
+        scene.expect_whole(&format!("{file} has broken"))?;
+
+        let offset = scene.log_end(Node::B)?;
+        scene.sandbox.signal_agent(Node::B, Signal::SIGKILL)?;
+        scene.start_agent(Node::B)?;
+        scene.wait_told(Node::B, offset, &[("message", "what they say is not known"), ("files", file)])?;
+        let started = Instant::now();
+        let when = format!("started without {file}");
+        while started.elapsed() < Duration::from_secs(5) {
+            scene.expect_refused("test/outsider", "default/far", HTTP, FORBIDDEN, &when)?;
+            scene.expect_refused("default/far", "default/near", HTTP, MESH, &when)?;
+            // Its own agent goes on trying for a while.
+            let got = scene.call("test/client", "default/far", HTTP, MESH)?;
+            ensure!(got.status.is_none(), "{when}: {got:?}");
+            thread::sleep(Duration::from_millis(100));
+        }
+        scene.expect_closed(&when)?;
+        let ready = SocketAddr::new(Node::B.v4().into(), 15021).to_string();
+        let asked = ["http-get", "--to", &ready, "--path", "/healthz/ready", "--timeout-ms", "2000"];
+        let got: HttpResult = scene.sandbox.call_on_node(Node::B, &asked)?;
+        ensure!(got.status == Some(503), "{when}: {got:?}");
+
+        scene.sandbox.manifests().apply(file, &right)?;
+        scene.sandbox.wait_ready(Node::B)?;
+        scene.expect_whole(&format!("{file} is mended"))?;
+    }
+    Ok(())
+}
+
 /// A process that may open nothing more; what it has open stays. Dropping this gives it back what it had.
 struct Starved {
     pid: i32,

@@ -300,6 +300,11 @@ impl Datapath {
         })
     }
 
+    /// Whether there are programs and maps of an earlier agent.
+    pub fn has_remains(&self) -> bool {
+        self.dir.join("HEARTBEAT").exists()
+    }
+
     /// Puts this agent's programs into every link, over those of an earlier agent, and says that it serves.
     ///
     /// A pod that the earlier agent had and this one does not know is refused from now on; whether it is forgotten is for

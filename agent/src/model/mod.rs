@@ -7,9 +7,11 @@ use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
 pub mod authorization;
 pub mod identity;
+mod objects;
 
 pub use authorization::AuthorizationPolicy;
 pub use identity::{SpiffeId, TrustDomain};
+pub use objects::Objects;
 
 /// UID of a pod (`metadata.uid`; for a static pod, its `kubernetes.io/config.hash`). Names are for humans.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,19 +41,19 @@ pub struct Cluster {
     /// Mesh configuration, specification §1.1.
     pub mesh: MeshConfig,
     /// By name. A namespace that is not listed has no labels.
-    pub namespaces: BTreeMap<Arc<str>, Arc<Namespace>>,
+    pub namespaces: Objects<Arc<str>, Namespace>,
     /// By name.
-    pub nodes: BTreeMap<Arc<str>, Arc<Node>>,
+    pub nodes: Objects<Arc<str>, Node>,
     /// By UID.
-    pub pods: BTreeMap<PodUid, Arc<Pod>>,
+    pub pods: Objects<PodUid, Pod>,
     /// By reference.
-    pub services: BTreeMap<ObjectRef, Arc<Service>>,
+    pub services: Objects<ObjectRef, Service>,
     /// By reference.
-    pub endpoint_slices: BTreeMap<ObjectRef, Arc<EndpointSlice>>,
+    pub endpoint_slices: Objects<ObjectRef, EndpointSlice>,
     /// By reference.
-    pub peer_authentications: BTreeMap<ObjectRef, Arc<PeerAuthentication>>,
+    pub peer_authentications: Objects<ObjectRef, PeerAuthentication>,
     /// By reference.
-    pub authorization_policies: BTreeMap<ObjectRef, Arc<AuthorizationPolicy>>,
+    pub authorization_policies: Objects<ObjectRef, AuthorizationPolicy>,
 }
 
 /// ConfigMap `istio`, key `mesh` (specification §1.1).

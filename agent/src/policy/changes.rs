@@ -2,13 +2,9 @@
 //!
 //! A source keeps the objects that stay what they are ([`Cluster`] holds them by `Arc`), so a pointer tells.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    iter,
-    sync::Arc,
-};
+use std::{collections::HashSet, iter, sync::Arc};
 
-use crate::model::{Cluster, EndpointSlice, ObjectRef, Pod, PodUid, Service};
+use crate::model::{Cluster, EndpointSlice, ObjectRef, Objects, Pod, PodUid, Service};
 
 use super::{CompiledService, Occupant, Snapshot, Workload};
 
@@ -55,8 +51,9 @@ impl Namespaces<'_> {
 }
 
 /// Keys of entries that are in one of the two only, or are another object.
-fn differing<'m, K: Ord, T>(old: &'m BTreeMap<K, Arc<T>>, new: &'m BTreeMap<K, Arc<T>>) -> impl Iterator<Item = &'m K> {
-    let (mut old, mut new) = (old.iter().peekable(), new.iter().peekable());
+fn differing<'m, K: Ord, T>(old: &'m Objects<K, T>, new: &'m Objects<K, T>) -> impl Iterator<Item = &'m K> {
+    let looked_at = if old.same(new) { 0 } else { usize::MAX };
+    let (mut old, mut new) = (old.iter().take(looked_at).peekable(), new.iter().take(looked_at).peekable());
     iter::from_fn(move || {
         loop {
             let (from, to) = match (old.peek(), new.peek()) {

@@ -64,7 +64,17 @@ pub(super) fn authorization_policy(object: &crd::AuthorizationPolicy) -> Result<
         dry_run,
         rules,
     };
-    if wrong.is_empty() { Ok(policy) } else { Err(Rejected { wrong, restricting: Arc::new(policy) }) }
+    if wrong.is_empty() { Ok(policy) } else { Err(Rejected { wrong, restricting: Arc::new(restricting(policy)) }) }
+}
+
+/// A policy that selects pods and names targets too is held to be about the pods: it may restrict them, but what it would
+/// allow is not to be relied on.
+fn restricting(mut policy: AuthorizationPolicy) -> AuthorizationPolicy {
+    if policy.has_targets && !policy.selector.is_empty() {
+        policy.has_targets = false;
+        policy.rules.iter_mut().for_each(|rule| rule.unreadable.push("targetRefs".to_owned()));
+    }
+    policy
 }
 
 /// [AP.6]: what is not plainly true is enforced.

@@ -1,6 +1,9 @@
 //! One document of a manifest to the objects in it, or to what is wrong with them.
 
-use std::sync::{Arc, LazyLock};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, LazyLock},
+};
 
 use k8s_openapi::api::{core::v1 as core, discovery::v1 as discovery};
 use serde::de::DeserializeOwned;
@@ -8,6 +11,7 @@ use serde_json::Value as Json;
 
 use crate::model::{
     AuthorizationPolicy, EndpointSlice, MeshConfig, Namespace, Node, ObjectRef, PeerAuthentication, Pod, Service,
+    authorization::Rule,
 };
 
 use super::{
@@ -261,16 +265,27 @@ fn restricting_part(object: Object, faults: &[Fault], schema_says: usize, prefix
     }
 }
 
-/// Of an AuthorizationPolicy whose faults are all inside rules: the rest of it, and what is wrong counts as something that
+/// Of an AuthorizationPolicy whose faults are all about rules: the rest of it, and what is wrong counts as something that
 /// cannot be evaluated (specification §6.4).
 fn restricting_rules(policy: &AuthorizationPolicy, faults: &[Fault], prefix: &str) -> Option<Object> {
     let mut policy = policy.clone();
     let rules = join_path(prefix, "spec.rules");
+    let mut wrong: BTreeMap<usize, Vec<&str>> = BTreeMap::new();
     for fault in faults {
         let (index, inside) = fault.path.strip_prefix(&rules)?.strip_prefix('[')?.split_once(']')?;
-        // A rule that is no rule is missing from `policy`, and the others have other places.
-        let field = inside.strip_prefix('.')?;
-        policy.rules.get_mut(index.parse::<usize>().ok()?)?.unreadable.push(field.to_owned());
+        wrong.entry(index.parse().ok()?).or_default().push(inside);
+    }
+    for (index, fields) in wrong {
+        if fields.contains(&"") {
+            // A rule that is no rule at all is not among those that could be read.
+            let unreadable = vec!["the rule itself".to_owned()];
+            policy.rules.insert(index.min(policy.rules.len()), Rule { unreadable, ..Rule::default() });
+            continue;
+        }
+        let rule = policy.rules.get_mut(index)?;
+        for field in fields {
+            rule.unreadable.push(field.strip_prefix('.')?.to_owned());
+        }
     }
     Some(Object::AuthorizationPolicy(Arc::new(policy)))
 }

@@ -255,7 +255,9 @@ impl Watcher {
             fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_symlink() || meta.is_file() && meta.nlink() > 1)
         } else if mask.contains(EventMask::ATTRIB) {
             // Permissions may have made it readable. The content of a file being written is not looked at.
-            !self.stamps.contains_key(&name) && fs::File::open(&path).is_ok() && self.folder.names().any(|n| *n == name)
+            !self.stamps.contains_key(&name)
+                && fs::File::open(&path).is_ok()
+                && self.folder.names().any(|known| known == name)
         } else {
             true
         };
@@ -302,7 +304,8 @@ impl Watcher {
             return Err(io::Error::other("another folder has taken its place, without a manifest in it"));
         }
         self.replaced = false;
-        let names: BTreeSet<String> = present.iter().chain(self.folder.names()).cloned().collect();
+        let names: BTreeSet<String> =
+            present.iter().map(String::as_str).chain(self.folder.names()).map(str::to_owned).collect();
         let mut found = Vec::new();
         for name in names {
             let stamp = fs::metadata(self.path.join(&name)).ok().map(|meta| stamp(&meta));

@@ -9,6 +9,7 @@ use crate::model::{Cluster, ObjectRef};
 
 mod api;
 mod authorization;
+mod contents;
 mod convert;
 mod crd;
 mod decode;
@@ -34,13 +35,19 @@ pub struct View {
     pub cluster: Arc<Cluster>,
     /// What is wrong with what the users wrote, sorted by place.
     pub problems: Vec<Problem>,
+    /// Names of files that are there, and of which no version could be read yet: what they say is not known, which is not
+    /// the same as nothing ([D.2]).
+    pub unread: Vec<String>,
     /// What is accepted, but without effect in this version; one line each.
     pub notices: Vec<String>,
     /// Where the PeerAuthentications that are in force are written, by name.
-    pub policies: BTreeMap<ObjectRef, Place>,
+    pub policies: Arc<Places>,
     /// Where the AuthorizationPolicies that are in force are written, by name.
-    pub authorization_policies: BTreeMap<ObjectRef, Place>,
+    pub authorization_policies: Arc<Places>,
 }
+
+/// Where objects of one kind are written, by name.
+pub type Places = BTreeMap<ObjectRef, Place>;
 
 /// Where an object is written.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -203,7 +203,7 @@ fn remark(file: &str, fault: &Fault) -> Remark {
 
 impl From<&Problem> for Remark {
     fn from(problem: &Problem) -> Self {
-        let message = problem.message.trim_end_matches(" (what this file gave before stays in force)").to_owned();
+        let message = problem.message.trim_end_matches(" (what it says is not known)").to_owned();
         Self { file: problem.file.clone(), line: problem.line, message }
     }
 }

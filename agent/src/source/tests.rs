@@ -417,6 +417,23 @@ fn a_broken_file_keeps_what_it_gave() {
     assert_eq!(*texts.gone("a.yaml").cluster, crate::model::Cluster::default());
 }
 
+/// [D.2]: what a file says of which no version could be read is not known, which is not the same as nothing.
+#[test]
+fn what_was_never_read_is_named() {
+    let mut texts = Texts::new();
+    assert_eq!(texts.put("b.yaml", POD).unread, [""; 0]);
+    let view = texts.put("a.yaml", "a: [1\n");
+    assert_eq!(view.unread, ["a.yaml"]);
+    assert!(lines(&view)[0].ends_with("(what it says is not known)"), "{:?}", lines(&view));
+    let view = texts.0.update([("a.yaml".into(), Content::Unreadable("Permission denied".into()))]);
+    assert_eq!(view.unread, ["a.yaml"]);
+    assert_eq!(texts.put("a.yaml", &peer_auth(STRICT)).unread, [""; 0]);
+    // From then on it is known what it said.
+    assert_eq!(texts.put("a.yaml", "a: [1\n").unread, [""; 0]);
+    assert_eq!(texts.put("c.yaml", "a: [1\n").unread, ["c.yaml"]);
+    assert_eq!(texts.gone("c.yaml").unread, [""; 0]);
+}
+
 /// §19: a document that has lost its name may be any of the file's objects, so none of them goes.
 #[test]
 fn a_nameless_document_takes_nothing_away() {
@@ -571,8 +588,31 @@ fn of_a_wrong_authorization_policy_the_restricting_part_is_in_force() {
     let policy = view.cluster.authorization_policies.values().next().expect("it is there");
     let unreadable: Vec<&[String]> = policy.rules.iter().map(|rule| &*rule.unreadable).collect();
     assert_eq!(unreadable, [&[][..], &["from[0].source.namespace".to_owned()]]);
+    // What is no rule at all is one of which nothing can be evaluated, and the others stay where they are.
+    let view = read(&authz(
+        "{action: DENY, rules: [{to: [{operation: {ports: ['80']}}]}, 5, null, {when: [{key: a, values: 5}]}]}",
+    ));
+    let policy = view.cluster.authorization_policies.values().next().expect("it is there");
+    let unreadable: Vec<String> = policy.rules.iter().map(|rule| rule.unreadable.join(" ")).collect();
+    assert_eq!(unreadable, ["", "the rule itself", "the rule itself", "when[0].values"]);
+    assert_eq!(policy.rules.iter().map(|rule| rule.to.is_some()).collect::<Vec<_>>(), [true, false, false, false]);
     // A fault that says nothing about a rule leaves nothing that could be relied on.
-    for wrong in ["{selector: {labels: {a: b}}, rules: [{}]}", "{rules: [{}, 5]}", "{rules: {}}"] {
+    for wrong in ["{selector: {labels: {a: b}}, rules: [{}]}", "{rules: {}}"] {
         assert_eq!(read(&authz(wrong)).cluster.authorization_policies.len(), 0, "{wrong}");
     }
+}
+
+/// [AP.2], [C.8]: one that selects pods and names targets as well is not valid; the pods get what can only restrict them.
+#[test]
+fn a_policy_for_pods_and_for_targets_restricts_the_pods() {
+    let targets = "targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: waypoint}]";
+    let policy = |selector: &str| {
+        let view = read(&authz(&format!("{{{selector} {targets}, action: DENY, rules: [{{}}]}}")));
+        let policy = view.cluster.authorization_policies.values().next().expect("it is there").clone();
+        (view.problems.len(), policy.has_targets, policy.rules[0].unreadable.len())
+    };
+    assert_eq!(policy("selector: {matchLabels: {app: a}},"), (1, false, 1));
+    assert_eq!(policy(""), (0, true, 0), "for a waypoint alone");
+    // [C.4]: it selects nothing in particular.
+    assert_eq!(policy("selector: {},"), (1, true, 0));
 }
