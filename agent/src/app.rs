@@ -12,6 +12,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
+    convert::Infallible,
     os::fd::AsFd as _,
     path::PathBuf,
     sync::Arc,
@@ -20,6 +21,7 @@ use std::{
 
 use anyhow::{Context as _, anyhow};
 use culvert_common::SettingsValue;
+use futures_util::{FutureExt as _, StreamExt as _, future::LocalBoxFuture, stream::FuturesUnordered};
 use tokio::{
     io::{Interest, unix::AsyncFd},
     signal::unix::{SignalKind, signal},
@@ -338,18 +340,19 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     let (ended, until_end) = watch::channel(());
     let renewing = renewal.run(until(until_end));
     let (failed, admin_failed) = (exposition.failed(), admin.failed());
-    let mut others = std::pin::pin!(async {
-        tokio::select! {
-            result = reading => result.and_then(|()| Err(anyhow!("the source of manifests has ended"))),
-            error = failed => Err(error),
-            error = admin_failed => Err(error),
-            () = renewing => Err(anyhow!("the renewal of certificates has ended")),
-        }
-    });
+    let source_ended = || anyhow!("the source of manifests has ended");
+    let mut others: Others<'_> = [
+        async { reading.await.err().unwrap_or_else(source_ended) }.boxed_local(),
+        failed.boxed_local(),
+        admin_failed.boxed_local(),
+        renewing.map(|()| anyhow!("the renewal of certificates has ended")).boxed_local(),
+    ]
+    .into_iter()
+    .collect();
     let mut end = tokio::select! {
         () = &mut stop => Ok(Cause::End),
         result = control.run() => result.map(|()| Cause::HandedOver),
-        result = &mut others => result,
+        Some(error) = others.next() => Err(error),
     };
     let mut deadline = control.settings.config.drain_deadline;
     if let Ok(Cause::End) = end
@@ -360,7 +363,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         end = tokio::select! {
             () = tokio::time::sleep(patience) => Ok(Cause::End),
             result = control.run() => result.map(|()| Cause::HandedOver),
-            result = &mut others => result,
+            Some(error) = others.next() => Err(error),
         };
         deadline = deadline.saturating_sub(begun.elapsed());
     }
@@ -379,18 +382,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
             }
         }
     }
-    let drained = tokio::select! {
-        drained = draining.drain(cause, deadline) => drained,
-        never = async {
-            tokio::select! {
-                never = control.follow() => never,
-                Err(error) = &mut others, if end.is_ok() => {
-                    warn!(error = format!("{error:#}"), "while draining");
-                    std::future::pending().await
-                }
-            }
-        } => match never {},
-    };
+    let drained = meanwhile(draining.drain(cause, deadline), control.follow(), &mut others).await;
     if let Err(unfinished) = drained {
         warn!(workers = unfinished.0, "not everything ended by the deadline");
     }
@@ -412,6 +404,29 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
     }
     info!("the agent ends");
     end.map(drop)
+}
+
+/// What runs beside the thread's own work, each until it fails; whatever becomes of one, the others go on.
+type Others<'a> = FuturesUnordered<LocalBoxFuture<'a, anyhow::Error>>;
+
+/// Waits for the end of the drain. Policy is followed as long as that takes, also where one of the others fails: manifests
+/// that can still be read are read, certificates that can still be had are renewed.
+async fn meanwhile<T>(
+    drained: impl Future<Output = T>,
+    followed: impl Future<Output = Infallible>,
+    others: &mut Others<'_>,
+) -> T {
+    let told = async {
+        while let Some(error) = others.next().await {
+            warn!(error = format!("{error:#}"), "while draining");
+        }
+        std::future::pending::<Infallible>().await
+    };
+    tokio::select! {
+        drained = drained => drained,
+        never = followed => match never {},
+        never = told => match never {},
+    }
 }
 
 /// The configuration, and what it takes to change it while the agent runs.
@@ -625,7 +640,7 @@ impl Control {
     }
 
     /// While connections drain, policy goes on to hold for them ([D.1]); nothing of the kernel's is changed any more.
-    async fn follow(&mut self) -> std::convert::Infallible {
+    async fn follow(&mut self) -> Infallible {
         let mut tick = interval(TICK);
         loop {
             tokio::select! {
@@ -1021,5 +1036,53 @@ fn identity_config(config: &Config, view: &View) -> identity::Config {
         },
         trust_domain,
         trust_domain_aliases,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    /// [D.1] holds until the drain has ended, whatever fails meanwhile: policy is followed, and what has not failed goes on.
+    #[tokio::test]
+    async fn what_fails_while_draining_ends_nothing_else() {
+        let (followed, read) = (Cell::new(0), Cell::new(0));
+        let (enough, mut until_enough) = watch::channel(());
+        let drained = async {
+            until_enough.changed().await.expect("its sender lives as long as the test");
+            "drained"
+        };
+        let follow = async {
+            loop {
+                tokio::task::yield_now().await;
+                followed.set(followed.get() + 1);
+                if followed.get() >= 100 && read.get() >= 100 {
+                    enough.send_replace(());
+                }
+            }
+        };
+        let mut others: Others<'_> = [
+            async {
+                tokio::task::yield_now().await;
+                anyhow!("the first to fail")
+            }
+            .boxed_local(),
+            async {
+                loop {
+                    tokio::task::yield_now().await;
+                    read.set(read.get() + 1);
+                }
+            }
+            .boxed_local(),
+            std::future::ready(anyhow!("it had failed before")).boxed_local(),
+        ]
+        .into_iter()
+        .collect();
+        assert_eq!(others.next().await.map(|error| error.to_string()).as_deref(), Some("it had failed before"));
+        let ended = meanwhile(drained, follow, &mut others);
+        assert_eq!(tokio::time::timeout(Duration::from_secs(60), ended).await, Ok("drained"));
+        assert_eq!(others.len(), 1, "only what has failed is gone");
     }
 }
