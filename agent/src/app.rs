@@ -51,7 +51,7 @@ use crate::{
     resident,
     source::{self, View},
     telemetry::{
-        self, LogLevel, access, exposition, limit::Limit, metrics, open, panics, readiness, tally, trace,
+        self, LogLevel, access, exposition, limit::Limit, lines::Lines, metrics, open, panics, readiness, tally, trace,
         traffic::Names,
     },
     tunnel,
@@ -72,6 +72,8 @@ const FORGET: Duration = Duration::from_secs(60);
 const CERTIFICATE_TTL: Duration = Duration::from_secs(24 * 3600);
 /// How long the writer of the access log may take for its last lines, and the workers' threads for their end.
 const LAST_PATIENCE: Duration = Duration::from_millis(100);
+/// How long the writer of the log may take for its last lines, which say how the process ended.
+const LAST_LINES: Duration = Duration::from_secs(1);
 /// A new agent that has certificates, but not for all identities, waits so long for the others before it takes over: a CA
 /// that answers for some and refuses others may do so for ever.
 const CERTIFICATE_PATIENCE: Duration = Duration::from_secs(30);
@@ -89,12 +91,15 @@ const LOOK_AT_FILE: Duration = Duration::from_secs(1);
 /// # Errors
 /// What kept it from starting, or ended it: one line.
 pub fn agent(config: Config, again: Again) -> anyhow::Result<()> {
-    let level = telemetry::init(config.log_format, &config.log_level)?;
+    let log = telemetry::init(config.log_format, &config.log_level)?;
     panics::install();
     let settings = config::describe(&config.given);
     info!(version = env!("CARGO_PKG_VERSION"), settings, "culvert agent starts");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("build the runtime")?;
-    runtime.block_on(run_agent(Settings::new(config, again, level)))
+    let ended = runtime.block_on(run_agent(Settings::new(config, again, log.level()), log.lines()));
+    drop(runtime);
+    log.finish(LAST_LINES);
+    ended
 }
 
 /// Runs `culvert ca` until SIGTERM or SIGINT.
@@ -102,11 +107,11 @@ pub fn agent(config: Config, again: Again) -> anyhow::Result<()> {
 /// # Errors
 /// What kept it from starting, or ended it: one line.
 pub fn ca(config: config::ca::Config) -> anyhow::Result<()> {
-    telemetry::init(config.log_format, &config.log_level)?;
+    let log = telemetry::init(config.log_format, &config.log_level)?;
     panics::install();
     info!(version = env!("CARGO_PKG_VERSION"), listen = %config.ca.listen, "culvert ca starts");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("build the runtime")?;
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         let (views, reading) = source::file::watch(source::file::Config {
             path: config.manifests,
             system_namespace: config.system_namespace,
@@ -125,7 +130,10 @@ pub fn ca(config: config::ca::Config) -> anyhow::Result<()> {
             result = reading => result.and_then(|()| Err(anyhow!("the source of manifests has ended"))),
             result = forwarding => result,
         }
-    })
+    });
+    drop(runtime);
+    log.finish(LAST_LINES);
+    ended
 }
 
 /// Resolves at SIGTERM or SIGINT.
@@ -155,7 +163,7 @@ async fn turn(config: &Config) -> anyhow::Result<Turn> {
     }
 }
 
-async fn run_agent(settings: Settings) -> anyhow::Result<()> {
+async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
     let config = settings.config.clone();
     let mut stop = std::pin::pin!(stopped()?);
     let ready = readiness::Ready::default();
@@ -221,6 +229,7 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         registry: registry.clone(),
         tallies: tallies.clone(),
         access: log.clone(),
+        log: lines,
         limit: limit.clone(),
         spans: tracer.counts(),
     };
@@ -398,9 +407,11 @@ async fn run_agent(settings: Settings) -> anyhow::Result<()> {
         exporter.stop();
     }
     drop(log);
-    let dropped = writer.finish(LAST_PATIENCE).context("finish the access log")?;
-    if dropped > 0 {
-        warn!(dropped, "lines of the access log were lost: its reader was too slow");
+    match writer.finish(LAST_PATIENCE) {
+        Ok(0) => {}
+        Ok(dropped) => warn!(dropped, "lines of the access log were lost: its reader was too slow"),
+        // Its last lines are lost, and the end is as it was to be.
+        Err(error) => warn!(%error, "finish the access log"),
     }
     info!("the agent ends");
     end.map(drop)

@@ -58,7 +58,7 @@
 //! | pods | follows the cgroup tree |
 //! | admin | answers readiness and operators |
 //! | metrics | answers whoever collects metrics |
-//! | access log | writes lines |
+//! | access log, log | write lines, so that nobody else waits for whoever reads them |
 //! | spans | exports traces, where a collector is configured |
 //! | `jemalloc_bg_thd` | the allocator's own: gives unused memory back |
 //!

@@ -1,8 +1,8 @@
 //! The `culvert` command: parses, and calls the library.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
-use culvert::{app, cli};
+use culvert::{app, cli, telemetry};
 use tikv_jemallocator::Jemalloc;
 
 /// Gives back what a burst of connections or a large configuration has used, where glibc's allocator keeps it: after
@@ -14,6 +14,9 @@ static ALLOCATOR: Jemalloc = Jemalloc;
 // SAFETY: the name is the one under which jemalloc looks for a NUL-terminated string of options.
 #[unsafe(export_name = "_rjem_malloc_conf")]
 pub static ALLOCATOR_OPTIONS: &[u8; 60] = b"background_thread:true,dirty_decay_ms:1000,muzzy_decay_ms:0\0";
+
+/// How long the reader of standard error may take to make room for why a command ends.
+const LAST_PATIENCE: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let result = cli::parse().and_then(|cli| match cli {
@@ -28,7 +31,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             // One line with the whole chain; of several wrong values, one line each.
-            eprintln!("culvert: {error:#}");
+            telemetry::last_word(&format!("culvert: {error:#}"), LAST_PATIENCE);
             ExitCode::FAILURE
         }
     }

@@ -1,23 +1,19 @@
 //! The access log: one line per connection at its end (specification §16), to standard output.
 //!
 //! What happened, and to whom, is told by whoever carried the connection. A line is put together on the caller's
-//! thread, passed through a bounded queue, and written by a thread of its own in as few system calls as possible. A
-//! reader that does not keep up costs lines, which are counted, and never delays a connection.
+//! thread; how it is written without delaying a connection is for [`lines`](super::lines).
 
 use std::{
     fmt::{self, Write as _},
-    io::{self, Write},
+    io,
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-        mpsc,
-    },
-    thread,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use super::Format;
+use super::{
+    Format,
+    lines::{self, Lines, Writer},
+};
 
 /// What a line reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,28 +117,16 @@ impl Default for Config {
     }
 }
 
+/// Pause after a batch, in which the next one gathers: a thread that waits for each line costs whoever sends it a system
+/// call, and both a change of threads.
+const GATHER: Duration = Duration::from_millis(10);
+
 /// Where connections report; cheap to clone, one clone per worker.
 #[derive(Clone, Debug)]
 pub struct AccessLog {
     format: Format,
     detail: Detail,
-    queue: mpsc::SyncSender<Order>,
-    dropped: Arc<AtomicU64>,
-}
-
-/// The thread that writes.
-#[derive(Debug)]
-pub struct Writer {
-    queue: mpsc::SyncSender<Order>,
-    done: mpsc::Receiver<()>,
-    thread: Option<thread::JoinHandle<()>>,
-    dropped: Arc<AtomicU64>,
-}
-
-#[derive(Debug)]
-enum Order {
-    Line(String),
-    Stop,
+    lines: Lines,
 }
 
 /// Starts an access log on standard output.
@@ -151,133 +135,29 @@ enum Order {
 /// Standard output could not be duplicated, or no thread could be started.
 pub fn start(config: Config) -> io::Result<(AccessLog, Writer)> {
     // Past std's line buffer, which would make one system call per line.
-    let stdout = std::os::fd::AsFd::as_fd(&io::stdout()).try_clone_to_owned()?;
-    start_on(config, std::fs::File::from(stdout))
+    start_on(config, lines::past_std(&io::stdout())?)
 }
 
-/// Starts an access log on any writer; each batch of whole lines is one `write_all`.
+/// Starts an access log on any writer.
 ///
 /// # Errors
 /// No thread could be started.
-pub fn start_on(config: Config, out: impl Write + Send + 'static) -> io::Result<(AccessLog, Writer)> {
-    let (queue, orders) = mpsc::sync_channel(config.queue.max(1));
-    let (done_sender, done) = mpsc::sync_channel(1);
-    let dropped = Arc::new(AtomicU64::new(0));
-    let in_thread = dropped.clone();
-    let thread = thread::Builder::new().name("access-log".into()).spawn(move || {
-        write_lines(&orders, out, &in_thread);
-        // The owner may have given up waiting; then nobody needs to know.
-        let _ = done_sender.send(());
-    })?;
-    let log =
-        AccessLog { format: config.format, detail: config.detail, queue: queue.clone(), dropped: dropped.clone() };
-    Ok((log, Writer { queue, done, thread: Some(thread), dropped }))
+pub fn start_on(config: Config, out: impl io::Write + Send + 'static) -> io::Result<(AccessLog, Writer)> {
+    let (lines, writer) = lines::start(lines::Config { name: "access log", queue: config.queue, gather: GATHER }, out)?;
+    Ok((AccessLog { format: config.format, detail: config.detail, lines }, writer))
 }
 
 impl AccessLog {
     /// Puts a line into the queue, or drops it if the queue is full. Never blocks.
     pub fn record(&self, access: &Access<'_>) {
-        if !self.detail.covers(access) {
-            return;
-        }
-        let line = line(self.format, SystemTime::now(), access);
-        if self.queue.try_send(Order::Line(line)).is_err() {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
+        if self.detail.covers(access) {
+            self.lines.put(line(self.format, SystemTime::now(), access).into_bytes());
         }
     }
 
     /// How many lines were dropped so far: the queue was full, or they could not be written.
     pub fn dropped(&self) -> u64 {
-        self.dropped.load(Ordering::Relaxed)
-    }
-}
-
-impl Writer {
-    /// Writes what is queued, stops and joins the thread. Lines that come later are dropped.
-    ///
-    /// Returns how many lines were dropped in all.
-    ///
-    /// # Errors
-    /// `TimedOut` if the reader of standard output took nothing for `patience`. The thread is then left behind in its
-    /// system call, for the end of the process to take.
-    pub fn finish(mut self, patience: Duration) -> io::Result<u64> {
-        self.end(patience)?;
-        Ok(self.dropped.load(Ordering::Relaxed))
-    }
-
-    fn end(&mut self, patience: Duration) -> io::Result<()> {
-        let Some(thread) = self.thread.take() else { return Ok(()) };
-        let timed_out = || io::Error::new(io::ErrorKind::TimedOut, "the access log's reader does not read");
-        let deadline = Instant::now() + patience;
-        while let Err(mpsc::TrySendError::Full(_)) = self.queue.try_send(Order::Stop) {
-            if Instant::now() >= deadline {
-                return Err(timed_out());
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
-        if let Err(mpsc::RecvTimeoutError::Timeout) =
-            self.done.recv_timeout(deadline.saturating_duration_since(Instant::now()))
-        {
-            return Err(timed_out());
-        }
-        thread.join().map_err(|_| io::Error::other("the access log's thread panicked"))
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if let Err(error) = self.end(Duration::from_secs(1)) {
-            tracing::warn!(%error, "end the access log");
-        }
-    }
-}
-
-/// Pause after a batch, in which the next one gathers: a thread that waits for each line costs whoever sends it a system
-/// call, and both a change of threads.
-const GATHER: Duration = Duration::from_millis(10);
-
-/// The body of the thread.
-fn write_lines(orders: &mpsc::Receiver<Order>, mut out: impl Write, dropped: &AtomicU64) {
-    const BATCH_BYTES: usize = 64 << 10;
-    let mut batch = String::with_capacity(BATCH_BYTES + 4096);
-    let mut reported = 0;
-    let mut stop = false;
-    while !stop {
-        let (mut lines, mut next) = (0, orders.recv().ok());
-        loop {
-            match next {
-                Some(Order::Line(line)) => {
-                    batch.push_str(&line);
-                    lines += 1;
-                }
-                Some(Order::Stop) => {
-                    stop = true;
-                    break;
-                }
-                None => {
-                    stop = lines == 0;
-                    break;
-                }
-            }
-            if batch.len() >= BATCH_BYTES {
-                break;
-            }
-            next = orders.try_recv().ok();
-        }
-        let full = batch.len() >= BATCH_BYTES;
-        if let Err(error) = out.write_all(batch.as_bytes()).and_then(|()| out.flush()) {
-            dropped.fetch_add(lines, Ordering::Relaxed);
-            tracing::warn!(%error, lines, "write to the access log");
-        }
-        batch.clear();
-        let now = dropped.load(Ordering::Relaxed);
-        if now > reported {
-            tracing::warn!(dropped = now - reported, "access log lines dropped: their reader is too slow");
-            reported = now;
-        }
-        if !stop && !full {
-            thread::sleep(GATHER);
-        }
+        self.lines.dropped()
     }
 }
 
@@ -476,12 +356,10 @@ fn write_time(out: &mut String, at: SystemTime) {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        collections::BTreeMap,
-        sync::{Condvar, Mutex},
-    };
+    use std::{collections::BTreeMap, time::Instant};
 
     use super::*;
+    use crate::telemetry::lines::testing::Gate;
 
     fn full<'a>() -> Access<'a> {
         Access {
@@ -659,42 +537,6 @@ mod tests {
         let mut out = String::new();
         write_time(&mut out, UNIX_EPOCH + Duration::from_micros(1_709_210_096_000_042));
         assert_eq!(out, "2024-02-29T12:34:56.000042Z");
-    }
-
-    /// A reader that can be held up.
-    #[derive(Clone, Default)]
-    struct Gate(Arc<(Mutex<GateState>, Condvar)>);
-
-    #[derive(Default)]
-    struct GateState {
-        open: bool,
-        writes: Vec<Vec<u8>>,
-    }
-
-    impl Write for Gate {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let mut state = self.0.0.lock().expect("no panic inside");
-            while !state.open {
-                state = self.0.1.wait(state).expect("no panic inside");
-            }
-            state.writes.push(bytes.to_vec());
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl Gate {
-        fn open(&self) {
-            self.0.0.lock().expect("no panic inside").open = true;
-            self.0.1.notify_all();
-        }
-
-        fn writes(&self) -> Vec<Vec<u8>> {
-            self.0.0.lock().expect("no panic inside").writes.clone()
-        }
     }
 
     #[test]

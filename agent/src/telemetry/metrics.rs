@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use super::{
     access::{AccessLog, Direction},
     limit::Limit,
+    lines::Lines,
     open::{Carried, Proof, Registry, Traffic},
     panics,
     tally::{Handshake, Side, Sums, Tallies},
@@ -146,6 +147,7 @@ pub const METRICS: &[Metric] = &[
         "Lines of the access log that were lost: their reader was too slow",
         &[],
     ),
+    counter("culvert_log_lines_dropped", "Lines of the log that were lost: their reader was too slow", &[]),
     counter(
         "culvert_log_lines_suppressed",
         "Lines that a pod caused beyond --log-limit, and that were not written",
@@ -266,6 +268,8 @@ pub struct Sources {
     pub tallies: Tallies,
     /// The access log.
     pub access: AccessLog,
+    /// The log.
+    pub log: Lines,
     /// Lines that a pod can cause.
     pub limit: Limit,
     /// Spans.
@@ -393,6 +397,7 @@ pub fn collect(sources: &Sources, node: Option<&Node>) -> Samples {
     );
     samples.one("culvert_panics", panics::count() as f64);
     samples.one("culvert_access_log_lines_dropped", sources.access.dropped() as f64);
+    samples.one("culvert_log_lines_dropped", sources.log.dropped() as f64);
     samples.one("culvert_log_lines_suppressed", sources.limit.suppressed() as f64);
     samples.one("culvert_spans_exported", sources.spans.exported() as f64);
     samples.one("culvert_spans_dropped", sources.spans.dropped() as f64);
@@ -539,7 +544,7 @@ mod tests {
     use std::{env, path::Path};
 
     use super::*;
-    use crate::telemetry::{access, open::Facts};
+    use crate::telemetry::{access, lines, open::Facts};
 
     /// `CULVERT_WRITE_DOCS=1 cargo test -p culvert the_table_of_metrics` writes it anew.
     #[test]
@@ -560,10 +565,13 @@ mod tests {
         }
     }
 
-    fn sources() -> (Sources, access::Writer) {
-        let (access, writer) = access::start_on(access::Config::default(), std::io::sink()).expect("a thread");
+    fn sources() -> (Sources, [lines::Writer; 2]) {
+        let (access, of_access) = access::start_on(access::Config::default(), std::io::sink()).expect("a thread");
+        let config = lines::Config { name: "log", queue: 1, gather: Duration::ZERO };
+        let (log, of_log) = lines::start(config, std::io::sink()).expect("a thread");
         let (registry, tallies) = (Registry::default(), Tallies::default());
-        (Sources { registry, tallies, access, limit: Limit::new(0, 1), spans: Arc::default() }, writer)
+        let sources = Sources { registry, tallies, access, log, limit: Limit::new(0, 1), spans: Arc::default() };
+        (sources, [of_access, of_log])
     }
 
     /// Names come from manifests; [M.1] what is missing is `unknown`.

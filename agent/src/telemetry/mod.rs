@@ -1,9 +1,10 @@
 //! What the agent says of itself: the set-up of its logs, the [`access`] log, [`readiness`], which connections are
 //! [`open`], and which were refused ([`history`]).
 //!
-//! What is worth saying is decided where it happens. Logs go to standard error, the access log to standard output.
+//! What is worth saying is decided where it happens. Logs go to standard error, the access log to standard output, and
+//! nobody who says something waits for whoever reads it ([`lines`]).
 
-use std::{fmt, io, str::FromStr};
+use std::{fmt, io, os::fd::AsRawFd as _, str::FromStr, time::Duration};
 
 use anyhow::Context;
 use tracing_subscriber::{
@@ -18,6 +19,7 @@ pub(crate) mod answering;
 pub mod exposition;
 pub mod history;
 pub mod limit;
+pub mod lines;
 pub mod metrics;
 pub mod open;
 pub mod panics;
@@ -82,16 +84,59 @@ impl LogLevel {
     }
 }
 
+/// The queue of the log. A line takes some hundred bytes.
+const LINES: lines::Config = lines::Config { name: "log", queue: 4096, gather: Duration::ZERO };
+
+/// The log of the process. Dropping it, as the unwinding of a panic does, waits for what is queued, a second at most.
+#[derive(Debug)]
+pub struct Log {
+    level: LogLevel,
+    lines: lines::Lines,
+    writer: lines::Writer,
+}
+
+impl Log {
+    /// Its level.
+    pub fn level(&self) -> LogLevel {
+        self.level.clone()
+    }
+
+    /// Where its lines are put in; for the number of those that were dropped.
+    pub fn lines(&self) -> lines::Lines {
+        self.lines.clone()
+    }
+
+    /// Writes what is queued; what is said later is lost. A reader that takes nothing for `patience` does not get it.
+    pub fn finish(self, patience: Duration) {
+        // Whom to tell? The log is the place for it.
+        let _ = self.writer.finish(patience);
+    }
+}
+
 /// Starts the log of the process, on standard error.
 ///
 /// `filter` is a level (`info`), or levels by module: `warn,culvert::pods=debug`.
 ///
 /// # Errors
-/// The filter is not understood, or this was called before.
-pub fn init(format: Format, filter: &str) -> anyhow::Result<LogLevel> {
-    let (subscriber, level) = subscriber(format, filter, io::stderr)?;
+/// The filter is not understood, no thread could be started, or this was called before.
+pub fn init(format: Format, filter: &str) -> anyhow::Result<Log> {
+    let out = lines::past_std(&io::stderr()).context("duplicate standard error")?;
+    let (lines, writer) = lines::start(LINES, out).context("start the log")?;
+    let each = lines.clone();
+    let (subscriber, level) = subscriber(format, filter, move || each.clone())?;
     tracing::subscriber::set_global_default(subscriber).context("start the log")?;
-    Ok(level)
+    Ok(Log { level, lines, writer })
+}
+
+/// Says a last line on standard error, after [`Log::finish`]; nothing if its reader takes nothing for `patience`, since
+/// that must not keep a process from its end.
+pub fn last_word(line: &str, patience: Duration) {
+    let mut poll = libc::pollfd { fd: io::stderr().as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    let millis = i32::try_from(patience.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: one valid pollfd, alive during the call. A pipe with room takes a page without waiting (pipe(7)).
+    if unsafe { libc::poll(&raw mut poll, 1, millis) } == 1 {
+        eprintln!("{line}");
+    }
 }
 
 /// A filter; unlike [`EnvFilter`]'s own lenient parsing, a directive that is not understood is an error.
@@ -126,6 +171,7 @@ where
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 mod tests {
     use std::sync::{Arc, Mutex};
 
@@ -188,6 +234,35 @@ mod tests {
         });
         assert!(!text.contains("one") && text.contains("two") && text.contains("three") && !text.contains("four"));
         assert!(!text.contains('\u{1b}'), "no colours in a file: {text:?}");
+    }
+
+    /// Whoever logs may be a worker, or the thread that gives the sign of life: neither may wait for a reader.
+    #[test]
+    fn a_log_that_nobody_reads_makes_nobody_wait() {
+        let gate = lines::testing::Gate::default();
+        let (lines, writer) = lines::start(lines::Config { queue: 10, ..LINES }, gate.clone()).expect("a thread");
+        let each = lines.clone();
+        let (subscriber, _) = subscriber(Format::Json, "info", move || each.clone()).expect("a good filter");
+        let (done, ended) = std::sync::mpsc::channel();
+        let worker = std::thread::spawn(move || {
+            tracing::subscriber::with_default(subscriber, || (0..1000u64).for_each(|n| tracing::warn!(n, "line")));
+            done.send(()).expect("the test waits");
+        });
+        let in_time = ended.recv_timeout(Duration::from_secs(20));
+        let dropped = lines.dropped();
+        gate.open();
+        worker.join().expect("no panic");
+        in_time.expect("it waited for the reader");
+        assert!(dropped >= 900, "{dropped}");
+        writer.finish(Duration::from_secs(20)).expect("the gate is open");
+        let text = String::from_utf8(gate.writes().concat()).expect("UTF-8");
+        let numbers: Vec<u64> = text
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("whole lines")["n"].as_u64().expect("n"))
+            .collect();
+        // It takes what waits before it writes, and is held up then.
+        assert_eq!(numbers.len() as u64 + dropped, 1000, "each is written, or counted");
+        assert!(numbers.starts_with(&[0]) && numbers.is_sorted(), "{numbers:?}");
     }
 
     #[test]
