@@ -44,7 +44,7 @@ use crate::{
     limits::{self, Limits},
     listen::NodePort,
     model::{Cluster, ObjectRef, PodUid, TrustDomain},
-    netns::{NetnsHandle, addresses},
+    netns::{NetnsHandle, addresses, sock_diag},
     pods::{self, Kubelet},
     policy::{self, Snapshot},
     proxy::Context,
@@ -188,6 +188,10 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         None => pods::find_cgroup2_mount()?,
     };
     let host = Arc::new(NetnsHandle::current().context("open the node's network namespace")?);
+    sock_diag::prove_destroy(&host).context(
+        "this node's kernel does not close connections for us, as policy that changes needs it (SOCK_DESTROY; \
+         CONFIG_INET_DIAG_DESTROY, module tcp_diag, CAP_NET_ADMIN)",
+    )?;
     let mut datapath = Datapath::load(
         datapath::Config { pin_dir: config.pin_dir.clone(), cgroup_root: cgroup_root.clone(), workers: config.workers },
         turn,

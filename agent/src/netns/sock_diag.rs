@@ -4,7 +4,7 @@
 //! What is worth listing or destroying is decided elsewhere. Layouts: linux/sock_diag.h and linux/inet_diag.h.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
@@ -314,6 +314,21 @@ impl SockDiag {
     }
 }
 
+/// Destroys a socket of its own in a namespace, which shows that others can be: open connections that policy no longer
+/// allows are closed so ([D.1]).
+///
+/// # Errors
+/// The kernel cannot, or does not let us.
+pub fn prove_destroy(netns: &NetnsHandle) -> anyhow::Result<()> {
+    let own = netns.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).context("enter the network namespace")?;
+    let own = own.and_then(|own| Ok((own.local_addr()?, own))).context("listen on 127.0.0.1")?;
+    let mut diag = SockDiag::open(netns)?;
+    let listening = diag.list(&Query { states: States::LISTEN, bytes: false, storage: None })?;
+    let id = listening.iter().map(|socket| &socket.id).find(|id| id.local == own.0);
+    ensure!(diag.destroy(id.context("sock_diag does not list a socket of our own")?)?, "it was not found again");
+    Ok(())
+}
+
 /// One netlink message.
 pub(super) struct Message<'a> {
     pub(super) kind: u16,
@@ -439,7 +454,7 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
 mod tests {
     use std::{
         io::{Read, Write},
-        net::{TcpListener, TcpStream},
+        net::TcpStream,
         os::fd::{AsFd, FromRawFd},
     };
 
@@ -554,6 +569,48 @@ mod tests {
             other.write_all(b"x").expect("untouched");
             other_server.read_exact(&mut [0]).expect("untouched");
         }
+    }
+
+    /// Takes a capability from this thread.
+    fn drop_capability(number: usize) {
+        /// `struct __user_cap_header_struct` of linux/capability.h, version 3.
+        #[repr(C)]
+        struct Header {
+            version: u32,
+            pid: i32,
+        }
+        let mut header = Header { version: 0x2008_0522, pid: 0 };
+        // Two of `struct __user_cap_data_struct`: effective, permitted, inheritable.
+        let mut sets = [[0u32; 3]; 2];
+        // SAFETY: both are as long as version 3 says, and alive during the call.
+        let got = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, sets.as_mut_ptr()) };
+        sets[number / 32][0] &= !(1 << (number % 32));
+        // SAFETY: as above; without the C library's wrapper it concerns this thread alone.
+        let set = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) };
+        assert_eq!((got, set), (0, 0));
+    }
+
+    /// [D.1] needs it, so an agent asks before it takes a node.
+    #[test]
+    fn whether_sockets_can_be_destroyed_is_found_out_without_harm() {
+        let netns = new_netns();
+        let (_listener, mut client, mut server) = connection(&netns, "127.0.0.1:0");
+        prove_destroy(&netns).expect("this kernel can");
+        client.write_all(b"x").expect("untouched");
+        server.read_exact(&mut [0]).expect("untouched");
+        let mut diag = SockDiag::open(&netns).expect("open");
+        assert_eq!(diag.list(&Query { states: States::LISTEN, ..ALL }).expect("list").len(), 1, "its own has gone");
+        // As a kernel without CONFIG_INET_DIAG_DESTROY, a sandbox may forbid it: that is told at once.
+        let error = std::thread::scope(|scope| {
+            let without = scope.spawn(|| {
+                // CAP_NET_ADMIN
+                drop_capability(12);
+                prove_destroy(&netns)
+            });
+            without.join().expect("no panic")
+        });
+        let error = format!("{:#}", error.expect_err("without CAP_NET_ADMIN"));
+        assert!(error.contains("destroy socket") && error.contains("EPERM"), "{error}");
     }
 
     /// More sockets than one message holds, opened and closed while the list is made.
