@@ -126,17 +126,14 @@ impl Passed {
     /// Looks at every established socket of these pods and tells those that nothing accounts for, each once. Call it only
     /// for pods whose open connections have been judged since they were brought in.
     pub fn prove<'a>(&mut self, snapshot: &Snapshot, pods: impl Iterator<Item = &'a Arc<ServedPod>>) -> Proof {
-        let mut proof = Proof::default();
+        let mut look = proof::Look::new(self.storage.as_fd(), &self.older);
         let mut there = BTreeSet::new();
         for pod in pods {
             there.insert(pod.cookie);
             let Some(own) = snapshot.workload(&pod.uid) else { continue };
-            let (namespace, name) = (&*own.object.namespace, &*own.object.name);
-            let query = Query { states: States::ESTABLISHED, bytes: false, storage: Some(self.storage.as_fd()) };
-            if let Err(error) = proof::look(&mut proof, pod, (namespace, name), &query, &self.older) {
-                proof.failures.push(format!("{namespace}/{name}: {error:#}"));
-            }
+            look.at(pod, (&own.object.namespace, &own.object.name));
         }
+        let proof = look.finish();
         self.older.keep(|pod| there.contains(&pod));
         let now: BTreeSet<u64> = proof.strays.iter().map(|stray| stray.socket).collect();
         for stray in proof.strays.iter().filter(|stray| !self.strays.contains(&stray.socket)) {

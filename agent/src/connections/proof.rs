@@ -5,9 +5,11 @@
 //! programs have noted of each.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
+    os::fd::BorrowedFd,
     path::Path,
+    time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
@@ -57,54 +59,101 @@ impl Older {
     }
 }
 
-/// Looks at one pod. What nothing accounts for is looked for a second time: a socket that was just ending is no stray.
-///
-/// # Errors
-/// The sockets could not be listed.
-pub(super) fn look(
-    proof: &mut Proof,
-    pod: &ServedPod,
-    names: (&str, &str),
-    query: &Query<'_>,
-    older: &Older,
-) -> anyhow::Result<()> {
-    let query = Query { states: STATES, bytes: false, ..*query };
-    let mut diag = SockDiag::open(&pod.netns)?;
-    let mut own = None;
-    let mut suspects = Vec::new();
-    for socket in diag.list(&query)? {
-        let account = account(pod, &socket)
-            .or_else(|| older.has(pod.cookie, socket.id.cookie).then_some("pre-enrolment"))
-            // The agent's own, by descriptor: what it accepted and nobody noted.
-            .or_else(|| own.get_or_insert_with(own_sockets).contains(&socket.inode).then_some("agent"));
-        match account {
-            Some(word) => *proof.accounted.entry(word.to_owned()).or_default() += 1,
-            None => suspects.push(socket),
+/// How long the processes are looked for that have strays open. The thread that looks gives the sign of life too, and neither
+/// the number of strays nor of descriptors is ours to say.
+const NAMING: Duration = Duration::from_millis(250);
+
+/// A look at one pod after another.
+pub(super) struct Look<'a> {
+    query: Query<'a>,
+    older: &'a Older,
+    proof: Proof,
+    suspects: Vec<Suspects<'a>>,
+}
+
+/// Sockets of a pod that nothing accounts for by itself.
+struct Suspects<'a> {
+    pod: &'a ServedPod,
+    names: (&'a str, &'a str),
+    sockets: Vec<Socket>,
+}
+
+impl<'a> Look<'a> {
+    /// `storage` is the map of what the kernel programs have noted of each socket.
+    pub(super) fn new(storage: BorrowedFd<'a>, older: &'a Older) -> Self {
+        let query = Query { states: STATES, bytes: false, storage: Some(storage) };
+        Self { query, older, proof: Proof::default(), suspects: Vec::new() }
+    }
+
+    /// Looks at one pod. `names` are its namespace and name.
+    pub(super) fn at(&mut self, pod: &'a ServedPod, names: (&'a str, &'a str)) {
+        let listed = SockDiag::open(&pod.netns).and_then(|mut diag| diag.list(&self.query));
+        let Some(listed) = self.done(listed, names) else { return };
+        let mut sockets = Vec::new();
+        for socket in listed {
+            let older = || self.older.has(pod.cookie, socket.id.cookie).then_some("pre-enrolment");
+            match account(pod, &socket).or_else(older) {
+                Some(word) => count(&mut self.proof, word),
+                None => sockets.push(socket),
+            }
         }
+        if !sockets.is_empty() {
+            self.suspects.push(Suspects { pod, names, sockets });
+        }
+        self.proof.pods += 1;
     }
-    if !suspects.is_empty() {
-        let still: BTreeSet<u64> = diag
-            .list(&query)?
-            .iter()
-            .filter(|socket| account(pod, socket).is_none() && socket.inode != 0)
-            .map(|socket| socket.id.cookie)
-            .collect();
-        suspects.retain(|socket| still.contains(&socket.id.cookie));
+
+    /// What nothing accounts for is looked for a second time: a socket that was just ending is no stray. Whose the others
+    /// are is found by one walk over all processes.
+    pub(super) fn finish(mut self) -> Proof {
+        let mut strays = Vec::new();
+        let suspects = std::mem::take(&mut self.suspects);
+        // The agent's own, by descriptor: what it accepted and nobody noted.
+        let own = if suspects.is_empty() { BTreeSet::new() } else { own_sockets() };
+        for Suspects { pod, names, mut sockets } in suspects {
+            sockets.retain(|socket| {
+                let own = own.contains(&socket.inode);
+                if own {
+                    count(&mut self.proof, "agent");
+                }
+                !own
+            });
+            if sockets.is_empty() {
+                continue;
+            }
+            let listed = SockDiag::open(&pod.netns).and_then(|mut diag| diag.list(&self.query));
+            let Some(listed) = self.done(listed, names) else { continue };
+            let still: BTreeSet<u64> = listed
+                .iter()
+                .filter(|socket| account(pod, socket).is_none() && socket.inode != 0)
+                .map(|socket| socket.id.cookie)
+                .collect();
+            strays.extend(sockets.into_iter().filter(|socket| still.contains(&socket.id.cookie)).map(|it| (names, it)));
+        }
+        let inodes = strays.iter().map(|(_, socket)| socket.inode).filter(|inode| *inode != 0).collect();
+        let mut processes = processes(Path::new("/proc"), inodes, Instant::now() + NAMING);
+        self.proof.strays.extend(strays.into_iter().map(|((namespace, pod), socket)| {
+            let (pid, process) = processes.remove(&socket.inode).unwrap_or_default();
+            Stray {
+                namespace: namespace.to_owned(),
+                pod: pod.to_owned(),
+                local: socket.id.local,
+                remote: socket.id.remote,
+                pid,
+                process,
+                socket: socket.id.cookie,
+            }
+        }));
+        self.proof
     }
-    for socket in suspects {
-        let (pid, process) = process(socket.inode).unwrap_or_default();
-        proof.strays.push(Stray {
-            namespace: names.0.to_owned(),
-            pod: names.1.to_owned(),
-            local: socket.id.local,
-            remote: socket.id.remote,
-            pid,
-            process,
-            socket: socket.id.cookie,
-        });
+
+    fn done<T>(&mut self, result: anyhow::Result<T>, (namespace, name): (&str, &str)) -> Option<T> {
+        result.map_err(|error| self.proof.failures.push(format!("{namespace}/{name}: {error:#}"))).ok()
     }
-    proof.pods += 1;
-    Ok(())
+}
+
+fn count(proof: &mut Proof, word: &str) {
+    *proof.accounted.entry(word.to_owned()).or_default() += 1;
 }
 
 /// The word for what accounts for a socket by itself.
@@ -138,18 +187,53 @@ fn sockets_of(fds: &Path) -> impl Iterator<Item = u32> {
     })
 }
 
-/// A process that has a socket open: its number and name.
-fn process(inode: u32) -> Option<(u32, String)> {
-    if inode == 0 {
-        return None;
-    }
-    let all = fs::read_dir("/proc").ok()?.filter_map(Result::ok);
+/// A process that has each of these sockets open, by the socket's inode: its number and name. Those that were not found
+/// before `until` are left out.
+fn processes(proc_root: &Path, mut wanted: BTreeSet<u32>, until: Instant) -> HashMap<u32, (u32, String)> {
+    let mut found = HashMap::new();
+    let all = fs::read_dir(proc_root).into_iter().flatten().filter_map(Result::ok);
     for entry in all {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        if sockets_of(&entry.path().join("fd")).any(|own| own == inode) {
-            let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-            return Some((pid, name.trim_end().to_owned()));
+        if wanted.is_empty() || Instant::now() >= until {
+            break;
+        }
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let mut name = None;
+        for inode in sockets_of(&entry.path().join("fd")).take_while(|_| Instant::now() < until) {
+            if wanted.remove(&inode) {
+                let comm = || fs::read_to_string(entry.path().join("comm")).unwrap_or_default().trim_end().to_owned();
+                found.insert(inode, (pid, name.get_or_insert_with(comm).clone()));
+            }
         }
     }
-    None
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// Strays by the thousand cost one walk, and no more time than there is.
+    #[test]
+    fn the_processes_of_many_sockets_are_found_by_one_walk_within_its_time() {
+        let root = tempfile::tempdir().expect("a folder");
+        for pid in [7u32, 8] {
+            let of = root.path().join(pid.to_string());
+            fs::create_dir_all(of.join("fd")).expect("a folder");
+            fs::write(of.join("comm"), format!("process {pid}\n")).expect("a file");
+            for fd in 0..500 {
+                symlink(format!("socket:[{}]", pid * 1000 + fd), of.join("fd").join(fd.to_string())).expect("a link");
+            }
+            symlink("/dev/null", of.join("fd/1000")).expect("a link");
+        }
+        fs::create_dir_all(root.path().join("self/fd")).expect("a folder");
+        symlink("socket:[9000]", root.path().join("self/fd/1")).expect("a link");
+        let wanted: BTreeSet<u32> = (7000..7500).chain(8100..8200).chain([9000]).collect();
+        let found = processes(root.path(), wanted.clone(), Instant::now() + Duration::from_secs(60));
+        assert_eq!(found.len(), 600, "all but the one that no process has");
+        assert_eq!(found[&7499], (7, "process 7".to_owned()));
+        assert_eq!(found[&8100], (8, "process 8".to_owned()));
+        assert!(processes(root.path(), wanted, Instant::now()).is_empty(), "there was no time");
+    }
 }
