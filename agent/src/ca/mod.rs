@@ -1,8 +1,9 @@
 //! `culvert ca`: the server side of Istio's certificate API (specification §4), with its own root.
 //!
 //! Who may ask for which identity is in `caller`, what may be asked for in `csr`, and the signing in `authority`.
-//! Here is the server around them: TLS, limits, and one log line per answer. What pods there are is told by the source that
-//! the caller of [`run`] watches; until its first snapshot nobody is known and everybody is refused ([D.2]).
+//! Here is the server around them: TLS, limits, and one log line per answer, as long as they are not too many. What pods
+//! there are is told by the source that the caller of [`run`] watches; until its first snapshot nobody is known and
+//! everybody is refused ([D.2]).
 
 mod authority;
 mod caller;
@@ -19,9 +20,9 @@ use std::{
     net::SocketAddr,
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context as TaskContext, Poll, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
@@ -57,6 +58,7 @@ use crate::{
         wire::{self, CertificateRequest, CertificateResponse},
     },
     model::{Cluster, ObjectRef},
+    telemetry::limit::{Limit, Limiter},
 };
 
 /// Issuer of service account tokens where the API server is not told another (`--service-account-issuer`).
@@ -191,6 +193,7 @@ impl Server {
                 cert_ttl: config.cert_ttl,
                 max_cert_ttl: config.max_cert_ttl,
                 clock,
+                restraint: Restraint::new(),
             })),
         })
     }
@@ -210,6 +213,7 @@ impl Server {
     pub async fn serve(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
         info!(address = %self.local_addr()?, "certificate API is ready");
         let (stopping, mut stopped) = watch::channel(false);
+        let restraint = self.service.0.restraint.clone();
         let served = tonic::transport::Server::builder()
             .max_concurrent_streams(MAX_STREAMS)
             .http2_max_header_list_size(MAX_HEADER_BYTES)
@@ -217,10 +221,14 @@ impl Server {
             .http2_keepalive_timeout(Some(Duration::from_secs(20)))
             .max_connection_age(MAX_CONNECTION_AGE)
             .timeout(REQUEST_TIMEOUT)
-            .serve_with_incoming_shutdown(self.service, incoming(self.listener, self.acceptor), async {
-                shutdown.await;
-                stopping.send_replace(true);
-            });
+            .serve_with_incoming_shutdown(
+                self.service,
+                incoming(self.listener, self.acceptor, restraint.clone()),
+                async {
+                    shutdown.await;
+                    stopping.send_replace(true);
+                },
+            );
         let overdue = async {
             // An error means that the server has ended by itself.
             if stopped.wait_for(|stopped| *stopped).await.is_ok() {
@@ -229,6 +237,7 @@ impl Server {
         };
         tokio::select! {
             result = served => result.context("serve the certificate API"),
+            never = restraint.tell_on() => match never {},
             () = overdue => {
                 warn!(after_s = DRAIN.as_secs(), "ended with requests still open");
                 Ok(())
@@ -279,9 +288,13 @@ impl ResolvesServerCert for ServerCertificate {
 }
 
 /// Accepts connections and does their handshakes side by side; yields those that are ready for HTTP/2.
-fn incoming(listener: TcpListener, acceptor: TlsAcceptor) -> impl Stream<Item = std::io::Result<Connection>> {
-    let state = (listener, acceptor, Arc::new(Semaphore::new(MAX_CONNECTIONS)), FuturesUnordered::new());
-    futures_util::stream::unfold(state, async |(listener, acceptor, room, mut handshakes)| {
+fn incoming(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    restraint: Restraint,
+) -> impl Stream<Item = std::io::Result<Connection>> {
+    let state = (listener, acceptor, restraint, Arc::new(Semaphore::new(MAX_CONNECTIONS)), FuturesUnordered::new());
+    futures_util::stream::unfold(state, async |(listener, acceptor, restraint, room, mut handshakes)| {
         loop {
             let accepted = async {
                 // The semaphore is never closed.
@@ -291,13 +304,17 @@ fn incoming(listener: TcpListener, acceptor: TlsAcceptor) -> impl Stream<Item = 
             tokio::select! {
                 Some(connection) = handshakes.next(), if !handshakes.is_empty() => {
                     if let Some(connection) = connection {
-                        return Some((Ok(connection), (listener, acceptor, room, handshakes)));
+                        return Some((Ok(connection), (listener, acceptor, restraint, room, handshakes)));
                     }
                 }
                 (accepted, permit) = accepted => match accepted {
-                    Ok((tcp, peer)) => handshakes.push(handshake(acceptor.clone(), tcp, peer, permit).boxed()),
+                    Ok((tcp, peer)) => {
+                        handshakes.push(handshake(acceptor.clone(), tcp, peer, permit, restraint.clone()).boxed());
+                    }
                     Err(error) => {
-                        warn!(%error, "cannot accept a connection");
+                        if restraint.admits("accept-failed") {
+                            warn!(%error, "cannot accept a connection");
+                        }
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
                 },
@@ -311,6 +328,7 @@ async fn handshake(
     tcp: TcpStream,
     peer: SocketAddr,
     permit: Option<OwnedSemaphorePermit>,
+    restraint: Restraint,
 ) -> Option<Connection> {
     if let Err(error) = tcp.set_nodelay(true) {
         debug!(%peer, %error, "TCP_NODELAY");
@@ -318,11 +336,15 @@ async fn handshake(
     match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await {
         Ok(Ok(tls)) => Some(Connection { tls, _permit: permit }),
         Ok(Err(error)) => {
-            info!(%peer, %error, "TLS handshake failed");
+            if restraint.admits("handshake-failed") {
+                info!(%peer, %error, "TLS handshake failed");
+            }
             None
         }
         Err(_) => {
-            info!(%peer, "TLS handshake took too long");
+            if restraint.admits("handshake-timeout") {
+                info!(%peer, "TLS handshake took too long");
+            }
             None
         }
     }
@@ -367,6 +389,39 @@ impl AsyncWrite for Connection {
     }
 }
 
+/// Lines per second about what anybody who reaches the port can cause, for each kind.
+const LINES_PER_SECOND: u32 = 20;
+/// How often is told what was held back.
+const TELL: Duration = Duration::from_secs(1);
+
+/// The log's share for those who are not known yet. Clones are the same.
+#[derive(Clone, Debug)]
+struct Restraint(Arc<Mutex<Limiter>>);
+
+impl Restraint {
+    fn new() -> Self {
+        Self(Arc::new(Mutex::new(Limit::fixed(LINES_PER_SECOND).limiter())))
+    }
+
+    /// Whether a line of this kind may be written now.
+    fn admits(&self, kind: &'static str) -> bool {
+        self.limiter().admits(None, kind, Instant::now())
+    }
+
+    /// Tells from time to time how many lines were held back.
+    async fn tell_on(&self) -> Infallible {
+        loop {
+            tokio::time::sleep(TELL).await;
+            self.limiter().tell(Instant::now());
+        }
+    }
+
+    fn limiter(&self) -> MutexGuard<'_, Limiter> {
+        // Whatever has panicked there, a limiter has no broken state.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// What answers a request.
 struct Inner {
     authority: Arc<Authority>,
@@ -375,6 +430,7 @@ struct Inner {
     cert_ttl: Duration,
     max_cert_ttl: Duration,
     clock: Clock,
+    restraint: Restraint,
 }
 
 impl Inner {
@@ -386,8 +442,11 @@ impl Inner {
         // One snapshot for all questions.
         let cluster = self.cluster.borrow().clone();
         let refused = |denial: Denial, caller: Option<&Caller>| {
-            warn!(peer = ?peer, caller = caller.map(|c| format!("{}/{}", c.pod.namespace, c.pod.name)),
-                node = caller.map(|c| &*c.node), wanted = shown.as_deref(), reason = %denial, "certificate refused");
+            // A node's agent has lines of its own, which those who have no token cannot use up.
+            if self.restraint.admits(if caller.is_some() { "refused-agent" } else { "refused-caller" }) {
+                warn!(peer = ?peer, caller = caller.map(|c| format!("{}/{}", c.pod.namespace, c.pod.name)),
+                    node = caller.map(|c| &*c.node), wanted = shown.as_deref(), reason = %denial, "certificate refused");
+            }
             Status::unauthenticated(denial.category())
         };
         let token = bearer(request).ok_or(Denial::NoToken);
@@ -395,7 +454,9 @@ impl Inner {
             token.and_then(|token| self.tokens.caller(token, &cluster)).map_err(|denial| refused(denial, None))?;
         let identity = caller::authorize(&caller, wanted, &cluster).map_err(|denial| refused(denial, Some(&caller)))?;
         let spki = csr::public_key(&body.csr, &identity).map_err(|bad| {
-            warn!(peer = ?peer, %identity, node = %caller.node, reason = %bad, "certificate refused");
+            if self.restraint.admits("refused-request") {
+                warn!(peer = ?peer, %identity, node = %caller.node, reason = %bad, "certificate refused");
+            }
             Status::invalid_argument(bad.to_string())
         })?;
         let ttl = match u64::try_from(body.validity_duration) {

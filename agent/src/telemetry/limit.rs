@@ -27,13 +27,24 @@ const TELL: Duration = Duration::from_secs(1);
 pub struct Limit {
     /// Lines per second that one limiter lets through for each pod and reason; a second's worth at once. 0: all.
     per_second: u32,
+    /// Where it comes from, if an operator can change it.
+    setting: Option<&'static str>,
     suppressed: Arc<AtomicU64>,
 }
 
 impl Limit {
     /// `per_second` lines for each pod and reason, shared evenly by `threads`; 0 for no limit.
     pub fn new(per_second: u32, threads: u32) -> Self {
-        Self { per_second: per_second.div_ceil(threads.max(1)), suppressed: Arc::default() }
+        Self {
+            per_second: per_second.div_ceil(threads.max(1)),
+            setting: Some("--log-limit"),
+            suppressed: Arc::default(),
+        }
+    }
+
+    /// `per_second` lines for each pod and reason, which no setting changes.
+    pub fn fixed(per_second: u32) -> Self {
+        Self { per_second, setting: None, suppressed: Arc::default() }
     }
 
     /// A limiter for a thread.
@@ -99,7 +110,8 @@ impl Limiter {
                 0 => bucket.tokens < most,
                 suppressed => {
                     let pod = bucket.pod.as_ref().map(ObjectRef::to_string);
-                    warn!(pod, reason, suppressed, "lines of this pod and reason were held back (--log-limit)");
+                    let setting = self.limit.setting;
+                    warn!(pod, reason, suppressed, setting, "lines of this pod and reason were held back");
                     true
                 }
             }
