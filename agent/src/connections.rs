@@ -37,6 +37,7 @@ use crate::{
         limit::Limiter,
         metrics,
         open::{Carried, Counters, Facts, Open, Proof, Shard},
+        panics,
         traffic::{Flag, Names, UNKNOWN},
     },
 };
@@ -173,41 +174,45 @@ impl Passed {
         let mut overtaken: BTreeMap<NetnsCookie, (&ServedPod, Vec<Event>)> = BTreeMap::new();
         while let Some(event) = self.events.next() {
             let pod = pods(NetnsCookie(event.netns_cookie));
-            if event.kind == EventKind::Closed as u8 {
-                let flow = (NetnsCookie(event.netns_cookie), src(&event), dst(&event));
-                if !self.tracked.contains_key(&flow) {
-                    let facts = self.facts(snapshot, direction(&event), flow, Carried::Kernel);
-                    self.plaintext(&facts, flow.0, event.reason);
-                }
-                self.ended(snapshot, &event);
-                continue;
+            if event.kind == EventKind::Overtaken as u8
+                && let Some(pod) = pod
+            {
+                overtaken.entry(pod.cookie).or_insert_with(|| (pod, Vec::new())).1.push(event);
             }
-            if event.kind == EventKind::Overtaken as u8 {
-                self.account.told(&event);
-                if account::passed(event.reason) {
-                    // There was no room for a note on the socket: no record will tell of its end.
-                    self.account.seen(NetnsCookie(event.netns_cookie));
-                }
-                if let Some(pod) = pod {
-                    overtaken.entry(pod.cookie).or_insert_with(|| (pod, Vec::new())).1.push(event);
-                }
-                continue;
-            }
-            self.account.told(&event);
-            let flow = (NetnsCookie(event.netns_cookie), src(&event), dst(&event));
-            let mut facts = self.facts(snapshot, direction(&event), flow, Carried::Kernel);
-            // The pod is known by its namespace, also where its address is not.
-            let own = || pod.and_then(|pod| snapshot.workload(&pod.uid)).cloned();
-            match facts.direction {
-                access::Direction::Outbound if facts.src_workload.is_none() => facts.src_workload = own(),
-                access::Direction::Inbound if facts.dst_workload.is_none() => facts.dst_workload = own(),
-                access::Direction::Outbound | access::Direction::Inbound => {}
-            }
-            self.refused(snapshot, &event, facts);
+            // One thread does this for all pods, and gives the sign of life.
+            panics::caught(|| self.reported(snapshot, &event, pod));
         }
         for (pod, events) in overtaken.into_values() {
-            self.overtaken(snapshot, pod, &events);
+            panics::caught(|| self.overtaken(snapshot, pod, &events));
         }
+    }
+
+    fn reported(&mut self, snapshot: &Snapshot, event: &Event, pod: Option<&Arc<ServedPod>>) {
+        let flow = (NetnsCookie(event.netns_cookie), src(event), dst(event));
+        if event.kind == EventKind::Closed as u8 {
+            if !self.tracked.contains_key(&flow) {
+                let facts = self.facts(snapshot, direction(event), flow, Carried::Kernel);
+                self.plaintext(&facts, flow.0, event.reason);
+            }
+            return self.ended(snapshot, event);
+        }
+        self.account.told(event);
+        if event.kind == EventKind::Overtaken as u8 {
+            if account::passed(event.reason) {
+                // There was no room for a note on the socket: no record will tell of its end.
+                self.account.seen(flow.0);
+            }
+            return;
+        }
+        let mut facts = self.facts(snapshot, direction(event), flow, Carried::Kernel);
+        // The pod is known by its namespace, also where its address is not.
+        let own = || pod.and_then(|pod| snapshot.workload(&pod.uid)).cloned();
+        match facts.direction {
+            access::Direction::Outbound if facts.src_workload.is_none() => facts.src_workload = own(),
+            access::Direction::Inbound if facts.dst_workload.is_none() => facts.dst_workload = own(),
+            access::Direction::Outbound | access::Direction::Inbound => {}
+        }
+        self.refused(snapshot, event, facts);
     }
 
     /// Looks at the kernel's connections of these pods: which are open, and how many bytes they have carried. What has
@@ -321,7 +326,7 @@ impl Passed {
                 reason: tracked.reason,
                 ..Event::default()
             };
-            self.ended(snapshot, &event);
+            panics::caught(|| self.ended(snapshot, &event));
         }
     }
 

@@ -31,6 +31,7 @@ use crate::{
     drain::{self, Cause, Order},
     listen::Listeners,
     proxy::{Context, ServedPod, inbound, outbound},
+    telemetry::panics,
 };
 
 /// How often a worker shows that its thread is not stuck.
@@ -43,6 +44,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const QUIET: Duration = Duration::from_millis(1500);
 /// More than a connection's own deadline, so that each can tell its end.
 const CUT_SHORT: Duration = Duration::from_millis(250);
+
+/// In the log.
+const CONNECTION: &str = "connection";
 
 /// What a worker is told.
 #[derive(Debug)]
@@ -152,7 +156,7 @@ async fn run(
                 seen_ns.store(monotonic_ns(), Ordering::Relaxed);
                 context.limiter.borrow_mut().tell(std::time::Instant::now());
             }
-            Some(ended) = loops.join_next() => told(ended),
+            Some(ended) = loops.join_next() => panics::ended("accept loop", ended),
             order = orders.recv() => match order {
                 Some(Command::Serve(pod, listeners)) => {
                     let stop = watch::Sender::new(false);
@@ -169,7 +173,7 @@ async fn run(
     };
     let ended = async {
         while let Some(ended) = loops.join_next().await {
-            told(ended);
+            panics::ended("accept loop", ended);
         }
     };
     if timeout_at(order.deadline + CUT_SHORT, ended).await.is_err() {
@@ -186,16 +190,22 @@ fn serve(
     loops: &mut JoinSet<()>,
 ) -> io::Result<()> {
     let drain = &context.drain;
+    let failed = |context: &Rc<Context>, pod: &Arc<Pod>| {
+        let (context, pod) = (context.clone(), pod.clone());
+        move |error: &io::Error| not_accepted(&context, &pod, error)
+    };
     let Listeners { outbound, tunnel, plaintext } = listeners;
     // A loop of its own for each kind: a connection's task is as large as its kind needs, and not as the largest.
     {
         let (context, pod) = (context.clone(), pod.clone());
         let (listener, _) = listening(outbound)?;
+        let failed = failed(&context, &pod);
         let one = move |socket, peer| outbound::serve(context.clone(), pod.clone(), socket, peer);
-        loops.spawn_local(accept(listener, stop.subscribe(), drain.clone(), one));
+        loops.spawn_local(accept(listener, stop.subscribe(), drain.clone(), one, failed));
     }
     {
         let (context, pod, left) = (context.clone(), pod.clone(), stop.subscribe());
+        let failed = failed(&context, &pod);
         let (listener, _) = listening(tunnel)?;
         let one = move |socket, peer| {
             let mut left = left.clone();
@@ -205,12 +215,13 @@ fn serve(
             };
             inbound::tunnel(context.clone(), pod.clone(), socket, peer, left)
         };
-        loops.spawn_local(accept(listener, stop.subscribe(), drain.clone(), one));
+        loops.spawn_local(accept(listener, stop.subscribe(), drain.clone(), one, failed));
     }
     let (context, pod) = (context.clone(), pod.clone());
     let (listener, own_port) = listening(plaintext)?;
+    let failed = failed(&context, &pod);
     let one = move |socket, peer| inbound::plaintext(context.clone(), pod.clone(), own_port, socket, peer);
-    loops.spawn_local(accept(listener, stop.subscribe(), drain.clone(), one));
+    loops.spawn_local(accept(listener, stop.subscribe(), drain.clone(), one, failed));
     Ok(())
 }
 
@@ -221,12 +232,22 @@ fn listening(listener: std::net::TcpListener) -> io::Result<(TcpListener, u16)> 
     Ok((listener, port))
 }
 
+/// Tells that a pod's connections cannot be accepted, which its own may be the cause of.
+fn not_accepted(context: &Context, pod: &Pod, error: &io::Error) {
+    let snapshot = context.snapshot.borrow();
+    let own = snapshot.workload(&pod.uid).map(Arc::as_ref);
+    if context.limiter.borrow_mut().admits(own, "accept-failed", std::time::Instant::now()) {
+        warn!(pod = own.map(|own| own.object.to_string()), uid = %pod.uid, %error, "accept failed");
+    }
+}
+
 /// Accepts until the pod leaves or the agent ends, and owns what it has accepted.
 async fn accept<F>(
     listener: TcpListener,
     mut stop: watch::Receiver<bool>,
     mut drain: drain::Watch,
     one: impl Fn(TcpStream, SocketAddr) -> F,
+    failed: impl Fn(&io::Error),
 ) where
     F: Future<Output = ()> + 'static,
 {
@@ -236,8 +257,8 @@ async fn accept<F>(
             // Only ever dropped, never sent to.
             _ = stop.changed() => break None,
             order = drain.order() => break Some(order),
-            Some(ended) = connections.join_next() => told(ended),
-            accepted = listener.accept() => take(accepted, &mut connections, &one).await,
+            Some(ended) = connections.join_next() => panics::ended(CONNECTION, ended),
+            accepted = listener.accept() => take(accepted, &mut connections, &one, &failed).await,
         }
     };
     // The successor's listeners are others: what was on its way to this one comes to nobody else.
@@ -247,9 +268,9 @@ async fn accept<F>(
             let next = if connections.is_empty() { quiet_at.min(deadline) } else { deadline };
             tokio::select! {
                 _ = stop.changed() => break,
-                Some(ended) = connections.join_next() => told(ended),
+                Some(ended) = connections.join_next() => panics::ended(CONNECTION, ended),
                 accepted = listener.accept() => {
-                    take(accepted, &mut connections, &one).await;
+                    take(accepted, &mut connections, &one, &failed).await;
                     quiet_at = Instant::now() + QUIET;
                 }
                 () = tokio::time::sleep_until(next) => {}
@@ -268,7 +289,7 @@ async fn accept<F>(
         }
     }
     while let Some(ended) = connections.join_next().await {
-        told(ended);
+        panics::ended(CONNECTION, ended);
     }
 }
 
@@ -276,24 +297,16 @@ async fn take<F>(
     accepted: io::Result<(TcpStream, SocketAddr)>,
     connections: &mut JoinSet<()>,
     one: &impl Fn(TcpStream, SocketAddr) -> F,
+    failed: &impl Fn(&io::Error),
 ) where
     F: Future<Output = ()> + 'static,
 {
     match accepted {
         Ok((socket, peer)) => drop(connections.spawn_local(one(socket, peer))),
         Err(error) => {
-            warn!(%error, "accept failed");
+            failed(&error);
             tokio::time::sleep(ACCEPT_PAUSE).await;
         }
-    }
-}
-
-/// A panic in one connection ends that connection; the hook ([`crate::telemetry::panics`]) has told and counted it.
-fn told(ended: Result<(), tokio::task::JoinError>) {
-    if let Err(error) = ended
-        && error.is_panic()
-    {
-        warn!("the connection whose task panicked has ended; the others go on");
     }
 }
 
@@ -304,7 +317,6 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
-    use crate::telemetry::panics;
 
     fn size_of_task<A, B, C, D, F: Future>(_: impl Fn(A, B, C, D) -> F) -> usize {
         size_of::<F>()
@@ -344,7 +356,8 @@ mod tests {
             let (signal, drain) = drain::channel();
             let stop = watch::Sender::new(false);
             let mut loops = JoinSet::new();
-            loops.spawn_local(accept(listener, stop.subscribe(), drain, one));
+            let failed = |error: &io::Error| panic!("accept: {error}");
+            loops.spawn_local(accept(listener, stop.subscribe(), drain, one, failed));
             tokio::time::timeout(Duration::from_secs(60), scenario(addr, signal)).await.expect("in time");
             while let Some(ended) = loops.join_next().await {
                 ended.expect("the loop does not panic");

@@ -141,7 +141,11 @@ pub const METRICS: &[Metric] = &[
         "1 if the thread that controls answered this scrape in time; 0 leaves its metrics out",
         &[],
     ),
-    counter("culvert_panics", "Panics of the agent's tasks; each ended one connection at most", &[]),
+    counter(
+        "culvert_panics",
+        "Panics in the agent; each ended the task that it was in: one connection, or a tunnel with those in it",
+        &[],
+    ),
     counter(
         "culvert_access_log_lines_dropped",
         "Lines of the access log that were lost: their reader was too slow",

@@ -19,7 +19,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, timeout, timeout_at},
 };
-use tracing::{debug, error};
+use tracing::debug;
 
 use super::{
     Authority, Stream,
@@ -27,7 +27,10 @@ use super::{
 };
 use crate::{
     model::SpiffeId,
-    telemetry::tally::{Handshake, Side, Tally},
+    telemetry::{
+        panics,
+        tally::{Handshake, Side, Tally},
+    },
 };
 
 /// Limits of a [`Pool`] and of [`server::serve`](super::server::serve); the defaults are those of §14.3.
@@ -254,6 +257,8 @@ impl Inner {
                     return Ok(slot);
                 }
                 let settling = usable().filter(|c| !c.retired()).find_map(|c| c.settling());
+                // Its task has panicked: nobody else will ever say that the dial has ended.
+                entry.dial.take_if(|dial| dial.has_changed().is_err());
                 let dialling = if settling.is_none() {
                     Some(entry.dial.get_or_insert_with(|| self.dial(key, dial())).clone())
                 } else {
@@ -269,8 +274,9 @@ impl Inner {
                 match dialled.wait_for(Option::is_some).await.as_deref() {
                     Ok(Some(Err(error))) => return Err(error.clone()),
                     Ok(_) => {}
-                    // The task was aborted with the pool.
-                    Err(_) => return Err(OpenError::Closed),
+                    // The task was aborted with the pool, or it has panicked.
+                    Err(_) if self.closed.get() => return Err(OpenError::Closed),
+                    Err(_) => return Err(OpenError::Lost("the task that dialled has failed".into())),
                 }
             }
         }
@@ -286,9 +292,7 @@ impl Inner {
         let task = Self::run(Rc::downgrade(self), self.config, self.tally.clone(), key.clone(), dial, done);
         let mut tasks = self.tasks.borrow_mut();
         while let Some(ended) = tasks.try_join_next() {
-            if let Err(error) = ended {
-                error!(%error, "a tunnel connection's task failed");
-            }
+            panics::ended("tunnel", ended);
         }
         tasks.spawn_local(task);
         result

@@ -24,7 +24,10 @@ use super::{
     server::{Incoming, ServeError},
     testing::*,
 };
-use crate::proxy::copy::{self, Counters, ResetOnClose};
+use crate::{
+    proxy::copy::{self, Counters, ResetOnClose},
+    telemetry::panics,
+};
 
 type H2Server = h2::server::Connection<tokio_rustls::server::TlsStream<TcpStream>, Bytes>;
 
@@ -171,6 +174,84 @@ fn the_server_may_speak_and_end_first() {
         stream.shutdown().expect("shutdown");
         sleep(Duration::from_millis(50)).await;
         assert!(server.ends.borrow().is_empty(), "the connection stays");
+    });
+}
+
+/// What [`connect`] asks for, at another port.
+fn connect_to(port: u16) -> Connect {
+    Connect { authority: format!("10.0.0.1:{port}").parse().expect("authority"), ..connect() }
+}
+
+async fn echoes(stream: &mut Stream, text: &'static [u8]) {
+    stream.write(text).await.expect("write");
+    assert_eq!(stream.read().await.expect("read").as_deref(), Some(text));
+}
+
+/// A panic about one connection ends that connection, and neither its tunnel nor what else is in it.
+#[test]
+fn a_panic_in_one_stream_harms_no_other_of_its_tunnel() {
+    panics::install();
+    local(async {
+        let tls = tls();
+        let handler = |incoming: Incoming| async move {
+            match incoming.authority().port {
+                1 => panic!("before the answer"),
+                2 => {
+                    let mut stream = accepted(incoming).await;
+                    assert_eq!(stream.read().await.expect("read"), None, "asked to panic while it is carried");
+                }
+                _ => echo(incoming).await,
+            }
+        };
+        let server = Server::start(&tls, Config::default(), handler).await;
+        let pool = Pool::new(Config::default());
+        let to = async |port| {
+            pool.open(&key(server.addr), &connect_to(port), || dial(server.addr, tls.client.clone())).await
+        };
+        let mut other = to(9080).await.expect("open");
+        echoes(&mut other, b"before").await;
+        let before = panics::count();
+        let refused = to(1).await.expect_err("its task has panicked");
+        assert!(matches!(refused, OpenError::Reset(_)), "{refused}");
+        let mut carried = to(2).await.expect("open");
+        carried.write(b"something").await.expect("write");
+        assert!(carried.read().await.is_err(), "the connection whose task panicked has ended");
+        echoes(&mut other, b"after").await;
+        echoes(&mut to(9080).await.expect("the next CONNECT"), b"next").await;
+        assert_eq!((pool.connections(), server.accepted.get()), (1, 1), "all of it in one tunnel");
+        // Other tests of this process may panic at the same time.
+        assert!(panics::count() >= before + 2, "{} and {before}", panics::count());
+    });
+}
+
+/// A dial that panics fails whoever waits for it, and not whoever comes after.
+#[test]
+fn a_panic_in_a_dial_is_not_the_end_of_the_pool() {
+    panics::install();
+    local(async {
+        let tls = tls();
+        let server = Server::start(&tls, Config::default(), echo).await;
+        let pool = Pool::new(Config::default());
+        let before = panics::count();
+        let dialled = Cell::new(0);
+        let open = async || {
+            let panics = || {
+                dialled.set(dialled.get() + 1);
+                let (first, dial) = (dialled.get() == 1, dial(server.addr, tls.client.clone()));
+                async move {
+                    assert!(!first, "the first dial");
+                    dial.await
+                }
+            };
+            pool.open(&key(server.addr), &connect(), panics).await
+        };
+        let (one, two) = tokio::join!(open(), open());
+        for failed in [one, two] {
+            let error = failed.expect_err("its dial has panicked");
+            assert!(matches!(error, OpenError::Lost(_)), "{error}");
+        }
+        echoes(&mut open().await.expect("another dial"), b"hello").await;
+        assert!(panics::count() > before);
     });
 }
 

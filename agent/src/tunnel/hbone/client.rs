@@ -56,6 +56,17 @@ impl fmt::Debug for Slot {
     }
 }
 
+/// The end of a connection's task, also by a panic: no further streams.
+struct Ended<'a>(&'a Connection);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.0.retire();
+        // Whoever waits for SETTINGS that will not come shall look again.
+        self.0.settled.send_replace(true);
+    }
+}
+
 /// Why an attempt to open a stream on one connection did not give a stream.
 pub(in crate::tunnel) enum Failure {
     /// The peer did nothing with the request: another connection may be tried.
@@ -96,6 +107,7 @@ impl Connection {
 
     /// Runs the connection to its end.
     async fn drive(self: Rc<Self>, mut driver: Driver, config: Config) {
+        let _ended = Ended(&self);
         {
             let mut run = std::pin::pin!(poll_fn(|cx| {
                 let end = driver.poll(cx);
@@ -130,9 +142,6 @@ impl Connection {
                 }
             }
         }
-        self.retire();
-        // Whoever waits for SETTINGS that will not come shall look again.
-        self.settled.send_replace(true);
     }
 
     /// No further streams; those that are open go on.

@@ -17,7 +17,7 @@ use tokio::{
     task::JoinSet,
     time::{Instant, sleep_until, timeout, timeout_at},
 };
-use tracing::{debug, error};
+use tracing::debug;
 
 use super::{
     client::is_header_value,
@@ -29,9 +29,12 @@ use super::{
     hpack,
     tls::{Session, TlsError},
 };
-use crate::tunnel::{
-    Authority, AuthorityError, Config, REASON_HEADER, Stream, StreamError,
-    server::{Incoming, Peer, ServeError},
+use crate::{
+    telemetry::panics,
+    tunnel::{
+        Authority, AuthorityError, Config, REASON_HEADER, Stream, StreamError,
+        server::{Incoming, Peer, ServeError},
+    },
 };
 
 /// For the last frames, RST_STREAM and GOAWAY, to leave after the drain deadline; and for a client to read our alert.
@@ -129,9 +132,7 @@ where
                 None => break,
             },
             Some(ended) = handlers.join_next(), if !handlers.is_empty() => {
-                if let Err(error) = ended {
-                    error!(%error, "the task of a tunnelled connection failed");
-                }
+                panics::ended("tunnelled connection", ended);
             }
             until = &mut drain, if deadline.is_none() => {
                 deadline = Some(until);
@@ -154,9 +155,7 @@ where
     // With the connection gone every stream has failed, so that the handlers end by themselves.
     drop(driver);
     while let Some(ended) = handlers.join_next().await {
-        if let Err(error) = ended {
-            error!(%error, "the task of a tunnelled connection failed");
-        }
+        panics::ended("tunnelled connection", ended);
     }
     let end = core.borrow().end().cloned();
     match end {
