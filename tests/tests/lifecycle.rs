@@ -122,6 +122,24 @@ impl Scene {
         Ok(old)
     }
 
+    /// What `culvert ready` says of an agent of node a: yes, or no and why. An agent that has just taken over shares the
+    /// node's ports with the one before for a moment, and may have to be asked again.
+    fn expect_ready(&self, agent: &str, why_not: Option<&str>) -> Result<()> {
+        let pid = self.sandbox.pid(agent)?.to_string();
+        let mut last = String::new();
+        command::wait_for(&format!("culvert ready of {agent}"), Duration::from_secs(10) * patience(), || {
+            let mut ready = self.sandbox.agent_place(Node::A)?.command(built("culvert")?)?;
+            let got = ready.args(["ready", "--pid", &pid]).output().context("culvert ready")?;
+            last = format!("{}{}", String::from_utf8_lossy(&got.stdout), String::from_utf8_lossy(&got.stderr));
+            Ok(match why_not {
+                None => got.status.success() && last == "ready\n",
+                Some(why) => got.status.code() == Some(1) && last.contains(why),
+            }
+            .then_some(()))
+        })
+        .with_context(|| last.clone())
+    }
+
     fn expect_orderly_end(&mut self, agent: &str, limit: Duration) -> Result<()> {
         let status = self.sandbox.wait_end(agent, limit)?;
         ensure!(status.success(), "{agent} ended with {status}");
@@ -261,6 +279,10 @@ fn a_successor_that_cannot_leaves_the_old_one_serving() -> Result<()> {
     let told = scene.wait_told(&next, "not taking over yet")?;
     let missing = told.field("certificates").unwrap_or_default();
     ensure!(missing.contains("ns/test/sa/client"), "{missing}");
+    // Whoever asks the node's ports is answered by the old one: a probe of the new one must not take that for its own.
+    let old = scene.serving(Node::A).clone();
+    scene.expect_ready(&old, None)?;
+    scene.expect_ready(&next, Some("which does not serve"))?;
     // One more waits for its turn.
     let third = scene.start(Node::A)?;
     scene.wait_told(&third, "another agent prepares itself")?;
@@ -270,6 +292,8 @@ fn a_successor_that_cannot_leaves_the_old_one_serving() -> Result<()> {
     scene.wait_told(&next, "ready")?;
     scene.wait_told(&third, "ready")?;
     scene.wait_told(&next, "another agent has taken over")?;
+    scene.expect_ready(&third, None)?;
+    scene.expect_ready(&next, Some("not ready"))?;
     scene.expect_orderly_end(&next, (LONG_DEADLINE + Duration::from_secs(3)) * patience())?;
     scene.expect_whole("default/far")?;
     for (name, result) in scene.loaded()? {

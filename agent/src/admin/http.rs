@@ -7,6 +7,7 @@ use std::{
     convert::Infallible,
     io,
     net::IpAddr,
+    path::Path,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -24,7 +25,7 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
-use super::{Handles, dump, printable, strict, why};
+use super::{Handles, dump, printable, process, strict, why};
 use crate::telemetry::{LogLevel, answering, readiness::Ready};
 
 /// Connections at a time. One more costs the oldest its place.
@@ -150,7 +151,14 @@ async fn route(request: Request<Incoming>, state: State) -> Response<Held> {
             let missing = state.ready.missing();
             let handles = state.handles.borrow().clone();
             let status = if missing.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-            text(status, &dump::readiness(&missing, handles.as_deref()))
+            let mut response = text(status, &dump::readiness(&missing, handles.as_deref()));
+            if let Some(process) = process::Process::of(Path::new("/proc"), "self")
+                .ok()
+                .and_then(|own| header::HeaderValue::try_from(own.to_string()).ok())
+            {
+                response.headers_mut().insert(process::HEADER, process);
+            }
+            response
         }
         "/logging" if reading => match state.level.get() {
             Ok(level) => text(StatusCode::OK, &level),

@@ -27,6 +27,7 @@ use crate::{
 
 pub mod dump;
 pub mod http;
+pub mod process;
 pub mod strict;
 pub mod why;
 

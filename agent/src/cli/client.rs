@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr, time::Duration};
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
-use http::{Method, Request, StatusCode, header};
+use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
@@ -69,11 +69,26 @@ impl std::error::Error for NotThere {}
 /// # Errors
 /// [`NotThere`]; the agent refused, in its own words; the answer broke off or took too long.
 pub(super) async fn ask(address: &Address, method: Method, path: &str) -> anyhow::Result<Bytes> {
+    let answer = answer(address, method, path).await?;
+    match answer.status() {
+        StatusCode::OK => Ok(answer.into_body()),
+        status => {
+            let said = String::from_utf8_lossy(answer.body());
+            bail!("the agent at {address} refused {path} ({status}): {}", crate::admin::printable(said.trim()))
+        }
+    }
+}
+
+/// Asks, and reads the whole answer, whatever its status.
+///
+/// # Errors
+/// [`NotThere`]; the answer broke off or took too long.
+pub(super) async fn answer(address: &Address, method: Method, path: &str) -> anyhow::Result<Response<Bytes>> {
     let exchange = tokio::time::timeout(PATIENCE, exchange(address, method, path)).await;
     exchange.with_context(|| format!("{address}{path} gave no complete answer within {} s", PATIENCE.as_secs()))?
 }
 
-async fn exchange(address: &Address, method: Method, path: &str) -> anyhow::Result<Bytes> {
+async fn exchange(address: &Address, method: Method, path: &str) -> anyhow::Result<Response<Bytes>> {
     let not_there = |why: String| NotThere { address: address.clone(), why };
     let stream = tokio::time::timeout(CONNECT_PATIENCE, TcpStream::connect(&address.authority))
         .await
@@ -94,24 +109,17 @@ async fn exchange(address: &Address, method: Method, path: &str) -> anyhow::Resu
             Some(source) => not_there(source.to_string()),
             None => not_there(error.to_string()),
         })?;
-        let status = response.status();
-        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(anyhow::Error::from_boxed)?;
+        let (head, body) = response.into_parts();
+        let body = Limited::new(body, MAX_ANSWER).collect().await.map_err(anyhow::Error::from_boxed)?;
         drop(sender);
-        anyhow::Ok((status, body.to_bytes()))
+        anyhow::Ok(Response::from_parts(head, body.to_bytes()))
     };
     // The connection moves the bytes while the answer is awaited; what ends it early ends the answer too.
     let (answered, _) = tokio::join!(answered, connection);
-    let (status, body) = answered.map_err(|error| match error.is::<NotThere>() {
+    answered.map_err(|error| match error.is::<NotThere>() {
         true => error,
         false => error.context(asking()),
-    })?;
-    match status {
-        StatusCode::OK => Ok(body),
-        status => {
-            let said = String::from_utf8_lossy(&body);
-            bail!("the agent at {address} refused {path} ({status}): {}", crate::admin::printable(said.trim()))
-        }
-    }
+    })
 }
 
 #[cfg(test)]

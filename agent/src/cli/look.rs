@@ -1,10 +1,13 @@
 //! The commands that look at a running agent, or change its log level.
 
-use std::time::Duration;
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use http::Method;
+use http::{Method, StatusCode};
 use serde_json::Value;
 
 use super::{
@@ -17,12 +20,19 @@ use crate::{
     admin::{
         dump::Dump,
         printable,
+        process::{self, Process},
         strict::StrictDump,
         why::{self, Explanation, RefusalsDump},
     },
     config::parse_duration,
     telemetry::open::Proof,
 };
+
+/// How often `culvert ready --wait` asks.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
+
+/// How long one answer may take: the place may be that of an agent that hangs, and the next time another one answers.
+const READY_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A question to the agent.
 #[derive(Debug, Subcommand)]
@@ -49,6 +59,8 @@ pub enum Look {
     Metrics(Metrics),
     /// Shows the agent's log level, or changes it at once
     Log(Log),
+    /// For probes: whether the agent of this container serves the pods of its node; status 1 if not, also where another one does
+    Ready(Ready),
 }
 
 /// What most questions have.
@@ -163,6 +175,20 @@ pub struct Log {
     level: Option<String>,
 }
 
+/// `culvert ready`
+#[derive(Args, Clone, Debug)]
+pub struct Ready {
+    /// Where the agent answers operators (its --admin-address)
+    #[arg(long, value_name = "URL", env = "CULVERT_ADDRESS", default_value = "http://127.0.0.1:15000")]
+    address: Address,
+    /// The agent's process; without it, the agent in the cgroup of this command: in the same container, or unit of systemd
+    #[arg(long, value_name = "PID")]
+    pid: Option<u32>,
+    /// Asks again until it is ready, for so long
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    wait: Option<Duration>,
+}
+
 impl Look {
     /// Asks, and shows the answer on standard output.
     ///
@@ -183,6 +209,7 @@ impl Look {
                 Self::Capture(Capture::Proof(common)) => common.prove().await,
                 Self::Metrics(of) => of.shown.show(async || of.sheet().await).await,
                 Self::Log(log) => log.run().await,
+                Self::Ready(ready) => ready.run().await,
             }
         })
     }
@@ -392,6 +419,40 @@ impl Log {
         };
         let level = String::from_utf8_lossy(&answer);
         print(&format!("{}\n", printable(level.trim_end()))).map(drop)
+    }
+}
+
+impl Ready {
+    async fn run(&self) -> anyhow::Result<()> {
+        let until = self.wait.map(|wait| Instant::now() + wait);
+        loop {
+            match self.ask().await {
+                Ok(()) => return print("ready\n").map(drop),
+                Err(why) if until.is_none_or(|until| Instant::now() >= until) => return Err(why.context("not ready")),
+                Err(_) => tokio::time::sleep(ASK_AGAIN).await,
+            }
+        }
+    }
+
+    /// The node's ports are answered by the agent that serves: an answer of another one than is meant says nothing about
+    /// this one, which may be waiting for its turn.
+    async fn ask(&self) -> anyhow::Result<()> {
+        let (proc_root, address) = (Path::new("/proc"), &self.address);
+        let (pid, meant) = match self.pid {
+            Some(pid) => (pid, Process::of(proc_root, &pid.to_string()).with_context(|| format!("process {pid}"))?),
+            None => Process::beside(proc_root)?,
+        };
+        let asked = tokio::time::timeout(READY_PATIENCE, client::answer(address, Method::GET, "/readyz")).await;
+        let answer = asked.with_context(|| format!("{address} gave no answer within {READY_PATIENCE:?}"))??;
+        let from = answer.headers().get(process::HEADER).with_context(|| foreign(address))?;
+        anyhow::ensure!(
+            from.as_bytes() == meant.to_string().as_bytes(),
+            "the agent that answers at {address} is another one than process {pid}, which does not serve"
+        );
+        let said = String::from_utf8_lossy(answer.body());
+        let missing: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("[-] waiting for: ")).collect();
+        anyhow::ensure!(answer.status() == StatusCode::OK, "{}", printable(&missing.join(", ")));
+        Ok(())
     }
 }
 
