@@ -153,6 +153,7 @@ pub fn start(runtime: &Runtime, limit: Duration) -> JoinHandle<()> {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 mod tests {
     use std::{
         hint,

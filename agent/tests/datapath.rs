@@ -2,6 +2,7 @@
 //!
 //! Needs root, cgroup2 and `ip`. Everything is made under names with this process's id and removed at the end.
 #![expect(clippy::expect_used, reason = "a test says what it expected")]
+#![expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 
 use std::{
     collections::BTreeMap,

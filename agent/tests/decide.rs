@@ -1,4 +1,5 @@
 //! `culvert decide` and `culvert diff`: the executable itself, on manifests and connections as people have them.
+#![expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 
 use std::{
     fs,

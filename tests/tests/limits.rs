@@ -108,6 +108,17 @@ fn size_of(sandbox: &Sandbox, agent: &str) -> Result<(u64, usize)> {
     Ok((rss, fs::read_dir(format!("/proc/{pid}/fd"))?.count()))
 }
 
+/// The names of an agent's threads, in order.
+fn threads_of(sandbox: &Sandbox, agent: &str) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{}/task", sandbox.pid(agent)?))? {
+        // One that has just ended is none.
+        names.extend(fs::read_to_string(thread?.path().join("comm")).map(|name| name.trim_end().to_owned()).ok());
+    }
+    names.sort();
+    Ok(names)
+}
+
 /// A pod that opens more connections than it may is refused; so is a peer that begins handshakes without end.
 #[test]
 fn a_greedy_pod_is_refused_and_its_neighbour_is_not() -> Result<()> {
@@ -192,6 +203,7 @@ fn open_connections_do_not_grow() -> Result<()> {
     // The start's text is given back after two seconds, and is not to be taken for connections' memory.
     thread::sleep(Duration::from_secs(4));
     let idle: Vec<_> = agents.iter().map(|agent| size_of(&scene.sandbox, agent)).collect::<Result<_>>()?;
+    let threads: Vec<_> = agents.iter().map(|agent| threads_of(&scene.sandbox, agent)).collect::<Result<_>>()?;
     let (flood, tried) = scene.flood("test/greedy", scene.server, count, &[])?;
     ensure!(tried.held == count, "{tried:?}");
     thread::sleep(Duration::from_secs(2));
@@ -219,5 +231,21 @@ fn open_connections_do_not_grow() -> Result<()> {
     command::wait_for("descriptors are given back", kept * patience(), || {
         let now = size_of(&scene.sandbox, &agents[0])?;
         Ok((now.1 < idle[0].1 + 20).then_some(()))
-    })
+    })?;
+    // No thread was made for any of them: every one has its owner and its name.
+    for (agent, before) in agents.iter().zip(&threads) {
+        // Those that only wait for more blocking work of the runtime end after ten seconds.
+        command::wait_for(
+            &format!("{agent} has the threads {before:?}"),
+            Duration::from_secs(20) * patience(),
+            || {
+                let mut now = threads_of(&scene.sandbox, agent)?;
+                for name in before {
+                    now.iter().position(|other| other == name).map(|at| now.swap_remove(at));
+                }
+                Ok(now.is_empty().then_some(()))
+            },
+        )?;
+    }
+    Ok(())
 }

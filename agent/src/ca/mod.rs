@@ -9,6 +9,7 @@ mod authority;
 mod caller;
 mod csr;
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 pub(crate) mod testkit;
 #[cfg(test)]
 mod tests;

@@ -214,6 +214,7 @@ fn cookie_here() -> io::Result<u64> {
 
 /// Namespaces for tests of this crate.
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 pub(crate) mod testing {
     use std::os::fd::{FromRawFd as _, OwnedFd};
 

@@ -39,6 +39,7 @@ use crate::{model::PodUid, netns::NetnsHandle};
 mod cgroup;
 mod kubelet;
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 mod tests;
 mod tree;
 

@@ -405,4 +405,5 @@ pub(super) fn read_bounded(path: &Path) -> io::Result<Option<(String, Stamp)>> {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 mod tests;

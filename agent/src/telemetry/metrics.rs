@@ -581,7 +581,7 @@ mod tests {
     /// Names come from manifests; [M.1] what is missing is `unknown`.
     #[test]
     fn values_are_escaped_and_what_is_missing_is_unknown() {
-        let (sources, _writer) = sources();
+        let (sources, _writers) = sources();
         let addr = |last: u8| std::net::SocketAddr::from(([10, 0, 0, last], 80));
         let mut facts = Facts::new(Direction::Outbound, addr(1), addr(2));
         facts.service = Some(ObjectRef::new("a\"b\\c\nd", "x"));
@@ -597,7 +597,7 @@ mod tests {
 
     #[test]
     fn every_sample_has_the_labels_of_the_catalogue() {
-        let (sources, _writer) = sources();
+        let (sources, _writers) = sources();
         let node = Node {
             certificates: vec![("spiffe://a/ns/b/sa/c".into(), None)],
             verdicts: vec![Verdicts {

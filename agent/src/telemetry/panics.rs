@@ -85,6 +85,7 @@ fn message(payload: &(dyn Any + Send)) -> &'static str {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 mod tests {
     use super::*;
 

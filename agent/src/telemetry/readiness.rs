@@ -154,6 +154,7 @@ async fn answer(mut stream: TcpStream, ready: &Ready) -> io::Result<()> {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 mod tests {
     use std::net::SocketAddr;
 

@@ -386,6 +386,7 @@ fn nanoseconds(at: SystemTime) -> u64 {
 }
 
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 mod tests {
     use std::sync::Mutex;
 

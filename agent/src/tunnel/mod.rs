@@ -17,6 +17,7 @@ mod stream;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
+#[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 mod tests;
 
 pub use self::{
