@@ -1,6 +1,6 @@
 //! The kernel programs in the real kernel: real sockets in real network namespaces, judged by real maps.
 //!
-//! Needs root, cgroup2 and `ip`. Everything is made under names with this process's id and removed at the end.
+//! Needs root, cgroup2, `ip` and `nft`. Everything is made under names with this process's id and removed at the end.
 #![expect(clippy::expect_used, reason = "a test says what it expected")]
 
 use std::{
@@ -1567,4 +1567,89 @@ fn maps_carry_their_types() {
         assert!(pods.contains(&format!("\"{name}\"")), "{name} in {pods}");
     }
     assert!(dump("POD_ADDRS").contains("\"netns_cookie\""));
+}
+
+/// A rule of nftables in a namespace, until it is dropped.
+struct Filter<'a>(&'a File);
+
+impl<'a> Filter<'a> {
+    /// Drops what `packets` matches.
+    fn new(namespace: &'a File, hook: &str, packets: &str) -> Self {
+        within(namespace, || {
+            run("nft add table inet quiet");
+            run(&format!("nft add chain inet quiet some {{ type filter hook {hook} priority 0 ; }}"));
+            run(&format!("nft add rule inet quiet some {packets} drop"));
+        });
+        Self(namespace)
+    }
+}
+
+impl Drop for Filter<'_> {
+    fn drop(&mut self) {
+        within(self.0, || {
+            let _ = Command::new("nft").args(["delete", "table", "inet", "quiet"]).status();
+        });
+    }
+}
+
+/// A client that is connected, and whose server waits for the end of the handshake as long as the filter is there, or until the
+/// client's first byte.
+fn half_open(node: &Node) -> (TcpStream, Filter<'_>) {
+    let filter = Filter::new(&node.peer, "output", "tcp dport 9080 tcp flags & (syn|ack|psh|fin|rst) == ack");
+    let client = node.dial_from_peer("10.99.0.2:9080").expect("the client's part of the handshake");
+    client.set_read_timeout(Some(Duration::from_secs(20))).expect("an option");
+    (client, filter)
+}
+
+/// Who is told of wake-ups, one by one, as an event loop is.
+struct Wakes(std::os::fd::OwnedFd);
+
+impl Wakes {
+    fn new(events: &impl AsFd) -> Self {
+        use std::os::fd::FromRawFd;
+        // SAFETY: the descriptor is new, and nobody else's.
+        let epoll = unsafe { std::os::fd::OwnedFd::from_raw_fd(libc::epoll_create1(libc::EPOLL_CLOEXEC)) };
+        let mut event = libc::epoll_event { events: (libc::EPOLLIN | libc::EPOLLET) as u32, u64: 0 };
+        let of = events.as_fd().as_raw_fd();
+        // SAFETY: both descriptors are open, and the event is live.
+        let added = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, of, &raw mut event) };
+        assert_eq!(added, 0);
+        Self(epoll)
+    }
+
+    fn within(&self, limit: Duration) -> bool {
+        let mut event = libc::epoll_event { events: 0, u64: 0 };
+        // SAFETY: there is room for one event.
+        let woken = unsafe { libc::epoll_wait(self.0.as_raw_fd(), &raw mut event, 1, limit.as_millis() as i32) };
+        woken == 1
+    }
+}
+
+/// [D.1]: a handshake that began under PERMISSIVE and ends under STRICT is told as overtaken: at once, whatever waits there to be
+/// told without a wake-up.
+#[test]
+fn a_handshake_that_policy_overtakes_is_told_at_once() {
+    let node = Node::new();
+    let _application = node.serve("0.0.0.0:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let mut events = datapath.events().expect("the events");
+    let (mut client, _filter) = half_open(&node);
+    datapath.ready(node.cookie, &PodPolicy { rule: 3, ..policy(2, Mode::Strict) }).expect("generation 2");
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "told without a wake-up");
+    let wakes = Wakes::new(&events);
+    assert!(wakes.within(Duration::ZERO), "there is something to read");
+    assert!(!wakes.within(Duration::from_millis(50)), "and nobody says so again");
+    client.write_all(b"x").expect("the end of the handshake");
+    assert!(wakes.within(Duration::from_secs(20)), "it wakes whoever is to end it");
+    let told: Vec<Event> = events.by_ref().filter(|event| event.kind == EventKind::Overtaken as u8).collect();
+    let [told] = &told[..] else { panic!("{told:?}") };
+    assert_eq!(
+        (told.src.ip(), told.sport),
+        (PEER4.parse().expect("a literal"), client.local_addr().expect("own").port())
+    );
+    assert_eq!((told.dst.ip(), told.dport), (POD4.parse().expect("a literal"), 9080));
+    assert_eq!((told.reason, told.rule, told.generation), (Reason::StrictRequiresMtls as u8, 3, 2));
+    assert_eq!(told.netns_cookie, node.cookie.0);
+    let strict = counted(&datapath, node.cookie, Direction::Inbound, Answer::Refuse, Reason::StrictRequiresMtls);
+    assert_eq!(strict, 2);
 }
