@@ -27,8 +27,9 @@ use culvert::{
 };
 use culvert_common::{
     Addr, Answer, Asked, Authorization, AuthorizationKey, AuthorizationValue, ClassValue, Direction, Event, EventKind,
-    Inputs, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE, Peer, PodAddrValue, PodState, PortKey,
-    REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue, SourceKey, decide, gate::Class,
+    FlowKey, FlowKind, FlowValue, Inputs, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE, Peer,
+    PodAddrValue, PodState, PortKey, PortValue, REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue,
+    SourceKey, bucket, decide, gate::Class,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -1269,7 +1270,7 @@ fn a_table_that_misses_an_entry_denies() {
     let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
     let open = |name: &str| MapData::from_pin(datapath.pin_dir().join(name)).expect("the map is pinned");
     let mut sources = LpmTrie::<_, SourceKey, ClassValue>::try_from(Map::LpmTrie(open("SOURCES"))).expect("a trie");
-    let mut ports = BpfHashMap::<_, PortKey, ClassValue>::try_from(Map::HashMap(open("PORTS"))).expect("a map");
+    let mut ports = BpfHashMap::<_, PortKey, PortValue>::try_from(Map::HashMap(open("PORTS"))).expect("a map");
     let mut verdicts =
         BpfHashMap::<_, AuthorizationKey, AuthorizationValue>::try_from(Map::HashMap(open("AUTHORIZATION")))
             .expect("a map");
@@ -1288,11 +1289,7 @@ fn a_table_that_misses_an_entry_denies() {
         let verdict_key = AuthorizationKey { table, source_class: 1, port_class: 1 };
         match missing {
             "source" => keys.iter().for_each(|key| sources.remove(key).expect("removed")),
-            "port" => {
-                for port in [0, 9080] {
-                    ports.remove(&PortKey { table, port, _pad: 0 }).expect("removed");
-                }
-            }
+            "port" => ports.remove(&PortKey { table, bucket: 0, _pad: 0 }).expect("removed"),
             "verdict" => verdicts.remove(&verdict_key).expect("removed"),
             "sense" => {
                 let value = AuthorizationValue { rule: 1, reason: Reason::Captured as u8, _pad: [0; 3] };
@@ -1309,6 +1306,59 @@ fn a_table_that_misses_an_entry_denies() {
     }
 }
 
+/// [PA.13]: nor is a port open, by the mode of the pod or by the class of other ports, where the entry is not there that would
+/// name it; what is said of other ports stays.
+#[test]
+fn a_port_whose_bucket_is_missing_is_refused() {
+    let node = Node::new();
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let open = |name: &str| MapData::from_pin(datapath.pin_dir().join(name)).expect("the map is pinned");
+    let mut modes = BpfHashMap::<_, ModeKey, ModeValue>::try_from(Map::HashMap(open("MODES"))).expect("a map");
+    let mut ports = BpfHashMap::<_, PortKey, PortValue>::try_from(Map::HashMap(open("PORTS"))).expect("a map");
+    let (pass, refuse) = (Answer::Pass as u8, Answer::Refuse as u8);
+    let missing = (refuse, Reason::PolicyMissing as u8, 0);
+    // More than one bucket has room for.
+    let named: Vec<u16> = (9000..9020).collect();
+    let strict = named.iter().map(|port| (*port, (Mode::Strict, 5))).collect();
+    datapath.ready(node.cookie, &PodPolicy { ports: strict, ..policy(2, Mode::Permissive) }).expect("generation 2");
+    let buckets = inspect::read(datapath.pin_dir()).expect("read").pods[&node.cookie.0].mode_buckets;
+    assert!(buckets > 1);
+    let asked = |datapath: &mut Datapath, port| {
+        datapath.beat().expect("beat");
+        verdict(datapath, PEER4, POD4, port)
+    };
+    for port in named.iter().copied() {
+        assert_eq!(asked(&mut datapath, port), (refuse, Reason::StrictRequiresMtls as u8, 5), "{port}");
+    }
+    let gone = bucket(9007, buckets);
+    let (same, other): (Vec<u16>, Vec<u16>) = (1..=u16::MAX)
+        .filter(|port| !matches!(*port, PORT_HBONE | 15001 | 15006))
+        .partition(|port| bucket(*port, buckets) == gone);
+    let of = |all: &[u16], named: bool| *all.iter().find(|port| (9000..9020).contains(*port) == named).expect("one");
+    assert_eq!(asked(&mut datapath, of(&same, false)).0, pass);
+    modes.remove(&ModeKey { netns_cookie: node.cookie.0, generation: 2, bucket: gone, _pad: 0 }).expect("it was there");
+    assert_eq!(asked(&mut datapath, 9007), missing);
+    assert_eq!(asked(&mut datapath, of(&same, false)), missing, "nobody knows that it is not named");
+    assert_eq!(asked(&mut datapath, of(&other, true)), (refuse, Reason::StrictRequiresMtls as u8, 5));
+    assert_eq!(asked(&mut datapath, of(&other, false)).0, pass);
+
+    // The same of a table whose policies deny those ports and allow others.
+    let block = |text: &str| ((text.parse().expect("a literal"), 0), 0);
+    let classes = [(0, 0)].into_iter().chain(named.iter().map(|port| (*port, 1))).collect();
+    let decisions =
+        [allowed_by(7), denied_by(8)].map(|(reason, rule)| Decision { reason, rule: RuleId(rule) }).to_vec();
+    let table = Table { sources: vec![block("0.0.0.0"), block("::")], ports: classes, decisions: vec![decisions] };
+    let plaintext = Plaintext::ByTable(Arc::new(table));
+    datapath.ready(node.cookie, &PodPolicy { plaintext, ..policy(3, Mode::Permissive) }).expect("generation 3");
+    let pod = inspect::read(datapath.pin_dir()).expect("read").pods[&node.cookie.0];
+    let gone = bucket(9007, pod.port_buckets);
+    assert_eq!(asked(&mut datapath, 9007), (refuse, Reason::ExplicitDeny as u8, 8));
+    ports.remove(&PortKey { table: pod.table, bucket: gone, _pad: 0 }).expect("it was there");
+    assert_eq!(asked(&mut datapath, 9007), missing);
+    let elsewhere = named.iter().find(|port| bucket(**port, pod.port_buckets) != gone).expect("another bucket");
+    assert_eq!(asked(&mut datapath, *elsewhere), (refuse, Reason::ExplicitDeny as u8, 8));
+}
+
 /// A table that does not fit makes the agent decide; when others need less, it is the kernel's again.
 #[test]
 fn a_full_map_of_tables_makes_the_agent_decide_until_there_is_room() {
@@ -1323,8 +1373,8 @@ fn a_full_map_of_tables_makes_the_agent_decide_until_there_is_room() {
         PodPolicy { plaintext, ..policy(generation, Mode::Permissive) }
     };
     datapath.ready(node.cookie, &with(1, 2)).expect("in force");
-    let junk = |n: u64| PortKey { table: u32::MAX - n as u32, port: 1, _pad: 0 };
-    assert_eq!(fill::<PortKey, ClassValue>(&datapath, "PORTS", junk), 65536 - 3);
+    let junk = |n: u64| PortKey { table: u32::MAX - n as u32, bucket: 1, _pad: 0 };
+    assert_eq!(fill::<PortKey, PortValue>(&datapath, "PORTS", junk), 65536 - 1);
     datapath.ready(node.cookie, &with(2, 3)).expect("in force, by the agent");
     assert_eq!(datapath.judged_by_agent(), 1);
     let _client = node.dial_from_peer("10.99.0.2:9080").expect("reaches the agent");
@@ -1361,13 +1411,13 @@ fn tables_are_shared_and_go_with_their_last_pod() {
         |rule| PodPolicy { plaintext: table([allowed_by(rule); 3], [NO_MATCH; 3]), ..policy(2, Mode::Permissive) };
     for cookie in [node.cookie, other] {
         datapath.ready(cookie, &with(1)).expect("in force");
-        assert_eq!(entries(&datapath), (3, 3, 6));
+        assert_eq!(entries(&datapath), (3, 1, 6));
     }
     datapath.ready(other, &with(2)).expect("in force");
-    assert_eq!(entries(&datapath), (6, 6, 12));
+    assert_eq!(entries(&datapath), (6, 2, 12));
     datapath.remove(other).expect("removed");
     let until = Instant::now() + Duration::from_secs(30);
-    while entries(&datapath) != (3, 3, 6) {
+    while entries(&datapath) != (3, 1, 6) {
         assert!(Instant::now() < until, "{:?}", entries(&datapath));
         datapath.maintain();
         thread::sleep(Duration::from_millis(20));
@@ -1652,4 +1702,57 @@ fn a_handshake_that_policy_overtakes_is_told_at_once() {
     assert_eq!(told.netns_cookie, node.cookie.0);
     let strict = counted(&datapath, node.cookie, Direction::Inbound, Answer::Refuse, Reason::StrictRequiresMtls);
     assert_eq!(strict, 2);
+}
+
+/// A connection whose record was pushed out in its handshake is refused. The pod may serve the port that it was redirected to, and
+/// what listens there is not the server that it asked for; the pod's own connections to that port arrive.
+#[test]
+fn a_captured_connection_whose_record_is_gone_is_refused() {
+    let node = Node::new();
+    let (datapath, _listener) = node.enrolled(Mode::Permissive);
+    let applications: Vec<TcpListener> = within(&node.pod, || {
+        let ports = REDIRECT_PORT_FIRST..REDIRECT_PORT_FIRST + REDIRECT_PORT_COUNT;
+        ports.map(|port| TcpListener::bind((POD4, port)).expect("the application listens")).collect()
+    });
+    let client = within(&node.pod, || Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket"));
+    let filter = Filter::new(&node.pod, "input", "tcp flags & (syn|ack) == syn");
+    client.set_nonblocking(true).expect("a flag");
+    let begun = client.connect(&SockAddr::from("10.200.0.9:8080".parse::<SocketAddr>().expect("a literal")));
+    assert_eq!(begun.expect_err("not answered yet").raw_os_error(), Some(libc::EINPROGRESS));
+    let flows = MapData::from_pin(datapath.pin_dir().join("FLOWS")).expect("the map is pinned");
+    let mut flows = BpfHashMap::<_, FlowKey, FlowValue>::try_from(Map::LruHashMap(flows)).expect("a map");
+    let redirected = |(_, flow): &(FlowKey, FlowValue)| flow.kind == FlowKind::Redirected as u8;
+    let (key, _) = flows.iter().filter_map(Result::ok).find(redirected).expect("recorded");
+    let mut junk = FlowKey { src: Addr::from_be32x4([1, 2, 3, 4]), ..FlowKey::default() };
+    while flows.get(&key, 0).is_ok() {
+        assert!(junk._pad < 4_000_000, "it is not pushed out");
+        for _ in 0..4096 {
+            junk._pad += 1;
+            flows.insert(junk, FlowValue::default(), 0).expect("there is always room");
+        }
+    }
+    drop(filter);
+    // The next SYN comes a second after the first.
+    let until = Instant::now() + Duration::from_secs(30);
+    let error = loop {
+        if let Some(error) = client.take_error().expect("an option") {
+            break error;
+        }
+        assert!(client.peer_addr().is_err(), "connected to {}, which nobody asked for", key.dport);
+        assert!(Instant::now() < until, "never answered");
+        thread::sleep(Duration::from_millis(10));
+    };
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    assert!(counted(&datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::KernelCapacity) >= 1);
+    let port = REDIRECT_PORT_FIRST + 100;
+    for bound in ["127.0.0.1:0", "10.99.0.2:0", "0.0.0.0:0"] {
+        let own = within(&node.pod, || Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket"));
+        own.bind(&bound.parse::<SocketAddr>().expect("a literal").into()).expect("bound");
+        let to: SocketAddr = format!("{POD4}:{port}").parse().expect("an address");
+        own.connect_timeout(&to.into(), Duration::from_secs(20)).expect("the pod's own");
+        let (_, from) = applications[100].accept().expect("the application gets its own");
+        assert_eq!(from.port(), own.local_addr().expect("bound").as_socket().expect("IP").port());
+    }
+    let left: Vec<_> = flows.iter().filter_map(Result::ok).filter(|(_, flow)| flow.kind != 0).collect();
+    assert!(left.is_empty(), "{left:?}");
 }
