@@ -21,9 +21,16 @@ use std::{
 
 use aya::maps::{HashMap as BpfHashMap, LpmTrie, Map, MapData};
 use culvert::{
+    connections::{Occasion, Passed},
     datapath::{Config, Datapath, Leg, NetnsCookie, Plaintext, PodPolicy, Predecessor, Turn, inspect},
+    limits::{Limits, Numbers},
+    model::PodUid,
+    netns::NetnsHandle,
     pods::{CgroupDir, CgroupId, Hierarchy},
-    policy::{Decision, RuleId, Table},
+    policy::{self, Decision, Options, RuleId, Snapshot, Table},
+    proxy::ServedPod,
+    source::review::Manifests,
+    telemetry::{access, limit::Limit, open::Registry, traffic::Names},
 };
 use culvert_common::{
     Addr, Answer, Asked, Authorization, AuthorizationKey, AuthorizationValue, ClassValue, Direction, Event, EventKind,
@@ -1651,6 +1658,19 @@ fn half_open(node: &Node) -> (TcpStream, Filter<'_>) {
     (client, filter)
 }
 
+/// The far end says that there is no such connection.
+fn was_reset(mut client: &TcpStream) -> bool {
+    matches!(client.read(&mut [0]), Err(error) if error.kind() == ErrorKind::ConnectionReset)
+}
+
+/// Whether nothing comes, not even the end.
+fn is_open(mut client: &TcpStream) -> bool {
+    client.set_nonblocking(true).expect("a flag");
+    let open = matches!(client.read(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock);
+    client.set_nonblocking(false).expect("a flag");
+    open
+}
+
 /// Who is told of wake-ups, one by one, as an event loop is.
 struct Wakes(std::os::fd::OwnedFd);
 
@@ -1702,6 +1722,135 @@ fn a_handshake_that_policy_overtakes_is_told_at_once() {
     assert_eq!(told.netns_cookie, node.cookie.0);
     let strict = counted(&datapath, node.cookie, Direction::Inbound, Answer::Refuse, Reason::StrictRequiresMtls);
     assert_eq!(strict, 2);
+}
+
+/// The part of an agent that sees to connections which nobody carries, and what it knows of the pod.
+struct Seer {
+    passed: Passed,
+    snapshot: Snapshot,
+    pod: Arc<ServedPod>,
+    _writer: access::Writer,
+}
+
+impl Seer {
+    /// `policies`: manifests.
+    fn new(node: &Node, datapath: &Datapath, policies: &str) -> Self {
+        let text = format!(
+            "apiVersion: v1\nkind: Namespace\nmetadata: {{name: test, labels: {{istio.io/dataplane-mode: ambient}}}}\n---\n\
+             apiVersion: v1\nkind: Pod\nmetadata: {{name: web, namespace: test, uid: web, labels: {{app: web}}}}\nspec: {{nodeName: node-1, \
+             serviceAccountName: web, containers: [{{name: c, image: i}}]}}\nstatus: {{podIP: {POD4}, podIPs: [{{ip: {POD4}}}, \
+             {{ip: \"{POD6}\"}}], phase: Running}}\n{policies}"
+        );
+        let view = Manifests::of("manifests.yaml", text).view("istio-system");
+        assert_eq!(view.problems, []);
+        let numbers = Numbers {
+            connections_per_pod: 100,
+            memory_per_pod: 1 << 20,
+            handshakes_per_peer: 100,
+            open_files_reserve: 1,
+        };
+        let netns = PathBuf::from(format!("/run/netns/{}-pod", node.name));
+        let pod = ServedPod {
+            uid: PodUid("web".into()),
+            netns: NetnsHandle::open_by_path(&netns).expect("the pod's namespace").into(),
+            cookie: node.cookie,
+            ips: [POD4, POD6].map(|ip| ip.parse().expect("a literal")).into(),
+            load: Limits::new(numbers, 1000).load(),
+        };
+        let (log, writer) = access::start_on(access::Config::default(), io::sink()).expect("an access log");
+        let registry = Registry::new(Names::default(), 100);
+        let passed = Passed::new(
+            datapath.events().expect("the events"),
+            datapath.storage_fd().expect("the storage of sockets"),
+            datapath.older().expect("what is older"),
+            log,
+            registry.shard(),
+            Names::default(),
+            Limit::new(0, 1).limiter(),
+        );
+        let snapshot = policy::compile(&view.cluster, &Options::default(), None);
+        Self { passed, snapshot, pod: pod.into(), _writer: writer }
+    }
+
+    fn judge_again(&mut self, by_agent: bool) {
+        let own = self.snapshot.workload(&self.pod.uid).expect("the pod").clone();
+        let occasion = Occasion { entered: false, by_agent };
+        self.passed.judge_again(&self.snapshot, &self.pod, &own, occasion).expect("judged");
+    }
+}
+
+const STRICT: &str = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+    metadata: {name: strict, namespace: test}\nspec: {mtls: {mode: STRICT}}\n";
+
+/// [D.1]: a connection that policy has overtaken does not live on because the kernel's word of it was lost: its socket says what
+/// was decided, whoever looks next, and it is missed among the refusals that were counted.
+#[test]
+fn a_connection_that_policy_has_overtaken_ends_although_its_event_is_lost() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let (mut strict, mut permissive) = (Seer::new(&node, &datapath, STRICT), Seer::new(&node, &datapath, ""));
+    // The pod's own refusals fill the buffer.
+    datapath.suspend(node.cookie).expect("suspended");
+    within(&node.pod, || {
+        for _ in 0..6000 {
+            assert!(refused(connect("10.200.0.9:80")), "pending");
+        }
+    });
+    let mut overtaken = |generation| {
+        datapath.ready(node.cookie, &policy(generation, Mode::Permissive)).expect("in force");
+        datapath.beat().expect("beat");
+        let (mut client, _filter) = half_open(&node);
+        datapath.ready(node.cookie, &policy(generation + 1, Mode::Strict)).expect("in force");
+        client.write_all(b"x").expect("the end of the handshake");
+        let (served, _) = application.accept().expect("established");
+        (client, served, datapath.verdicts())
+    };
+    // The policy has changed back meanwhile: what was refused stays refused.
+    let (client, _served, _) = overtaken(2);
+    let proof = permissive.passed.prove(&permissive.snapshot, [&permissive.pod].into_iter());
+    assert!(proof.failures.is_empty() && proof.strays.is_empty(), "{proof:?}");
+    assert!(!proof.accounted.contains_key("passed"), "{proof:?}");
+    assert!(was_reset(&client), "by the proof");
+
+    let (client, _served, _) = overtaken(4);
+    permissive.passed.refresh(&permissive.snapshot, [&permissive.pod].into_iter());
+    assert!(was_reset(&client), "by whoever asks for the open connections");
+
+    let (client, _served, counted) = overtaken(6);
+    let pods = |cookie| (cookie == node.cookie).then_some(&strict.pod);
+    let again = strict.passed.tell(&strict.snapshot, pods, |_| None);
+    assert!(again.is_empty() && is_open(&client), "its event is lost, or this test shows nothing");
+    // The first time its record may be on its way.
+    let first = strict.passed.account(&strict.snapshot, &counted, pods);
+    let second = strict.passed.account(&strict.snapshot, &counted, pods);
+    assert!(first.is_empty() && second == [node.cookie].into(), "{first:?} {second:?}");
+    strict.judge_again(false);
+    assert!(was_reset(&client), "as counted and not told");
+}
+
+/// [D.1]: where a policy becomes more than the kernel holds, what was on its way in its handshake is judged by the agent.
+#[test]
+fn a_handshake_is_judged_where_the_agent_takes_the_verdicts_over() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let port = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: port, namespace: test}\n\
+        spec: {selector: {matchLabels: {app: web}}, mtls: {mode: PERMISSIVE}, portLevelMtls: {\"9080\": {mode: STRICT}}}\n";
+    let mut seer = Seer::new(&node, &datapath, port);
+    let (mut client, _filter) = half_open(&node);
+    let junk = |n: u64| ModeKey { netns_cookie: u64::MAX - n, ..ModeKey::default() };
+    fill::<ModeKey, ModeValue>(&datapath, "MODES", junk);
+    assert!(!datapath.is_judged_by_agent(node.cookie));
+    datapath.beat().expect("beat");
+    let ports = BTreeMap::from([(9080, (Mode::Strict, 3))]);
+    datapath.ready(node.cookie, &PodPolicy { ports, ..policy(2, Mode::Permissive) }).expect("in force, by the agent");
+    seer.judge_again(datapath.is_judged_by_agent(node.cookie));
+    // Nobody knows the connection any more.
+    client.write_all(b"x").expect("sent");
+    assert!(was_reset(&client), "it reached the application");
+    application.set_nonblocking(true).expect("a flag");
+    assert!(matches!(application.accept(), Err(error) if error.kind() == ErrorKind::WouldBlock));
 }
 
 /// A connection whose record was pushed out in its handshake is refused. The pod may serve the port that it was redirected to, and

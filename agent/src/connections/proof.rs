@@ -4,60 +4,40 @@
 //! It rests on what the kernel holds and not on what the agent believes: the namespace's sockets, and what the kernel
 //! programs have noted of each.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    path::Path,
-};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::Context as _;
-use culvert_common::{PORT_HBONE, SocketKind};
+use culvert_common::{PORT_HBONE, SocketKind, SocketValue};
 
 use crate::{
-    netns::sock_diag::{Query, SockDiag, Socket, States},
+    datapath::Older,
+    netns::sock_diag::{Query, SockDiag, Socket, SocketId, States},
     proxy::ServedPod,
     telemetry::open::{Proof, Stray},
 };
 
-use super::{NetnsCookie, kind};
+use super::{account::passed, kind, value};
 
 /// ESTABLISHED and CLOSE_WAIT: bytes of an application may still pass.
 const STATES: States = States(1 << 1 | 1 << 8);
 
-/// The sockets that were open when each pod was brought in, by cookie: nobody captured them, and nobody had to.
-#[derive(Debug, Default)]
-pub(super) struct Older {
-    pods: BTreeMap<NetnsCookie, BTreeSet<u64>>,
+/// The cookies of the sockets of a pod that has just been brought in, of which nobody knows anything. `open` are its sockets, but
+/// for those that are only just connecting, which are looked for here.
+///
+/// # Errors
+/// The sockets could not be listed.
+pub(super) fn older(diag: &mut SockDiag, open: &[Socket]) -> anyhow::Result<Vec<u64>> {
+    /// `TCP_SYN_SENT`.
+    const SYN_SENT: States = States(1 << 2);
+    let connecting = diag
+        .list(&Query { states: SYN_SENT, bytes: false, storage: None })
+        .context("list the pod's sockets that are connecting")?;
+    let unknown = open.iter().filter(|socket| socket.storage.is_none()).chain(&connecting);
+    Ok(unknown.map(|socket| socket.id.cookie).collect())
 }
 
-impl Older {
-    /// Notes what is open in a pod that has just been brought in. `open` are its sockets, but for those that are only just
-    /// connecting, which are looked for here.
-    ///
-    /// # Errors
-    /// The sockets could not be listed.
-    pub(super) fn note(&mut self, pod: &ServedPod, diag: &mut SockDiag, open: &[Socket]) -> anyhow::Result<()> {
-        /// `TCP_SYN_SENT`.
-        const SYN_SENT: States = States(1 << 2);
-        let connecting = diag
-            .list(&Query { states: SYN_SENT, bytes: false, storage: None })
-            .context("list the pod's sockets that are connecting")?;
-        let unknown = open.iter().filter(|socket| socket.storage.is_none()).chain(&connecting);
-        self.pods.insert(pod.cookie, unknown.map(|socket| socket.id.cookie).collect());
-        Ok(())
-    }
-
-    fn has(&self, pod: NetnsCookie, socket: u64) -> bool {
-        self.pods.get(&pod).is_some_and(|sockets| sockets.contains(&socket))
-    }
-
-    /// Forgets pods that are not among these.
-    pub(super) fn keep(&mut self, is_there: impl Fn(NetnsCookie) -> bool) {
-        self.pods.retain(|pod, _| is_there(*pod));
-    }
-}
-
-/// Looks at one pod. What nothing accounts for is looked for a second time: a socket that was just ending is no stray.
+/// Looks at one pod. What nothing accounts for is looked for a second time: a socket that was just ending is no stray. Gives
+/// those that were refused when they were established, and are to be ended.
 ///
 /// # Errors
 /// The sockets could not be listed.
@@ -67,12 +47,18 @@ pub(super) fn look(
     names: (&str, &str),
     query: &Query<'_>,
     older: &Older,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Vec<(SocketId, SocketValue)>> {
     let query = Query { states: STATES, bytes: false, ..*query };
     let mut diag = SockDiag::open(&pod.netns)?;
     let mut own = None;
-    let mut suspects = Vec::new();
+    let (mut suspects, mut refused) = (Vec::new(), Vec::new());
     for socket in diag.list(&query)? {
+        if let Some(value) = value(&socket).filter(|value| value.kind == SocketKind::Passed as u8)
+            && !passed(value.reason)
+        {
+            refused.push((socket.id, value));
+            continue;
+        }
         let account = account(pod, &socket)
             .or_else(|| older.has(pod.cookie, socket.id.cookie).then_some("pre-enrolment"))
             // The agent's own, by descriptor: what it accepted and nobody noted.
@@ -104,7 +90,7 @@ pub(super) fn look(
         });
     }
     proof.pods += 1;
-    Ok(())
+    Ok(refused)
 }
 
 /// The word for what accounts for a socket by itself.
