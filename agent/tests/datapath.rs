@@ -1,6 +1,6 @@
 //! The kernel programs in the real kernel: real sockets in real network namespaces, judged by real maps.
 //!
-//! Needs root, cgroup2, `ip` and `nft`. Everything is made under names with this process's id and removed at the end.
+//! Needs root, cgroup2, `ip`, `nft` and `bpftool`. Everything is made under names with this process's id and removed at the end.
 #![expect(clippy::expect_used, reason = "a test says what it expected")]
 
 use std::{
@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{HashMap as BpfHashMap, LpmTrie, Map, MapData};
+use aya::maps::{HashMap as BpfHashMap, LpmTrie, Map, MapData, SockHash};
 use culvert::{
     connections::{Occasion, Passed},
     datapath::{Config, Datapath, Leg, NetnsCookie, Plaintext, PodPolicy, Predecessor, Turn, inspect},
@@ -34,9 +34,9 @@ use culvert::{
 };
 use culvert_common::{
     Addr, Answer, Asked, Authorization, AuthorizationKey, AuthorizationValue, ClassValue, Direction, Event, EventKind,
-    FlowKey, FlowKind, FlowValue, Inputs, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE, Peer,
-    PodAddrValue, PodState, PortKey, PortValue, REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue,
-    SourceKey, bucket, decide, gate::Class,
+    FlowKey, FlowKind, FlowValue, GateValue, Inputs, LAYOUT_VERSION, ListenerKey, ListenerKind, Mode, ModeKey,
+    ModeValue, PORT_HBONE, Peer, PodAddrValue, PodState, PodValue, PortKey, PortValue, REDIRECT_PORT_COUNT,
+    REDIRECT_PORT_FIRST, Reason, SettingsValue, SourceKey, VethValue, bucket, decide, gate::Class,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -825,6 +825,32 @@ fn only_the_kubelets_own_connections_are_probes() {
     assert_eq!(shown, probe.local_addr().expect("the probe's address"), "without SNAT");
     assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Pass, Reason::Probe), 1);
     assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "not the kubelet any more");
+}
+
+/// [K.5], the fall-back: where the kubelet has no cgroup of its own, whatever the node's own namespace sends to pods is a probe;
+/// nothing else is.
+#[test]
+fn the_nodes_own_connections_are_probes_where_the_kubelet_cannot_be_told_apart() {
+    let node = Node::new();
+    let application = node.serve("[::]:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Strict);
+    let own = within(&node.peer, || netns_cookie(&Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket")));
+    let mut tell = |host_netns_cookie, probes_by_netns| {
+        let settings = SettingsValue { host_netns_cookie, probes_by_netns, ..SettingsValue::default() };
+        datapath.settings(settings).expect("settings");
+    };
+    let targets = ["10.99.0.2:9080", "[fd99::2]:9080"];
+    tell(own.0, 0);
+    assert!(targets.iter().all(|to| refused(node.dial_from_peer(to))), "not where it is switched off");
+    tell(own.0 + 1, 1);
+    assert!(targets.iter().all(|to| refused(node.dial_from_peer(to))), "not from another namespace");
+    tell(own.0, 1);
+    for to in targets {
+        let probe = node.dial_from_peer(to).expect("a probe is delivered");
+        let (_, shown) = application.accept().expect("accept");
+        assert_eq!(shown.port(), probe.local_addr().expect("the probe's address").port());
+    }
+    assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Pass, Reason::Probe), 2);
 }
 
 /// [K.5]: a probe on its way while its pod becomes enrolled is a probe still.
@@ -1904,4 +1930,143 @@ fn a_captured_connection_whose_record_is_gone_is_refused() {
     }
     let left: Vec<_> = flows.iter().filter_map(Result::ok).filter(|(_, flow)| flow.kind != 0).collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// Whoever is refused because a map is full: the pod, in both directions.
+fn closed(node: &Node) -> bool {
+    refused(node.dial_from_pod("10.200.0.9:80")) && refused(node.dial_from_peer("10.99.0.2:9080"))
+}
+
+/// [K.4]: where the map of pods is full, a pod is not captured, and the gate holds it; and so it does where its own map is full.
+#[test]
+fn a_full_map_of_pods_leaves_the_pod_at_the_gate() {
+    let node = Node::new();
+    let gated = Gated::new(&node, "burstable/pod1");
+    let _server = gated.inside(|| node.serve("[::]:9080"));
+    let mut datapath = gated.load();
+    datapath.gate(Some(std::slice::from_ref(&gated.root))).expect("written");
+    assert!(datapath.take_over().expect("attached").is_empty());
+    let until = Instant::now() + Duration::from_secs(20);
+    while node.dial_from_pod(&format!("{PEER4}:1")).is_err_and(|error| error.kind() == ErrorKind::TimedOut) {
+        assert!(Instant::now() < until, "a fresh link");
+    }
+    assert_eq!(fill::<u64, PodValue>(&datapath, "PODS", |n| u64::MAX - n), 16384);
+    let ips: Vec<IpAddr> = vec![POD4.parse().expect("a literal")];
+    let error = datapath.prepare(node.cookie, node.pod.as_fd(), &ips).expect_err("no room");
+    assert!(format!("{error:#}").contains("PODS (the map holds 16384 pods)"), "{error:#}");
+    assert_eq!((gated.gets_out(), gated.gets_in()), ([false; 2], [false; 2]));
+    assert_eq!(fill::<u64, GateValue>(&datapath, "GATE", |n| u64::MAX - n), 32768);
+    let error = datapath.classify_one(gated.pod, Class::Out).expect_err("no room");
+    assert!(format!("{error:#}").contains("GATE (the map holds 32768 pods)"), "{error:#}");
+    assert_eq!((gated.gets_out(), gated.gets_in()), ([false; 2], [false; 2]));
+}
+
+/// [K.4]: where there is no room for its listeners, a pod's connections and tunnels to it are refused.
+#[test]
+fn a_full_map_of_listeners_refuses_what_needs_them() {
+    let node = Node::new();
+    let mut datapath = node.load();
+    datapath.beat().expect("beat");
+    node.prepare(&mut datapath);
+    let listener = node.listener();
+    let map = MapData::from_pin(datapath.pin_dir().join("LISTENERS")).expect("the map is pinned");
+    let mut map = SockHash::<_, ListenerKey>::try_from(Map::SockHash(map)).expect("a map of sockets");
+    let mut filled = 0u64;
+    while map
+        .insert(ListenerKey { netns_cookie: u64::MAX - filled, kind: 0, worker: 0 }, listener.as_raw_fd(), 0)
+        .is_ok()
+    {
+        filled += 1;
+    }
+    assert_eq!(filled, 65536);
+    let error = datapath.listener(node.cookie, ListenerKind::Outbound, 0, listener.as_fd()).expect_err("no room");
+    assert!(format!("{error:#}").contains("LISTENERS"), "{error:#}");
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")), "pending");
+    datapath.ready(node.cookie, &policy(1, Mode::Permissive)).expect("ready");
+    datapath.beat().expect("beat");
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")), "no listener");
+    assert!(refused(node.dial_from_peer("10.99.0.2:15008")), "no listener");
+    assert_eq!(counted(&datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::NoListener), 1);
+}
+
+/// [K.4], specification §3: where there is no room to say where a pod's frames come into the node, or that its UDP is refused, the
+/// pod stays closed.
+#[test]
+fn full_maps_of_devices_and_of_refused_udp_leave_the_pod_closed() {
+    let node = Node::new();
+    let _application = node.serve("0.0.0.0:9080");
+    let mut datapath = node.load();
+    datapath.beat().expect("beat");
+    node.prepare(&mut datapath);
+    assert_eq!(fill::<u32, VethValue>(&datapath, "VETHS", |n| u32::MAX - n as u32), 32768);
+    let error = within(&node.peer, || datapath.guard(node.cookie, &[1], false)).expect_err("no room");
+    assert!(format!("{error:#}").contains("VETHS (the map holds 32768 devices)"), "{error:#}");
+    assert!(closed(&node));
+    datapath.beat().expect("beat");
+    fill::<u64, u32>(&datapath, "UDP_PODS", |n| u64::MAX - n);
+    let refused = PodPolicy { udp_refused: true, ..policy(1, Mode::Permissive) };
+    let error = datapath.ready(node.cookie, &refused).expect_err("no room");
+    assert!(format!("{error:#}").contains("UDP_PODS (the map holds 16384 pods)"), "{error:#}");
+    assert!(closed(&node));
+    let pending = counted(&datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::EnrolmentPending);
+    assert_eq!(pending, 2);
+}
+
+/// How often the program of a pinned link has run.
+fn runs(node: &Node, link: &str) -> u64 {
+    let ask = |what: &[&str]| -> serde_json::Value {
+        let output = Command::new("bpftool").arg("-j").args(what).output().expect("run bpftool");
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    let path = node.bpffs.join("culvert/links").join(link);
+    let link = ask(&["link", "show", "pinned", path.to_str().expect("text")]);
+    let id = link["prog_id"].to_string();
+    ask(&["prog", "show", "id", &id])["run_cnt"].as_u64().unwrap_or(0)
+}
+
+/// Capture, verdict and what shows peers cost nothing per packet: they run when a connection begins and ends.
+#[test]
+fn no_program_runs_for_the_bytes_of_a_connection() {
+    const BYTES: usize = 16 << 20;
+    const STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+    struct Restore(String);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            let _ = fs::write(STATISTICS, &self.0);
+        }
+    }
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let (_datapath, listener) = node.enrolled(Mode::Permissive);
+    let _restore = Restore(fs::read_to_string(STATISTICS).expect("statistics"));
+    fs::write(STATISTICS, "1").expect("statistics");
+    let inbound = format!("inbound_{}", node.cookie.0);
+    let links = ["connect4", "handshake", "peername4", &inbound];
+    let before = links.map(|link| runs(&node, link));
+    let passed = node.dial_from_peer("10.99.0.2:9080").expect("passed");
+    let (served, _) = application.accept().expect("accept");
+    let captured = node.dial_from_pod("10.200.0.9:80").expect("captured");
+    let (carried, _) = listener.accept().expect("accept");
+    served.peer_addr().expect("the peer");
+    let opened = links.map(|link| runs(&node, link));
+    for ((link, before), opened) in links.iter().zip(before).zip(opened) {
+        assert!(opened > before, "{link} does not count, or this test shows nothing");
+    }
+    for (from, to) in [(&passed, &served), (&served, &passed), (&captured, &carried), (&carried, &captured)] {
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut from, block) = (from, vec![7; 64 << 10]);
+                (0..BYTES / block.len()).for_each(|_| from.write_all(&block).expect("written"));
+            });
+            let (mut to, mut block, mut left) = (to, vec![0; 64 << 10], BYTES);
+            while left > 0 {
+                let read = to.read(&mut block).expect("read");
+                assert!(read > 0);
+                left -= read;
+            }
+        });
+    }
+    for ((link, opened), now) in links.iter().zip(opened).zip(links.map(|link| runs(&node, link))) {
+        assert!(now - opened < 10, "{link} ran {} times for 32 MiB each", now - opened);
+    }
 }
