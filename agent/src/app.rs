@@ -36,7 +36,7 @@ use crate::{
         self,
         agent::{self, Again, Certificates, Config},
     },
-    connections::{self, Passed},
+    connections::{self, Passed, Stranger},
     datapath::{self, Datapath, NetnsCookie, Predecessor, Turn},
     drain::{self, Cause},
     enroll::{self, Enrollments},
@@ -45,7 +45,7 @@ use crate::{
     listen::NodePort,
     model::{Cluster, ObjectRef, PodUid, TrustDomain},
     netns::{NetnsHandle, addresses, sock_diag},
-    pods::{self, Kubelet},
+    pods::{self, Kubelet, PodNetwork},
     policy::{self, Snapshot},
     proxy::Context,
     resident,
@@ -300,8 +300,15 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
     drop(drain);
-    let passed =
-        Passed::new(datapath.events()?, datapath.storage_fd()?, log.clone(), registry.shard(), names, limit.limiter());
+    let passed = Passed::new(
+        datapath.events()?,
+        datapath.storage_fd()?,
+        datapath.older()?,
+        log.clone(),
+        registry.shard(),
+        names,
+        limit.limiter(),
+    );
     datapath.refuse_udp(NetnsCookie(0), config.udp_refused)?;
     let guard = enroll::Guard {
         node: host.clone(),
@@ -743,6 +750,10 @@ impl Control {
     fn begin(&mut self) {
         let (snapshot, node) = (self.snapshots.borrow().clone(), self.nodes.borrow().clone());
         self.enrollments.adopt(&mut self.datapath, &snapshot, &node);
+        let left_behind = self.datapath.left_behind();
+        let enrollments = &self.enrollments;
+        let stranger = |cookie| stranger(&node, &snapshot, cookie);
+        self.passed.tell_left_behind(&snapshot, left_behind, |cookie| enrollments.by_cookie(cookie), stranger);
         self.judge_again(&snapshot);
         self.first_pass = None;
         info!(generation = snapshot.generation, pods = node.pods.len(), "ready");
@@ -840,14 +851,16 @@ impl Control {
     fn judge_again(&mut self, snapshot: &Snapshot) {
         for (uid, mut left) in std::mem::take(&mut self.unjudged) {
             let (Some(pod), Some(own)) = (self.enrollments.pod(&uid), snapshot.workload(&uid)) else { continue };
-            if let Err(error) = self.passed.judge_again(snapshot, pod, own, left.entered) {
+            let by_agent = own.authorization.judges() || self.datapath.is_judged_by_agent(pod.cookie);
+            let occasion = connections::Occasion { entered: left.entered, by_agent };
+            if let Err(error) = self.passed.judge_again(snapshot, pod, own, occasion) {
                 if !std::mem::replace(&mut left.told, true) {
                     let error = format!("{error:#}");
                     warn!(pod = %own.object, error, "open connections could not be judged again; trying on");
                 }
                 self.retry = true;
                 self.unjudged.insert(uid, left);
-            } else if own.authorization.judges() && !left.again {
+            } else if by_agent && !left.again {
                 self.retry = true;
                 self.unjudged.insert(uid, Unjudged { again: true, ..Unjudged::default() });
             }
@@ -959,7 +972,8 @@ impl Control {
             let counted = self.datapath.verdicts();
             self.tell();
             let (snapshot, enrollments) = (self.snapshots.borrow().clone(), &self.enrollments);
-            self.passed.account(&snapshot, &counted, |cookie| enrollments.by_cookie(cookie));
+            let again = self.passed.account(&snapshot, &counted, |cookie| enrollments.by_cookie(cookie));
+            self.judge_later(&again);
         }
         self.registry.gather();
     }
@@ -1018,11 +1032,33 @@ impl Control {
     }
 
     fn tell(&mut self) {
-        let snapshot = self.snapshots.borrow().clone();
+        let (snapshot, node) = (self.snapshots.borrow().clone(), self.nodes.borrow().clone());
         let enrollments = &self.enrollments;
-        self.passed.tell(&snapshot, |cookie| enrollments.by_cookie(cookie));
+        let stranger = |cookie| stranger(&node, &snapshot, cookie);
+        let again = self.passed.tell(&snapshot, |cookie| enrollments.by_cookie(cookie), stranger);
         self.passed.watch(&snapshot, |cookie| enrollments.by_cookie(cookie));
+        self.judge_later(&again);
     }
+
+    /// Connections of these pods are open that policy forbids, as far as anybody knows.
+    fn judge_later(&mut self, pods: &BTreeSet<NetnsCookie>) {
+        for pod in pods.iter().filter_map(|cookie| self.enrollments.by_cookie(*cookie)) {
+            self.unjudged.entry(pod.uid.clone()).or_default().again = false;
+            self.retry = true;
+        }
+    }
+}
+
+/// The pod of the node that has this network namespace and is not in the mesh.
+fn stranger(node: &pods::Node, snapshot: &Snapshot, cookie: NetnsCookie) -> Option<Stranger> {
+    node.pods.values().find_map(|pod| match &pod.network {
+        PodNetwork::Own(netns) if netns.cookie().is_ok_and(|own| own == cookie.0) => {
+            // Gone meanwhile: it had some.
+            let ips = enroll::own_addresses(netns).unwrap_or_default();
+            Some(Stranger { workload: snapshot.workload(&pod.uid).cloned(), ips })
+        }
+        PodNetwork::Own(_) | PodNetwork::Host | PodNetwork::Pending => None,
+    })
 }
 
 fn options(config: &Config) -> policy::Options {

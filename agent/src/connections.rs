@@ -10,7 +10,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd, OwnedFd},
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -18,12 +18,12 @@ use std::{
 
 use anyhow::Context as _;
 use culvert_common::{
-    Answer, Direction, Event, EventKind, PORT_HBONE, Reason, SocketKind, SocketValue, Verdict, VerdictKey,
+    Addr, Answer, Direction, Event, EventKind, PORT_HBONE, Reason, SocketKind, SocketValue, Verdict, VerdictKey,
 };
 use tracing::{debug, info, warn};
 
 use crate::{
-    datapath::{Events, NetnsCookie, monotonic_ns},
+    datapath::{Events, NetnsCookie, Older, monotonic_ns},
     model::ObjectRef,
     netns::{
         NetnsHandle,
@@ -62,10 +62,10 @@ pub struct Passed {
     names: Names,
     closed_by_us: HashMap<(SocketAddr, SocketAddr), (Instant, Forbidden)>,
     open: Shard,
-    tracked: HashMap<Flow, Tracked>,
+    tracked: Flows,
     watched: Instant,
     limiter: Limiter,
-    older: proof::Older,
+    older: Older,
     /// Sockets that nothing accounts for, and that were told.
     strays: BTreeSet<u64>,
     /// What was told of that the kernel has counted.
@@ -84,6 +84,62 @@ struct Forbidden {
 /// The pod's namespace, the client and the server: between two pods of one node a connection is told by both.
 type Flow = (NetnsCookie, SocketAddr, SocketAddr);
 
+/// Open connections that have been seen. By pod, since each is looked at by itself.
+#[derive(Default)]
+struct Flows(HashMap<NetnsCookie, HashMap<(SocketAddr, SocketAddr), Tracked>>);
+
+impl Flows {
+    fn get(&self, (pod, src, dst): &Flow) -> Option<&Tracked> {
+        self.0.get(pod)?.get(&(*src, *dst))
+    }
+
+    fn insert(&mut self, (pod, src, dst): Flow, tracked: Tracked) {
+        self.0.entry(pod).or_default().insert((src, dst), tracked);
+    }
+
+    fn remove(&mut self, (pod, src, dst): &Flow) -> Option<Tracked> {
+        let of_pod = self.0.get_mut(pod)?;
+        let tracked = of_pod.remove(&(*src, *dst));
+        if of_pod.is_empty() {
+            self.0.remove(pod);
+        }
+        tracked
+    }
+
+    fn of_pod(&mut self, pod: NetnsCookie) -> impl Iterator<Item = &mut Tracked> {
+        self.0.get_mut(&pod).into_iter().flat_map(HashMap::values_mut)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (Flow, &Tracked)> {
+        self.0.iter().flat_map(|(pod, all)| all.iter().map(|((src, dst), tracked)| ((*pod, *src, *dst), tracked)))
+    }
+
+    fn retain(&mut self, mut keep: impl FnMut(NetnsCookie, &mut Tracked) -> bool) {
+        self.0.retain(|pod, all| {
+            all.retain(|_, tracked| keep(*pod, tracked));
+            !all.is_empty()
+        });
+    }
+}
+
+/// A pod that is not in the mesh, or not yet.
+#[derive(Clone, Debug, Default)]
+pub struct Stranger {
+    /// What it is, if the snapshot knows it.
+    pub workload: Option<Arc<Workload>>,
+    /// The addresses of its network namespace.
+    pub ips: Vec<IpAddr>,
+}
+
+/// What is to be known of a pod whose open connections are judged.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Occasion {
+    /// It has just been brought in.
+    pub entered: bool,
+    /// The agent gives verdicts on its plaintext: the kernel cannot judge a handshake again at its end.
+    pub by_agent: bool,
+}
+
 /// An open connection that has been seen.
 struct Tracked {
     /// Cookie of its socket, which no other ever has.
@@ -98,11 +154,12 @@ struct Tracked {
 }
 
 impl Passed {
-    /// `storage` is the map of socket storage; `open` is where open connections are entered; `limiter` bounds the lines
-    /// that a pod can cause.
+    /// `storage` is the map of socket storage; `older` knows what is older than the mesh; `open` is where open connections
+    /// are entered; `limiter` bounds the lines that a pod can cause.
     pub fn new(
         events: Events,
         storage: OwnedFd,
+        older: Older,
         access: AccessLog,
         open: Shard,
         names: Names,
@@ -115,10 +172,10 @@ impl Passed {
             names,
             closed_by_us: HashMap::new(),
             open,
-            tracked: HashMap::new(),
+            tracked: Flows::default(),
             watched: Instant::now(),
             limiter,
-            older: proof::Older::default(),
+            older,
             strays: BTreeSet::new(),
             account: account::Account::default(),
         }
@@ -128,14 +185,17 @@ impl Passed {
     /// for pods whose open connections have been judged since they were brought in.
     pub fn prove<'a>(&mut self, snapshot: &Snapshot, pods: impl Iterator<Item = &'a Arc<ServedPod>>) -> Proof {
         let mut look = proof::Look::new(self.storage.as_fd(), &self.older);
-        let mut there = BTreeSet::new();
         for pod in pods {
-            there.insert(pod.cookie);
             let Some(own) = snapshot.workload(&pod.uid) else { continue };
             look.at(pod, (&own.object.namespace, &own.object.name));
         }
-        let proof = look.finish();
-        self.older.keep(|pod| there.contains(&pod));
+        let (mut proof, refused) = look.finish();
+        for proof::Refused { pod, sockets } in refused {
+            if let Err(error) = self.end_refused(snapshot, pod, &sockets) {
+                let name = snapshot.workload(&pod.uid).map_or_else(String::new, |own| own.object.to_string());
+                proof.failures.push(format!("{name}: {error:#}"));
+            }
+        }
         let now: BTreeSet<u64> = proof.strays.iter().map(|stray| stray.socket).collect();
         for stray in proof.strays.iter().filter(|stray| !self.strays.contains(&stray.socket)) {
             let own = snapshot.workload_by_ip(stray.local.ip());
@@ -166,8 +226,19 @@ impl Passed {
         &self.events
     }
 
-    /// Tells what the kernel has reported, and ends what a policy has overtaken. `pods` finds a pod by its namespace.
-    pub fn tell<'a>(&mut self, snapshot: &Snapshot, pods: impl Fn(NetnsCookie) -> Option<&'a Arc<ServedPod>>) {
+    /// Tells what the kernel has reported, and ends what a policy has overtaken. `pods` finds a pod of the mesh by its
+    /// namespace, `stranger` any other. Gives the pods of which something could not be ended: their open connections are to be
+    /// judged again.
+    #[must_use = "what could not be ended is open"]
+    pub fn tell<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        pods: impl Fn(NetnsCookie) -> Option<&'a Arc<ServedPod>>,
+        stranger: impl Fn(NetnsCookie) -> Option<Stranger>,
+    ) -> BTreeSet<NetnsCookie> {
+        let mut strangers = HashMap::new();
+        let mut stranger =
+            |cookie| strangers.entry(cookie).or_insert_with(|| stranger(cookie)).clone().unwrap_or_default();
         let now = Instant::now();
         self.limiter.tell(now);
         self.closed_by_us.retain(|_, (at, _)| now.duration_since(*at) < KEEP_REASON);
@@ -180,23 +251,66 @@ impl Passed {
                 overtaken.entry(pod.cookie).or_insert_with(|| (pod, Vec::new())).1.push(event);
             }
             // One thread does this for all pods, and gives the sign of life.
-            panics::caught(|| self.reported(snapshot, &event, pod));
+            panics::caught(|| self.reported(snapshot, event, pod, &mut stranger));
         }
+        let mut again = BTreeSet::new();
         for (pod, events) in overtaken.into_values() {
-            panics::caught(|| self.overtaken(snapshot, pod, &events));
+            let mut done = false;
+            panics::caught(|| match self.overtaken(snapshot, pod, &events) {
+                Ok(()) => done = true,
+                Err(error) => {
+                    let own = snapshot.workload(&pod.uid).map(Arc::as_ref);
+                    if self.limiter.admits(own, "not-closed", Instant::now()) {
+                        warn!(error = format!("{error:#}"), "could not close a connection that policy forbids; trying on");
+                    }
+                }
+            });
+            if !done {
+                again.insert(pod.cookie);
+            }
+        }
+        again
+    }
+
+    /// Tells what the kernel has reported while no agent was there, as if it were now. It says which rules decided by the
+    /// numbers that an earlier agent gave them, which nobody knows any more; and what it has counted is not in this agent's
+    /// counters.
+    pub fn tell_left_behind<'a>(
+        &mut self,
+        snapshot: &Snapshot,
+        events: Vec<Event>,
+        pods: impl Fn(NetnsCookie) -> Option<&'a Arc<ServedPod>>,
+        stranger: impl Fn(NetnsCookie) -> Option<Stranger>,
+    ) {
+        let mut strangers = HashMap::new();
+        let mut stranger =
+            |cookie| strangers.entry(cookie).or_insert_with(|| stranger(cookie)).clone().unwrap_or_default();
+        for event in events.into_iter().map(|event| Event { rule: 0, ..event }) {
+            if event.kind == EventKind::Closed as u8 {
+                self.ended(snapshot, &event);
+            } else if event.kind == EventKind::Refused as u8 {
+                self.refused(snapshot, event, pods(NetnsCookie(event.netns_cookie)), &mut stranger);
+            }
+            // What was overtaken is among the pod's open connections, which are judged as it is brought in.
         }
     }
 
-    fn reported(&mut self, snapshot: &Snapshot, event: &Event, pod: Option<&Arc<ServedPod>>) {
-        let flow = (NetnsCookie(event.netns_cookie), src(event), dst(event));
+    fn reported(
+        &mut self,
+        snapshot: &Snapshot,
+        event: Event,
+        pod: Option<&Arc<ServedPod>>,
+        stranger: &mut impl FnMut(NetnsCookie) -> Stranger,
+    ) {
+        let flow = (NetnsCookie(event.netns_cookie), src(&event), dst(&event));
         if event.kind == EventKind::Closed as u8 {
-            if !self.tracked.contains_key(&flow) {
-                let facts = self.facts(snapshot, direction(event), flow, Carried::Kernel);
+            if self.tracked.get(&flow).is_none() {
+                let facts = self.facts(snapshot, direction(&event), flow, Carried::Kernel);
                 self.plaintext(&facts, flow.0, event.reason);
             }
-            return self.ended(snapshot, event);
+            return self.ended(snapshot, &event);
         }
-        self.account.told(event);
+        self.account.told(&event);
         if event.kind == EventKind::Overtaken as u8 {
             if account::passed(event.reason) {
                 // There was no room for a note on the socket: no record will tell of its end.
@@ -204,15 +318,7 @@ impl Passed {
             }
             return;
         }
-        let mut facts = self.facts(snapshot, direction(event), flow, Carried::Kernel);
-        // The pod is known by its namespace, also where its address is not.
-        let own = || pod.and_then(|pod| snapshot.workload(&pod.uid)).cloned();
-        match facts.direction {
-            access::Direction::Outbound if facts.src_workload.is_none() => facts.src_workload = own(),
-            access::Direction::Inbound if facts.dst_workload.is_none() => facts.dst_workload = own(),
-            access::Direction::Outbound | access::Direction::Inbound => {}
-        }
-        self.refused(snapshot, event, facts);
+        self.refused(snapshot, event, pod, stranger);
     }
 
     /// Looks at the kernel's connections of these pods: which are open, and how many bytes they have carried. What has
@@ -234,15 +340,15 @@ impl Passed {
         }
         self.watched = Instant::now();
         // When a pod leaves, what is older than its enrolment is told, and the rest is told by the kernel at its end.
-        self.tracked.retain(|(netns, ..), tracked| {
-            let left = pods(*netns).is_none();
+        self.tracked.retain(|netns, tracked| {
+            let left = pods(netns).is_none();
             if left && tracked.unreported() {
                 tracked.gone.get_or_insert_with(Instant::now);
             }
             !left || tracked.unreported()
         });
         let unreported = self.tracked.iter().filter(|(_, tracked)| tracked.unreported() || tracked.gone.is_some());
-        let namespaces: BTreeSet<NetnsCookie> = unreported.map(|((netns, ..), _)| *netns).collect();
+        let namespaces: BTreeSet<NetnsCookie> = unreported.map(|((netns, ..), _)| netns).collect();
         self.refresh(snapshot, namespaces.into_iter().filter_map(pods));
     }
 
@@ -251,7 +357,7 @@ impl Passed {
         let query = Query { states: States::OPEN, bytes: true, storage: Some(self.storage.as_fd()) };
         let list = diag.list(&query)?;
         let sockets: HashMap<u64, &Socket> = list.iter().map(|socket| (socket.id.cookie, socket)).collect();
-        for (_, tracked) in self.tracked.iter_mut().filter(|((netns, ..), _)| *netns == pod.cookie) {
+        for tracked in self.tracked.of_pod(pod.cookie) {
             match sockets.get(&tracked.socket) {
                 Some(socket) => tracked.count(socket),
                 None => {
@@ -259,8 +365,12 @@ impl Passed {
                 }
             }
         }
+        let mut refused = Vec::new();
         for socket in &list {
             let Some(value) = value(socket).filter(|value| value.kind == SocketKind::Passed as u8) else { continue };
+            if !account::passed(value.reason) {
+                refused.push((socket.id, value));
+            }
             let flow = (pod.cookie, socket.id.remote, socket.id.local);
             if self.tracked.get(&flow).is_some_and(|tracked| tracked.socket == socket.id.cookie) {
                 continue;
@@ -268,7 +378,29 @@ impl Passed {
             let facts = self.facts(snapshot, access::Direction::Inbound, flow, Carried::Kernel);
             self.track(socket, flow, facts, Some(value));
         }
-        Ok(())
+        self.end_refused(snapshot, pod, &refused)
+    }
+
+    /// Ends connections that were refused when they were established, as their sockets say, and that are open all the same:
+    /// the kernel's word of it was lost, or ending them failed.
+    fn end_refused(
+        &mut self,
+        snapshot: &Snapshot,
+        pod: &ServedPod,
+        sockets: &[(SocketId, SocketValue)],
+    ) -> anyhow::Result<()> {
+        if sockets.is_empty() {
+            return Ok(());
+        }
+        let mut diag = SockDiag::open(&pod.netns)?;
+        let own = snapshot.workload(&pod.uid).map(Arc::as_ref);
+        sockets.iter().fold(Ok(()), |result, (id, value)| {
+            let reason = Reason::from_u8(value.reason).unwrap_or(Reason::KernelCapacity);
+            let verdict = Verdict { answer: Answer::Refuse, reason, rule: value.rule, generation: value.generation };
+            let (reason, detail) = (reason.as_str(), snapshot.explain(&verdict));
+            let policy = snapshot.rule(RuleId(value.rule)).map(Into::into);
+            result.and(self.close(own, &mut diag, id, Forbidden { reason, detail, policy }).map(drop))
+        })
     }
 
     fn track(&mut self, socket: &Socket, flow: Flow, facts: Facts, value: Option<SocketValue>) {
@@ -303,7 +435,7 @@ impl Passed {
             .filter(|(_, tracked)| {
                 tracked.gone.is_some_and(|gone| tracked.unreported() || gone.elapsed() >= REPORT_PATIENCE)
             })
-            .map(|(flow, _)| *flow)
+            .map(|(flow, _)| flow)
             .collect();
         for flow in ended {
             let Some(tracked) = self.tracked.get(&flow) else { continue };
@@ -339,7 +471,7 @@ impl Passed {
     }
 
     /// Judges a pod's open plaintext connections by `snapshot` and closes those that are no longer allowed, and only
-    /// those; also the ones that are older than enrolment, which `enrolled_now` lists.
+    /// those; also the ones that are older than enrolment, which are noted when a pod has been brought in.
     ///
     /// Call it after the kernel has the policy: a handshake that the kernel completes later is judged by the new one
     /// there, and one that it is completing has a socket that is listed here.
@@ -351,28 +483,35 @@ impl Passed {
         snapshot: &Snapshot,
         pod: &ServedPod,
         own: &Workload,
-        enrolled_now: bool,
+        occasion: Occasion,
     ) -> anyhow::Result<()> {
         let mut diag = SockDiag::open(&pod.netns).context("list the pod's sockets")?;
         let query = |states| Query { states, bytes: true, storage: Some(self.storage.as_fd()) };
         let open = diag.list(&query(States::OPEN.and(States::SYN_RECV))).context("list the pod's sockets")?;
         let listening = diag.list(&query(States::LISTEN)).context("list the pod's listeners")?;
         let served: BTreeSet<u16> = listening.iter().map(|socket| socket.id.local.port()).collect();
-        // The kernel cannot judge their end again where the agent gives the verdicts.
-        let handshakes = own.authorization.judges();
-        if enrolled_now {
-            self.older.note(pod, &mut diag, &open)?;
+        if occasion.entered && !self.older.knows(pod.cookie) {
+            let there = proof::older(&mut diag, &open)?;
+            if let Err(error) = self.older.note(pod.cookie, there.into_iter()) {
+                let error = format!("{error:#}");
+                warn!(pod = %own.object, error, "not every connection that is older than enrolment is noted as such");
+            }
         }
         let mut result = Ok(());
         for socket in &open {
             let (local, remote) = (socket.id.local, socket.id.remote);
-            if enrolled_now && socket.state != SYN_RECV && socket.storage.is_none() && socket.cgroup.is_some() {
+            if occasion.entered
+                && socket.state != SYN_RECV
+                && socket.storage.is_none()
+                && socket.cgroup.is_some()
+                && self.older.has(pod.cookie, socket.id.cookie)
+            {
                 self.older(snapshot, pod, own, socket, &served);
             }
             // Without a note: older than enrolment, or caught in the handshake before the kernel could note it.
             let noted = match kind(socket) {
                 Some(kind) if kind == SocketKind::Passed as u8 => true,
-                None if (socket.cgroup.is_some() || handshakes && socket.state == SYN_RECV)
+                None if (socket.cgroup.is_some() || occasion.by_agent && socket.state == SYN_RECV)
                     && arrived(pod, local, remote, &served) =>
                 {
                     false
@@ -417,7 +556,7 @@ impl Passed {
         } else {
             return;
         };
-        if !self.tracked.contains_key(&flow) {
+        if self.tracked.get(&flow).is_none() {
             if self.limiter.admits(Some(own), "pre-enrolment", Instant::now()) {
                 info!(pod = %own.object, src = %flow.1, dst = %flow.2, "pre-enrolment connection");
             }
@@ -446,29 +585,23 @@ impl Passed {
         Ok(was_open)
     }
 
-    fn overtaken(&mut self, snapshot: &Snapshot, pod: &ServedPod, events: &[Event]) {
-        let result = SockDiag::open(&pod.netns).and_then(|mut diag| {
-            // The kernel tells addresses; by now they may be nobody's, or another connection's that is to be ended too.
-            let list = diag.list(&Query { states: States::CONNECTIONS, bytes: false, storage: None })?;
-            let sockets: HashMap<_, _> =
-                list.iter().map(|socket| ((socket.id.remote, socket.id.local), &socket.id)).collect();
-            for event in events {
-                let Some(id) = sockets.get(&(src(event), dst(event))) else { continue };
-                let reason = Reason::from_u8(event.reason).unwrap_or(Reason::KernelCapacity);
-                let verdict =
-                    Verdict { answer: Answer::Refuse, reason, rule: event.rule, generation: event.generation };
-                let (reason, detail) = (reason.as_str(), snapshot.explain(&verdict));
-                let why = Forbidden { reason, detail, policy: decided_by(snapshot, event) };
-                self.close(snapshot.workload(&pod.uid).map(Arc::as_ref), &mut diag, id, why)?;
-            }
-            Ok(())
-        });
-        if let Err(error) = result {
-            let own = snapshot.workload(&pod.uid).map(Arc::as_ref);
-            if self.limiter.admits(own, "not-closed", Instant::now()) {
-                warn!(error = format!("{error:#}"), "could not close a connection that policy forbids");
-            }
+    fn overtaken(&mut self, snapshot: &Snapshot, pod: &ServedPod, events: &[Event]) -> anyhow::Result<()> {
+        let mut diag = SockDiag::open(&pod.netns)?;
+        // The kernel tells addresses; by now they may be nobody's, or another connection's that is to be ended too.
+        let list = diag.list(&Query { states: States::CONNECTIONS, bytes: false, storage: None })?;
+        let sockets: HashMap<_, _> =
+            list.iter().map(|socket| ((socket.id.remote, socket.id.local), &socket.id)).collect();
+        let mut result = Ok(());
+        for event in events {
+            let Some(id) = sockets.get(&(src(event), dst(event))) else { continue };
+            let reason = Reason::from_u8(event.reason).unwrap_or(Reason::KernelCapacity);
+            let verdict = Verdict { answer: Answer::Refuse, reason, rule: event.rule, generation: event.generation };
+            let (reason, detail) = (reason.as_str(), snapshot.explain(&verdict));
+            let why = Forbidden { reason, detail, policy: decided_by(snapshot, event) };
+            let closed = self.close(snapshot.workload(&pod.uid).map(Arc::as_ref), &mut diag, id, why);
+            result = result.and(closed.map(drop));
         }
+        result
     }
 
     fn ended(&mut self, snapshot: &Snapshot, event: &Event) {
@@ -514,7 +647,33 @@ impl Passed {
         self.open.open(Arc::new(facts), Arc::default()).close(flag);
     }
 
-    fn refused(&mut self, snapshot: &Snapshot, event: &Event, facts: Facts) {
+    /// The pod is known by its namespace, also where its address is not.
+    fn refused(
+        &mut self,
+        snapshot: &Snapshot,
+        mut event: Event,
+        pod: Option<&Arc<ServedPod>>,
+        stranger: &mut impl FnMut(NetnsCookie) -> Stranger,
+    ) {
+        let nameless = direction(&event) == access::Direction::Outbound && event.src.is_unspecified();
+        let of = match pod {
+            Some(pod) => Stranger { workload: snapshot.workload(&pod.uid).cloned(), ips: pod.ips.clone() },
+            None if nameless => stranger(NetnsCookie(event.netns_cookie)),
+            None => Stranger::default(),
+        };
+        let own = of.workload;
+        let same_family = |ip: &&IpAddr| Addr::from(**ip).is_v4() == event.dst.is_v4();
+        if nameless && let Some(ip) = of.ips.iter().find(same_family) {
+            event.src = (*ip).into();
+        }
+        let flow = (NetnsCookie(event.netns_cookie), src(&event), dst(&event));
+        let mut facts = self.facts(snapshot, direction(&event), flow, Carried::Kernel);
+        match facts.direction {
+            access::Direction::Outbound if facts.src_workload.is_none() => facts.src_workload = own,
+            access::Direction::Inbound if facts.dst_workload.is_none() => facts.dst_workload = own,
+            access::Direction::Outbound | access::Direction::Inbound => {}
+        }
+        let event = &event;
         let detail = match Reason::from_u8(event.reason) {
             Some(reason) => snapshot.explain(&Verdict {
                 answer: Answer::Refuse,
@@ -544,18 +703,26 @@ impl Passed {
 
     /// Compares what the kernel has counted with what was told of. Refusals that nobody told of are noted as what they
     /// are: some connection of the pod's. `counted` was read before the last [`Passed::tell`].
+    ///
+    /// One of them may be a connection that policy has overtaken, and that is open: gives the pods whose open connections are
+    /// to be judged again.
+    #[must_use = "a connection that policy forbids may be open"]
     pub fn account<'a>(
         &mut self,
         snapshot: &Snapshot,
         counted: &[(VerdictKey, u64)],
         pods: impl Fn(NetnsCookie) -> Option<&'a Arc<ServedPod>>,
-    ) {
+    ) -> BTreeSet<NetnsCookie> {
+        let mut again = BTreeSet::new();
         self.account.forget(|pod| pods(pod).is_none());
         for (key, times) in self.account.untold(counted) {
             let own = pods(NetnsCookie(key.netns_cookie)).and_then(|pod| snapshot.workload(&pod.uid));
             let own =
                 Party { ip: own.and_then(|own| own.ips.first().copied()), pod: own.map(|own| own.object.clone()) };
             let inbound = key.direction == Direction::Inbound as u8;
+            if inbound {
+                again.insert(NetnsCookie(key.netns_cookie));
+            }
             let (source, destination) = if inbound { (Party::default(), own) } else { (own, Party::default()) };
             let refusal = Refusal {
                 direction: if inbound { access::Direction::Inbound } else { access::Direction::Outbound },
@@ -568,6 +735,7 @@ impl Passed {
             let detail = Circumstances::new("counted by the kernel without a record of the other end");
             self.open.note_refusal(refusal, times, detail);
         }
+        again
     }
 
     /// Connections in plaintext that the kernel has counted and that nobody has seen, by the server's workload.

@@ -450,7 +450,7 @@ fn has_an_address(netns: &NetnsHandle, ips: &[IpAddr]) -> anyhow::Result<()> {
 }
 
 /// The addresses of a namespace's devices, but for those of loopback and of the link alone, which every one has.
-fn own_addresses(netns: &NetnsHandle) -> anyhow::Result<Vec<IpAddr>> {
+pub(crate) fn own_addresses(netns: &NetnsHandle) -> anyhow::Result<Vec<IpAddr>> {
     let own = |ip: &IpAddr| match ip {
         IpAddr::V4(v4) => !v4.is_loopback() && !v4.is_link_local(),
         IpAddr::V6(v6) => !v6.is_loopback() && !v6.is_unicast_link_local(),

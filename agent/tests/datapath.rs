@@ -1,6 +1,6 @@
 //! The kernel programs in the real kernel: real sockets in real network namespaces, judged by real maps.
 //!
-//! Needs root, cgroup2 and `ip`. Everything is made under names with this process's id and removed at the end.
+//! Needs root, cgroup2, `ip`, `nft` and `bpftool`. Everything is made under names with this process's id and removed at the end.
 #![expect(clippy::expect_used, reason = "a test says what it expected")]
 #![expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
 
@@ -20,16 +20,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{HashMap as BpfHashMap, LpmTrie, Map, MapData};
+use aya::maps::{HashMap as BpfHashMap, LpmTrie, Map, MapData, SockHash};
 use culvert::{
+    connections::{Occasion, Passed},
     datapath::{Config, Datapath, Leg, NetnsCookie, Plaintext, PodPolicy, Predecessor, Turn, inspect},
+    limits::{Limits, Numbers},
+    model::PodUid,
+    netns::NetnsHandle,
     pods::{CgroupDir, CgroupId, Hierarchy},
-    policy::{Decision, RuleId, Table},
+    policy::{self, Decision, Options, RuleId, Snapshot, Table},
+    proxy::ServedPod,
+    source::review::Manifests,
+    telemetry::{access, limit::Limit, open::Registry, traffic::Names},
 };
 use culvert_common::{
     Addr, Answer, Asked, Authorization, AuthorizationKey, AuthorizationValue, ClassValue, Direction, Event, EventKind,
-    Inputs, LAYOUT_VERSION, ListenerKind, Mode, ModeKey, ModeValue, PORT_HBONE, Peer, PodAddrValue, PodState, PortKey,
-    REDIRECT_PORT_COUNT, REDIRECT_PORT_FIRST, Reason, SettingsValue, SourceKey, decide, gate::Class,
+    FlowKey, FlowKind, FlowValue, GateValue, Inputs, LAYOUT_VERSION, ListenerKey, ListenerKind, Mode, ModeKey,
+    ModeValue, PORT_HBONE, Peer, PodAddrValue, PodState, PodValue, PortKey, PortValue, REDIRECT_PORT_COUNT,
+    REDIRECT_PORT_FIRST, Reason, SettingsValue, SourceKey, VethValue, bucket, decide, gate::Class,
 };
 use nix::sched::{CloneFlags, setns};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
@@ -820,6 +828,32 @@ fn only_the_kubelets_own_connections_are_probes() {
     assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "not the kubelet any more");
 }
 
+/// [K.5], the fall-back: where the kubelet has no cgroup of its own, whatever the node's own namespace sends to pods is a probe;
+/// nothing else is.
+#[test]
+fn the_nodes_own_connections_are_probes_where_the_kubelet_cannot_be_told_apart() {
+    let node = Node::new();
+    let application = node.serve("[::]:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Strict);
+    let own = within(&node.peer, || netns_cookie(&Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket")));
+    let mut tell = |host_netns_cookie, probes_by_netns| {
+        let settings = SettingsValue { host_netns_cookie, probes_by_netns, ..SettingsValue::default() };
+        datapath.settings(settings).expect("settings");
+    };
+    let targets = ["10.99.0.2:9080", "[fd99::2]:9080"];
+    tell(own.0, 0);
+    assert!(targets.iter().all(|to| refused(node.dial_from_peer(to))), "not where it is switched off");
+    tell(own.0 + 1, 1);
+    assert!(targets.iter().all(|to| refused(node.dial_from_peer(to))), "not from another namespace");
+    tell(own.0, 1);
+    for to in targets {
+        let probe = node.dial_from_peer(to).expect("a probe is delivered");
+        let (_, shown) = application.accept().expect("accept");
+        assert_eq!(shown.port(), probe.local_addr().expect("the probe's address").port());
+    }
+    assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Pass, Reason::Probe), 2);
+}
+
 /// [K.5]: a probe on its way while its pod becomes enrolled is a probe still.
 #[test]
 fn a_probe_that_was_under_way_at_enrolment_is_delivered() {
@@ -1270,7 +1304,7 @@ fn a_table_that_misses_an_entry_denies() {
     let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
     let open = |name: &str| MapData::from_pin(datapath.pin_dir().join(name)).expect("the map is pinned");
     let mut sources = LpmTrie::<_, SourceKey, ClassValue>::try_from(Map::LpmTrie(open("SOURCES"))).expect("a trie");
-    let mut ports = BpfHashMap::<_, PortKey, ClassValue>::try_from(Map::HashMap(open("PORTS"))).expect("a map");
+    let mut ports = BpfHashMap::<_, PortKey, PortValue>::try_from(Map::HashMap(open("PORTS"))).expect("a map");
     let mut verdicts =
         BpfHashMap::<_, AuthorizationKey, AuthorizationValue>::try_from(Map::HashMap(open("AUTHORIZATION")))
             .expect("a map");
@@ -1289,11 +1323,7 @@ fn a_table_that_misses_an_entry_denies() {
         let verdict_key = AuthorizationKey { table, source_class: 1, port_class: 1 };
         match missing {
             "source" => keys.iter().for_each(|key| sources.remove(key).expect("removed")),
-            "port" => {
-                for port in [0, 9080] {
-                    ports.remove(&PortKey { table, port, _pad: 0 }).expect("removed");
-                }
-            }
+            "port" => ports.remove(&PortKey { table, bucket: 0, _pad: 0 }).expect("removed"),
             "verdict" => verdicts.remove(&verdict_key).expect("removed"),
             "sense" => {
                 let value = AuthorizationValue { rule: 1, reason: Reason::Captured as u8, _pad: [0; 3] };
@@ -1310,6 +1340,59 @@ fn a_table_that_misses_an_entry_denies() {
     }
 }
 
+/// [PA.13]: nor is a port open, by the mode of the pod or by the class of other ports, where the entry is not there that would
+/// name it; what is said of other ports stays.
+#[test]
+fn a_port_whose_bucket_is_missing_is_refused() {
+    let node = Node::new();
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let open = |name: &str| MapData::from_pin(datapath.pin_dir().join(name)).expect("the map is pinned");
+    let mut modes = BpfHashMap::<_, ModeKey, ModeValue>::try_from(Map::HashMap(open("MODES"))).expect("a map");
+    let mut ports = BpfHashMap::<_, PortKey, PortValue>::try_from(Map::HashMap(open("PORTS"))).expect("a map");
+    let (pass, refuse) = (Answer::Pass as u8, Answer::Refuse as u8);
+    let missing = (refuse, Reason::PolicyMissing as u8, 0);
+    // More than one bucket has room for.
+    let named: Vec<u16> = (9000..9020).collect();
+    let strict = named.iter().map(|port| (*port, (Mode::Strict, 5))).collect();
+    datapath.ready(node.cookie, &PodPolicy { ports: strict, ..policy(2, Mode::Permissive) }).expect("generation 2");
+    let buckets = inspect::read(datapath.pin_dir()).expect("read").pods[&node.cookie.0].mode_buckets;
+    assert!(buckets > 1);
+    let asked = |datapath: &mut Datapath, port| {
+        datapath.beat().expect("beat");
+        verdict(datapath, PEER4, POD4, port)
+    };
+    for port in named.iter().copied() {
+        assert_eq!(asked(&mut datapath, port), (refuse, Reason::StrictRequiresMtls as u8, 5), "{port}");
+    }
+    let gone = bucket(9007, buckets);
+    let (same, other): (Vec<u16>, Vec<u16>) = (1..=u16::MAX)
+        .filter(|port| !matches!(*port, PORT_HBONE | 15001 | 15006))
+        .partition(|port| bucket(*port, buckets) == gone);
+    let of = |all: &[u16], named: bool| *all.iter().find(|port| (9000..9020).contains(*port) == named).expect("one");
+    assert_eq!(asked(&mut datapath, of(&same, false)).0, pass);
+    modes.remove(&ModeKey { netns_cookie: node.cookie.0, generation: 2, bucket: gone, _pad: 0 }).expect("it was there");
+    assert_eq!(asked(&mut datapath, 9007), missing);
+    assert_eq!(asked(&mut datapath, of(&same, false)), missing, "nobody knows that it is not named");
+    assert_eq!(asked(&mut datapath, of(&other, true)), (refuse, Reason::StrictRequiresMtls as u8, 5));
+    assert_eq!(asked(&mut datapath, of(&other, false)).0, pass);
+
+    // The same of a table whose policies deny those ports and allow others.
+    let block = |text: &str| ((text.parse().expect("a literal"), 0), 0);
+    let classes = [(0, 0)].into_iter().chain(named.iter().map(|port| (*port, 1))).collect();
+    let decisions =
+        [allowed_by(7), denied_by(8)].map(|(reason, rule)| Decision { reason, rule: RuleId(rule) }).to_vec();
+    let table = Table { sources: vec![block("0.0.0.0"), block("::")], ports: classes, decisions: vec![decisions] };
+    let plaintext = Plaintext::ByTable(Arc::new(table));
+    datapath.ready(node.cookie, &PodPolicy { plaintext, ..policy(3, Mode::Permissive) }).expect("generation 3");
+    let pod = inspect::read(datapath.pin_dir()).expect("read").pods[&node.cookie.0];
+    let gone = bucket(9007, pod.port_buckets);
+    assert_eq!(asked(&mut datapath, 9007), (refuse, Reason::ExplicitDeny as u8, 8));
+    ports.remove(&PortKey { table: pod.table, bucket: gone, _pad: 0 }).expect("it was there");
+    assert_eq!(asked(&mut datapath, 9007), missing);
+    let elsewhere = named.iter().find(|port| bucket(**port, pod.port_buckets) != gone).expect("another bucket");
+    assert_eq!(asked(&mut datapath, *elsewhere), (refuse, Reason::ExplicitDeny as u8, 8));
+}
+
 /// A table that does not fit makes the agent decide; when others need less, it is the kernel's again.
 #[test]
 fn a_full_map_of_tables_makes_the_agent_decide_until_there_is_room() {
@@ -1324,8 +1407,8 @@ fn a_full_map_of_tables_makes_the_agent_decide_until_there_is_room() {
         PodPolicy { plaintext, ..policy(generation, Mode::Permissive) }
     };
     datapath.ready(node.cookie, &with(1, 2)).expect("in force");
-    let junk = |n: u64| PortKey { table: u32::MAX - n as u32, port: 1, _pad: 0 };
-    assert_eq!(fill::<PortKey, ClassValue>(&datapath, "PORTS", junk), 65536 - 3);
+    let junk = |n: u64| PortKey { table: u32::MAX - n as u32, bucket: 1, _pad: 0 };
+    assert_eq!(fill::<PortKey, PortValue>(&datapath, "PORTS", junk), 65536 - 1);
     datapath.ready(node.cookie, &with(2, 3)).expect("in force, by the agent");
     assert_eq!(datapath.judged_by_agent(), 1);
     let _client = node.dial_from_peer("10.99.0.2:9080").expect("reaches the agent");
@@ -1362,13 +1445,13 @@ fn tables_are_shared_and_go_with_their_last_pod() {
         |rule| PodPolicy { plaintext: table([allowed_by(rule); 3], [NO_MATCH; 3]), ..policy(2, Mode::Permissive) };
     for cookie in [node.cookie, other] {
         datapath.ready(cookie, &with(1)).expect("in force");
-        assert_eq!(entries(&datapath), (3, 3, 6));
+        assert_eq!(entries(&datapath), (3, 1, 6));
     }
     datapath.ready(other, &with(2)).expect("in force");
-    assert_eq!(entries(&datapath), (6, 6, 12));
+    assert_eq!(entries(&datapath), (6, 2, 12));
     datapath.remove(other).expect("removed");
     let until = Instant::now() + Duration::from_secs(30);
-    while entries(&datapath) != (3, 3, 6) {
+    while entries(&datapath) != (3, 1, 6) {
         assert!(Instant::now() < until, "{:?}", entries(&datapath));
         datapath.maintain();
         thread::sleep(Duration::from_millis(20));
@@ -1568,4 +1651,423 @@ fn maps_carry_their_types() {
         assert!(pods.contains(&format!("\"{name}\"")), "{name} in {pods}");
     }
     assert!(dump("POD_ADDRS").contains("\"netns_cookie\""));
+}
+
+/// A rule of nftables in a namespace, until it is dropped.
+struct Filter<'a>(&'a File);
+
+impl<'a> Filter<'a> {
+    /// Drops what `packets` matches.
+    fn new(namespace: &'a File, hook: &str, packets: &str) -> Self {
+        within(namespace, || {
+            run("nft add table inet quiet");
+            run(&format!("nft add chain inet quiet some {{ type filter hook {hook} priority 0 ; }}"));
+            run(&format!("nft add rule inet quiet some {packets} drop"));
+        });
+        Self(namespace)
+    }
+}
+
+impl Drop for Filter<'_> {
+    fn drop(&mut self) {
+        within(self.0, || {
+            let _ = Command::new("nft").args(["delete", "table", "inet", "quiet"]).status();
+        });
+    }
+}
+
+/// A client that is connected, and whose server waits for the end of the handshake as long as the filter is there, or until the
+/// client's first byte.
+fn half_open(node: &Node) -> (TcpStream, Filter<'_>) {
+    let filter = Filter::new(&node.peer, "output", "tcp dport 9080 tcp flags & (syn|ack|psh|fin|rst) == ack");
+    let client = node.dial_from_peer("10.99.0.2:9080").expect("the client's part of the handshake");
+    client.set_read_timeout(Some(Duration::from_secs(20))).expect("an option");
+    (client, filter)
+}
+
+/// The far end says that there is no such connection.
+fn was_reset(mut client: &TcpStream) -> bool {
+    matches!(client.read(&mut [0]), Err(error) if error.kind() == ErrorKind::ConnectionReset)
+}
+
+/// Whether nothing comes, not even the end.
+fn is_open(mut client: &TcpStream) -> bool {
+    client.set_nonblocking(true).expect("a flag");
+    let open = matches!(client.read(&mut [0]), Err(error) if error.kind() == ErrorKind::WouldBlock);
+    client.set_nonblocking(false).expect("a flag");
+    open
+}
+
+/// Who is told of wake-ups, one by one, as an event loop is.
+struct Wakes(std::os::fd::OwnedFd);
+
+impl Wakes {
+    fn new(events: &impl AsFd) -> Self {
+        use std::os::fd::FromRawFd;
+        // SAFETY: the descriptor is new, and nobody else's.
+        let epoll = unsafe { std::os::fd::OwnedFd::from_raw_fd(libc::epoll_create1(libc::EPOLL_CLOEXEC)) };
+        let mut event = libc::epoll_event { events: (libc::EPOLLIN | libc::EPOLLET) as u32, u64: 0 };
+        let of = events.as_fd().as_raw_fd();
+        // SAFETY: both descriptors are open, and the event is live.
+        let added = unsafe { libc::epoll_ctl(epoll.as_raw_fd(), libc::EPOLL_CTL_ADD, of, &raw mut event) };
+        assert_eq!(added, 0);
+        Self(epoll)
+    }
+
+    fn within(&self, limit: Duration) -> bool {
+        let mut event = libc::epoll_event { events: 0, u64: 0 };
+        // SAFETY: there is room for one event.
+        let woken = unsafe { libc::epoll_wait(self.0.as_raw_fd(), &raw mut event, 1, limit.as_millis() as i32) };
+        woken == 1
+    }
+}
+
+/// [D.1]: a handshake that began under PERMISSIVE and ends under STRICT is told as overtaken: at once, whatever waits there to be
+/// told without a wake-up.
+#[test]
+fn a_handshake_that_policy_overtakes_is_told_at_once() {
+    let node = Node::new();
+    let _application = node.serve("0.0.0.0:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let mut events = datapath.events().expect("the events");
+    let (mut client, _filter) = half_open(&node);
+    datapath.ready(node.cookie, &PodPolicy { rule: 3, ..policy(2, Mode::Strict) }).expect("generation 2");
+    assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "told without a wake-up");
+    let wakes = Wakes::new(&events);
+    assert!(wakes.within(Duration::ZERO), "there is something to read");
+    assert!(!wakes.within(Duration::from_millis(50)), "and nobody says so again");
+    client.write_all(b"x").expect("the end of the handshake");
+    assert!(wakes.within(Duration::from_secs(20)), "it wakes whoever is to end it");
+    let told: Vec<Event> = events.by_ref().filter(|event| event.kind == EventKind::Overtaken as u8).collect();
+    let [told] = &told[..] else { panic!("{told:?}") };
+    assert_eq!(
+        (told.src.ip(), told.sport),
+        (PEER4.parse().expect("a literal"), client.local_addr().expect("own").port())
+    );
+    assert_eq!((told.dst.ip(), told.dport), (POD4.parse().expect("a literal"), 9080));
+    assert_eq!((told.reason, told.rule, told.generation), (Reason::StrictRequiresMtls as u8, 3, 2));
+    assert_eq!(told.netns_cookie, node.cookie.0);
+    let strict = counted(&datapath, node.cookie, Direction::Inbound, Answer::Refuse, Reason::StrictRequiresMtls);
+    assert_eq!(strict, 2);
+}
+
+/// The part of an agent that sees to connections which nobody carries, and what it knows of the pod.
+struct Seer {
+    passed: Passed,
+    snapshot: Snapshot,
+    pod: Arc<ServedPod>,
+    _writer: access::Writer,
+}
+
+impl Seer {
+    /// `policies`: manifests.
+    fn new(node: &Node, datapath: &Datapath, policies: &str) -> Self {
+        let text = format!(
+            "apiVersion: v1\nkind: Namespace\nmetadata: {{name: test, labels: {{istio.io/dataplane-mode: ambient}}}}\n---\n\
+             apiVersion: v1\nkind: Pod\nmetadata: {{name: web, namespace: test, uid: web, labels: {{app: web}}}}\nspec: {{nodeName: node-1, \
+             serviceAccountName: web, containers: [{{name: c, image: i}}]}}\nstatus: {{podIP: {POD4}, podIPs: [{{ip: {POD4}}}, \
+             {{ip: \"{POD6}\"}}], phase: Running}}\n{policies}"
+        );
+        let view = Manifests::of("manifests.yaml", text).view("istio-system");
+        assert_eq!(view.problems, []);
+        let numbers = Numbers {
+            connections_per_pod: 100,
+            memory_per_pod: 1 << 20,
+            handshakes_per_peer: 100,
+            open_files_reserve: 1,
+        };
+        let netns = PathBuf::from(format!("/run/netns/{}-pod", node.name));
+        let pod = ServedPod {
+            uid: PodUid("web".into()),
+            netns: NetnsHandle::open_by_path(&netns).expect("the pod's namespace").into(),
+            cookie: node.cookie,
+            ips: [POD4, POD6].map(|ip| ip.parse().expect("a literal")).into(),
+            load: Limits::new(numbers, 1000).load(),
+        };
+        let (log, writer) = access::start_on(access::Config::default(), io::sink()).expect("an access log");
+        let registry = Registry::new(Names::default(), 100);
+        let passed = Passed::new(
+            datapath.events().expect("the events"),
+            datapath.storage_fd().expect("the storage of sockets"),
+            datapath.older().expect("what is older"),
+            log,
+            registry.shard(),
+            Names::default(),
+            Limit::new(0, 1).limiter(),
+        );
+        let snapshot = policy::compile(&view.cluster, &Options::default(), None);
+        Self { passed, snapshot, pod: pod.into(), _writer: writer }
+    }
+
+    fn judge_again(&mut self, by_agent: bool) {
+        let own = self.snapshot.workload(&self.pod.uid).expect("the pod").clone();
+        let occasion = Occasion { entered: false, by_agent };
+        self.passed.judge_again(&self.snapshot, &self.pod, &own, occasion).expect("judged");
+    }
+}
+
+const STRICT: &str = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+    metadata: {name: strict, namespace: test}\nspec: {mtls: {mode: STRICT}}\n";
+
+/// [D.1]: a connection that policy has overtaken does not live on because the kernel's word of it was lost: its socket says what
+/// was decided, whoever looks next, and it is missed among the refusals that were counted.
+#[test]
+fn a_connection_that_policy_has_overtaken_ends_although_its_event_is_lost() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let (mut strict, mut permissive) = (Seer::new(&node, &datapath, STRICT), Seer::new(&node, &datapath, ""));
+    // The pod's own refusals fill the buffer.
+    datapath.suspend(node.cookie).expect("suspended");
+    within(&node.pod, || {
+        for _ in 0..6000 {
+            assert!(refused(connect("10.200.0.9:80")), "pending");
+        }
+    });
+    let mut overtaken = |generation| {
+        datapath.ready(node.cookie, &policy(generation, Mode::Permissive)).expect("in force");
+        datapath.beat().expect("beat");
+        let (mut client, _filter) = half_open(&node);
+        datapath.ready(node.cookie, &policy(generation + 1, Mode::Strict)).expect("in force");
+        client.write_all(b"x").expect("the end of the handshake");
+        let (served, _) = application.accept().expect("established");
+        (client, served, datapath.verdicts())
+    };
+    // The policy has changed back meanwhile: what was refused stays refused.
+    let (client, _served, _) = overtaken(2);
+    let proof = permissive.passed.prove(&permissive.snapshot, [&permissive.pod].into_iter());
+    assert!(proof.failures.is_empty() && proof.strays.is_empty(), "{proof:?}");
+    assert!(!proof.accounted.contains_key("passed"), "{proof:?}");
+    assert!(was_reset(&client), "by the proof");
+
+    let (client, _served, _) = overtaken(4);
+    permissive.passed.refresh(&permissive.snapshot, [&permissive.pod].into_iter());
+    assert!(was_reset(&client), "by whoever asks for the open connections");
+
+    let (client, _served, counted) = overtaken(6);
+    let pods = |cookie| (cookie == node.cookie).then_some(&strict.pod);
+    let again = strict.passed.tell(&strict.snapshot, pods, |_| None);
+    assert!(again.is_empty() && is_open(&client), "its event is lost, or this test shows nothing");
+    // The first time its record may be on its way.
+    let first = strict.passed.account(&strict.snapshot, &counted, pods);
+    let second = strict.passed.account(&strict.snapshot, &counted, pods);
+    assert!(first.is_empty() && second == [node.cookie].into(), "{first:?} {second:?}");
+    strict.judge_again(false);
+    assert!(was_reset(&client), "as counted and not told");
+}
+
+/// [D.1]: where a policy becomes more than the kernel holds, what was on its way in its handshake is judged by the agent.
+#[test]
+fn a_handshake_is_judged_where_the_agent_takes_the_verdicts_over() {
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let (mut datapath, _listener) = node.enrolled(Mode::Permissive);
+    let port = "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: port, namespace: test}\n\
+        spec: {selector: {matchLabels: {app: web}}, mtls: {mode: PERMISSIVE}, portLevelMtls: {\"9080\": {mode: STRICT}}}\n";
+    let mut seer = Seer::new(&node, &datapath, port);
+    let (mut client, _filter) = half_open(&node);
+    let junk = |n: u64| ModeKey { netns_cookie: u64::MAX - n, ..ModeKey::default() };
+    fill::<ModeKey, ModeValue>(&datapath, "MODES", junk);
+    assert!(!datapath.is_judged_by_agent(node.cookie));
+    datapath.beat().expect("beat");
+    let ports = BTreeMap::from([(9080, (Mode::Strict, 3))]);
+    datapath.ready(node.cookie, &PodPolicy { ports, ..policy(2, Mode::Permissive) }).expect("in force, by the agent");
+    seer.judge_again(datapath.is_judged_by_agent(node.cookie));
+    // Nobody knows the connection any more.
+    client.write_all(b"x").expect("sent");
+    assert!(was_reset(&client), "it reached the application");
+    application.set_nonblocking(true).expect("a flag");
+    assert!(matches!(application.accept(), Err(error) if error.kind() == ErrorKind::WouldBlock));
+}
+
+/// A connection whose record was pushed out in its handshake is refused. The pod may serve the port that it was redirected to, and
+/// what listens there is not the server that it asked for; the pod's own connections to that port arrive.
+#[test]
+fn a_captured_connection_whose_record_is_gone_is_refused() {
+    let node = Node::new();
+    let (datapath, _listener) = node.enrolled(Mode::Permissive);
+    let applications: Vec<TcpListener> = within(&node.pod, || {
+        let ports = REDIRECT_PORT_FIRST..REDIRECT_PORT_FIRST + REDIRECT_PORT_COUNT;
+        ports.map(|port| TcpListener::bind((POD4, port)).expect("the application listens")).collect()
+    });
+    let client = within(&node.pod, || Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket"));
+    let filter = Filter::new(&node.pod, "input", "tcp flags & (syn|ack) == syn");
+    client.set_nonblocking(true).expect("a flag");
+    let begun = client.connect(&SockAddr::from("10.200.0.9:8080".parse::<SocketAddr>().expect("a literal")));
+    assert_eq!(begun.expect_err("not answered yet").raw_os_error(), Some(libc::EINPROGRESS));
+    let flows = MapData::from_pin(datapath.pin_dir().join("FLOWS")).expect("the map is pinned");
+    let mut flows = BpfHashMap::<_, FlowKey, FlowValue>::try_from(Map::LruHashMap(flows)).expect("a map");
+    let redirected = |(_, flow): &(FlowKey, FlowValue)| flow.kind == FlowKind::Redirected as u8;
+    let (key, _) = flows.iter().filter_map(Result::ok).find(redirected).expect("recorded");
+    let mut junk = FlowKey { src: Addr::from_be32x4([1, 2, 3, 4]), ..FlowKey::default() };
+    while flows.get(&key, 0).is_ok() {
+        assert!(junk._pad < 4_000_000, "it is not pushed out");
+        for _ in 0..4096 {
+            junk._pad += 1;
+            flows.insert(junk, FlowValue::default(), 0).expect("there is always room");
+        }
+    }
+    drop(filter);
+    // The next SYN comes a second after the first.
+    let until = Instant::now() + Duration::from_secs(30);
+    let error = loop {
+        if let Some(error) = client.take_error().expect("an option") {
+            break error;
+        }
+        assert!(client.peer_addr().is_err(), "connected to {}, which nobody asked for", key.dport);
+        assert!(Instant::now() < until, "never answered");
+        thread::sleep(Duration::from_millis(10));
+    };
+    assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+    assert!(counted(&datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::KernelCapacity) >= 1);
+    let port = REDIRECT_PORT_FIRST + 100;
+    for bound in ["127.0.0.1:0", "10.99.0.2:0", "0.0.0.0:0"] {
+        let own = within(&node.pod, || Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket"));
+        own.bind(&bound.parse::<SocketAddr>().expect("a literal").into()).expect("bound");
+        let to: SocketAddr = format!("{POD4}:{port}").parse().expect("an address");
+        own.connect_timeout(&to.into(), Duration::from_secs(20)).expect("the pod's own");
+        let (_, from) = applications[100].accept().expect("the application gets its own");
+        assert_eq!(from.port(), own.local_addr().expect("bound").as_socket().expect("IP").port());
+    }
+    let left: Vec<_> = flows.iter().filter_map(Result::ok).filter(|(_, flow)| flow.kind != 0).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+/// Whoever is refused because a map is full: the pod, in both directions.
+fn closed(node: &Node) -> bool {
+    refused(node.dial_from_pod("10.200.0.9:80")) && refused(node.dial_from_peer("10.99.0.2:9080"))
+}
+
+/// [K.4]: where the map of pods is full, a pod is not captured, and the gate holds it; and so it does where its own map is full.
+#[test]
+fn a_full_map_of_pods_leaves_the_pod_at_the_gate() {
+    let node = Node::new();
+    let gated = Gated::new(&node, "burstable/pod1");
+    let _server = gated.inside(|| node.serve("[::]:9080"));
+    let mut datapath = gated.load();
+    datapath.gate(Some(std::slice::from_ref(&gated.root))).expect("written");
+    assert!(datapath.take_over().expect("attached").is_empty());
+    let until = Instant::now() + Duration::from_secs(20);
+    while node.dial_from_pod(&format!("{PEER4}:1")).is_err_and(|error| error.kind() == ErrorKind::TimedOut) {
+        assert!(Instant::now() < until, "a fresh link");
+    }
+    assert_eq!(fill::<u64, PodValue>(&datapath, "PODS", |n| u64::MAX - n), 16384);
+    let ips: Vec<IpAddr> = vec![POD4.parse().expect("a literal")];
+    let error = datapath.prepare(node.cookie, node.pod.as_fd(), &ips).expect_err("no room");
+    assert!(format!("{error:#}").contains("PODS (the map holds 16384 pods)"), "{error:#}");
+    assert_eq!((gated.gets_out(), gated.gets_in()), ([false; 2], [false; 2]));
+    assert_eq!(fill::<u64, GateValue>(&datapath, "GATE", |n| u64::MAX - n), 32768);
+    let error = datapath.classify_one(gated.pod, Class::Out).expect_err("no room");
+    assert!(format!("{error:#}").contains("GATE (the map holds 32768 pods)"), "{error:#}");
+    assert_eq!((gated.gets_out(), gated.gets_in()), ([false; 2], [false; 2]));
+}
+
+/// [K.4]: where there is no room for its listeners, a pod's connections and tunnels to it are refused.
+#[test]
+fn a_full_map_of_listeners_refuses_what_needs_them() {
+    let node = Node::new();
+    let mut datapath = node.load();
+    datapath.beat().expect("beat");
+    node.prepare(&mut datapath);
+    let listener = node.listener();
+    let map = MapData::from_pin(datapath.pin_dir().join("LISTENERS")).expect("the map is pinned");
+    let mut map = SockHash::<_, ListenerKey>::try_from(Map::SockHash(map)).expect("a map of sockets");
+    let mut filled = 0u64;
+    while map
+        .insert(ListenerKey { netns_cookie: u64::MAX - filled, kind: 0, worker: 0 }, listener.as_raw_fd(), 0)
+        .is_ok()
+    {
+        filled += 1;
+    }
+    assert_eq!(filled, 65536);
+    let error = datapath.listener(node.cookie, ListenerKind::Outbound, 0, listener.as_fd()).expect_err("no room");
+    assert!(format!("{error:#}").contains("LISTENERS"), "{error:#}");
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")), "pending");
+    datapath.ready(node.cookie, &policy(1, Mode::Permissive)).expect("ready");
+    datapath.beat().expect("beat");
+    assert!(refused(node.dial_from_pod("10.200.0.9:80")), "no listener");
+    assert!(refused(node.dial_from_peer("10.99.0.2:15008")), "no listener");
+    assert_eq!(counted(&datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::NoListener), 1);
+}
+
+/// [K.4], specification §3: where there is no room to say where a pod's frames come into the node, or that its UDP is refused, the
+/// pod stays closed.
+#[test]
+fn full_maps_of_devices_and_of_refused_udp_leave_the_pod_closed() {
+    let node = Node::new();
+    let _application = node.serve("0.0.0.0:9080");
+    let mut datapath = node.load();
+    datapath.beat().expect("beat");
+    node.prepare(&mut datapath);
+    assert_eq!(fill::<u32, VethValue>(&datapath, "VETHS", |n| u32::MAX - n as u32), 32768);
+    let error = within(&node.peer, || datapath.guard(node.cookie, &[1], false)).expect_err("no room");
+    assert!(format!("{error:#}").contains("VETHS (the map holds 32768 devices)"), "{error:#}");
+    assert!(closed(&node));
+    datapath.beat().expect("beat");
+    fill::<u64, u32>(&datapath, "UDP_PODS", |n| u64::MAX - n);
+    let refused = PodPolicy { udp_refused: true, ..policy(1, Mode::Permissive) };
+    let error = datapath.ready(node.cookie, &refused).expect_err("no room");
+    assert!(format!("{error:#}").contains("UDP_PODS (the map holds 16384 pods)"), "{error:#}");
+    assert!(closed(&node));
+    let pending = counted(&datapath, node.cookie, Direction::Outbound, Answer::Refuse, Reason::EnrolmentPending);
+    assert_eq!(pending, 2);
+}
+
+/// How often the program of a pinned link has run.
+fn runs(node: &Node, link: &str) -> u64 {
+    let ask = |what: &[&str]| -> serde_json::Value {
+        let output = Command::new("bpftool").arg("-j").args(what).output().expect("run bpftool");
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    let path = node.bpffs.join("culvert/links").join(link);
+    let link = ask(&["link", "show", "pinned", path.to_str().expect("text")]);
+    let id = link["prog_id"].to_string();
+    ask(&["prog", "show", "id", &id])["run_cnt"].as_u64().unwrap_or(0)
+}
+
+/// Capture, verdict and what shows peers cost nothing per packet: they run when a connection begins and ends.
+#[test]
+fn no_program_runs_for_the_bytes_of_a_connection() {
+    const BYTES: usize = 16 << 20;
+    const STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+    struct Restore(String);
+    impl Drop for Restore {
+        fn drop(&mut self) {
+            let _ = fs::write(STATISTICS, &self.0);
+        }
+    }
+    let node = Node::new();
+    let application = node.serve("0.0.0.0:9080");
+    let (_datapath, listener) = node.enrolled(Mode::Permissive);
+    let _restore = Restore(fs::read_to_string(STATISTICS).expect("statistics"));
+    fs::write(STATISTICS, "1").expect("statistics");
+    let inbound = format!("inbound_{}", node.cookie.0);
+    let links = ["connect4", "handshake", "peername4", &inbound];
+    let before = links.map(|link| runs(&node, link));
+    let passed = node.dial_from_peer("10.99.0.2:9080").expect("passed");
+    let (served, _) = application.accept().expect("accept");
+    let captured = node.dial_from_pod("10.200.0.9:80").expect("captured");
+    let (carried, _) = listener.accept().expect("accept");
+    served.peer_addr().expect("the peer");
+    let opened = links.map(|link| runs(&node, link));
+    for ((link, before), opened) in links.iter().zip(before).zip(opened) {
+        assert!(opened > before, "{link} does not count, or this test shows nothing");
+    }
+    for (from, to) in [(&passed, &served), (&served, &passed), (&captured, &carried), (&carried, &captured)] {
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut from, block) = (from, vec![7; 64 << 10]);
+                (0..BYTES / block.len()).for_each(|_| from.write_all(&block).expect("written"));
+            });
+            let (mut to, mut block, mut left) = (to, vec![0; 64 << 10], BYTES);
+            while left > 0 {
+                let read = to.read(&mut block).expect("read");
+                assert!(read > 0);
+                left -= read;
+            }
+        });
+    }
+    for ((link, opened), now) in links.iter().zip(opened).zip(links.map(|link| runs(&node, link))) {
+        assert!(now - opened < 10, "{link} ran {} times for 32 MiB each", now - opened);
+    }
 }

@@ -21,14 +21,16 @@ pub struct PodValue {
     pub table: u32,
     /// [`crate::PodState`].
     pub state: u8,
-    /// [`crate::Mode`] of every port without an entry in `MODES`.
+    /// [`crate::Mode`] of every port that `MODES` does not name.
     pub mode: u8,
-    /// 1 if ports of this generation have entries in `MODES`; 0 spares the look-up.
-    pub has_port_modes: u8,
     /// 1 if the agent decides plaintext.
     pub plaintext_by_agent: u8,
     /// Zero.
-    pub _pad: u32,
+    pub _pad: u8,
+    /// Buckets of this generation in `MODES`, a power of two; 0 if every port has the pod's mode.
+    pub mode_buckets: u16,
+    /// Buckets of [`PodValue::table`] in `PORTS`, a power of two; 0 where there is no table.
+    pub port_buckets: u16,
 }
 const _: () = assert!(size_of::<PodValue>() == 56);
 
@@ -41,7 +43,21 @@ pub struct PodAddrValue {
 }
 const _: () = assert!(size_of::<PodAddrValue>() == 8);
 
-/// Key of `MODES`: a port of a pod in one policy generation.
+/// Ports that a bucket of `MODES` or `PORTS` has room for.
+pub const BUCKET_PORTS: usize = 4;
+
+/// Which of `buckets`, a power of two, names a port if any does.
+///
+/// What is said of single ports lies in buckets all of which are there, also those that name none, so that an entry that is
+/// missing is noticed whatever port is asked for ([PA.13]).
+#[inline(always)]
+pub const fn bucket(port: u16, buckets: u16) -> u16 {
+    // Spreads neighbours as well as multiples of powers of two (Knuth, multiplicative hashing).
+    let spread = ((port as u32).wrapping_mul(0x9e37_79b1) >> 16) as u16;
+    spread & buckets.wrapping_sub(1)
+}
+
+/// Key of `MODES`: a bucket of ports of a pod in one policy generation.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ModeKey {
@@ -49,25 +65,36 @@ pub struct ModeKey {
     pub netns_cookie: u64,
     /// As in [`PodValue::generation`].
     pub generation: u32,
-    /// The workload's port, host byte order.
-    pub port: u16,
+    /// By [`bucket`].
+    pub bucket: u16,
     /// Zero.
     pub _pad: u16,
 }
 const _: () = assert!(size_of::<ModeKey>() == 16);
 
-/// Value of `MODES`: the effective PeerAuthentication mode of a port that differs from the pod's.
+/// A port in [`ModeValue`], and its effective PeerAuthentication mode.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ModeValue {
+pub struct PortMode {
     /// Index of the rule that set it; 0 for none.
     pub rule: u32,
+    /// The workload's port, host byte order; 0 where the bucket has room left, with the pod's own mode.
+    pub port: u16,
     /// [`crate::Mode`].
     pub mode: u8,
     /// Zero.
-    pub _pad: [u8; 3],
+    pub _pad: u8,
 }
-const _: () = assert!(size_of::<ModeValue>() == 8);
+const _: () = assert!(size_of::<PortMode>() == 8);
+
+/// Value of `MODES`: the ports of a bucket whose mode differs from the pod's.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ModeValue {
+    /// Named ones first.
+    pub ports: [PortMode; BUCKET_PORTS],
+}
+const _: () = assert!(size_of::<ModeValue>() == 32);
 
 /// Data of the keys of `SOURCES`, a trie of prefixes: a block of client addresses in one table. The table's bits come first
 /// and always count, so that each table is a tree of its own.
@@ -88,7 +115,7 @@ impl SourceKey {
     pub const BITS: u32 = Self::TABLE_BITS + 128;
 }
 
-/// Value of `SOURCES` and of `PORTS`: which addresses, or ports, of a table are treated alike.
+/// Value of `SOURCES`: which addresses of a table are treated alike.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClassValue {
@@ -97,18 +124,42 @@ pub struct ClassValue {
 }
 const _: () = assert!(size_of::<ClassValue>() == 4);
 
-/// Key of `PORTS`: a workload's port in one table.
+/// Key of `PORTS`: a bucket of ports in one table.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PortKey {
     /// As in [`PodValue::table`].
     pub table: u32,
-    /// The workload's port, host byte order; 0 for every port that has no entry.
-    pub port: u16,
+    /// By [`bucket`].
+    pub bucket: u16,
     /// Zero.
     pub _pad: u16,
 }
 const _: () = assert!(size_of::<PortKey>() == 8);
+
+/// A port in [`PortValue`]: which ports of a table are treated alike.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortClass {
+    /// Number of the class, from 0.
+    pub class: u32,
+    /// The workload's port, host byte order; 0 where the bucket has room left, with the class of others.
+    pub port: u16,
+    /// Zero.
+    pub _pad: u16,
+}
+const _: () = assert!(size_of::<PortClass>() == 8);
+
+/// Value of `PORTS`: the ports of a bucket that policies name.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PortValue {
+    /// Class of every port that no bucket names.
+    pub others: u32,
+    /// Named ones first.
+    pub ports: [PortClass; BUCKET_PORTS],
+}
+const _: () = assert!(size_of::<PortValue>() == 36);
 
 /// Key of `AUTHORIZATION`: a verdict of one table.
 #[repr(C)]
@@ -213,6 +264,8 @@ pub enum FlowKind {
     Leg = 2,
     /// A connection of the kubelet of this node.
     Probe = 3,
+    /// A pod's connection to itself, at a port where redirected ones arrive: it is none of them.
+    Local = 4,
 }
 
 /// Value of `FLOWS`: bridges the handshake between the two ends of a connection on one node.
@@ -256,6 +309,8 @@ pub enum SocketKind {
     Passed = 7,
     /// An application's socket that serves a probe.
     Probed = 8,
+    /// A pod's socket that connects to the pod itself, at a port where redirected connections arrive.
+    Local = 9,
 }
 
 /// Value of `SOCKETS`, the storage of a socket: freed with it, so no tuple is ever mistaken for another.
@@ -299,6 +354,17 @@ pub struct VethValue {
     pub _pad: [u8; 7],
 }
 const _: () = assert!(size_of::<VethValue>() == 16);
+
+/// Key of `OLDER`: a socket that was open when its pod was brought in.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OlderKey {
+    /// Cookie of the pod's network namespace.
+    pub netns_cookie: u64,
+    /// Cookie of the socket; 0 says that the pod's are all noted.
+    pub socket_cookie: u64,
+}
+const _: () = assert!(size_of::<OlderKey>() == 16);
 
 /// Key of `UDP_REFUSALS`, counters of packets of UDP that were refused.
 #[repr(C)]
@@ -450,6 +516,7 @@ mod pod {
         SourceKey,
         ClassValue,
         PortKey,
+        PortValue,
         AuthorizationKey,
         AuthorizationValue,
         Asked,
@@ -457,6 +524,7 @@ mod pod {
         FlowKey,
         FlowValue,
         SocketValue,
+        OlderKey,
         VethValue,
         UdpKey,
         VerdictKey,

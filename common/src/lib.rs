@@ -45,6 +45,12 @@ pub const fn redirect_port(random: u32, bound: u16) -> u16 {
     if port == bound { REDIRECT_PORT_FIRST + (random.wrapping_add(1) & (REDIRECT_PORT_COUNT - 1)) } else { port }
 }
 
+/// Whether connections to `port` of the pod itself may be redirected ones.
+#[inline(always)]
+pub const fn is_redirect_port(port: u16) -> bool {
+    port.wrapping_sub(REDIRECT_PORT_FIRST) < REDIRECT_PORT_COUNT
+}
+
 /// First 16 bits of the source address of the agent's leg to an application (127.6.0.0/16).
 ///
 /// A loopback source lets the kernel reuse TIME_WAIT ports (`tcp_tw_reuse=2`, the default); the application never sees
@@ -56,7 +62,7 @@ pub const LEG_SOURCE_PREFIX: [u8; 2] = [127, 6];
 pub const SILENT_AFTER_NS: u64 = 10_000_000_000;
 
 /// Version of the pinned layout: part of the pin directory's name, raised when a map's key or value changes.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 #[cfg(test)]
 mod tests {
@@ -71,6 +77,9 @@ mod tests {
                 let port = redirect_port(random, bound);
                 assert!(port != bound && range.contains(&port), "{random} {bound}");
             }
+        }
+        for port in 0..=u16::MAX {
+            assert_eq!(is_redirect_port(port), range.contains(&port), "{port}");
         }
     }
 }

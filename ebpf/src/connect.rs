@@ -7,7 +7,8 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use culvert_common::{
-    Addr, Answer, Direction, FlowKey, Peer, PodValue, Reason, SocketKind, SocketValue, Verdict, decide, redirect_port,
+    Addr, Answer, Direction, FlowKey, Peer, PodValue, Reason, SocketKind, SocketValue, Verdict, decide,
+    is_redirect_port, redirect_port,
 };
 
 use crate::{
@@ -106,7 +107,11 @@ fn of_pod(ctx: &SockAddrContext, pod: &PodValue, cookie: u64, v6: bool, dst: Add
     };
     let mut verdict = decide(&inputs(pod, cookie, Direction::Outbound, peer, port));
     if matches!(verdict.answer, Answer::Pass) {
-        if known == SocketKind::Redirected as u8 {
+        if matches!(peer, Peer::SamePod) && is_redirect_port(port) && !dst.is_loopback() {
+            // It arrives where redirected connections do. Without the note it is refused there.
+            let kind = SocketKind::Local as u8;
+            note(sk, &mut SocketValue { netns_cookie: cookie, at_ns: now_ns(), kind, ..SocketValue::default() });
+        } else if known == SocketKind::Redirected as u8 {
             // A socket that is used again must not show where it went before.
             forget(sk);
         }

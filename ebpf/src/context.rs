@@ -10,7 +10,7 @@ use aya_ebpf::{
 };
 use culvert_common::{
     Addr, Authorization, AuthorizationKey, Direction, FlowKey, Inputs, Mode, ModeKey, Peer, PodState, PodValue,
-    PortKey, SILENT_AFTER_NS, SocketValue, SourceKey, Verdict, decide,
+    PortKey, SILENT_AFTER_NS, SocketValue, SourceKey, Verdict, bucket, decide,
 };
 
 use crate::maps::{AUTHORIZATION, HEARTBEAT, MODES, PODS, PORTS, SOCKETS, SOURCES};
@@ -84,7 +84,7 @@ pub(crate) fn arriving(pod: &PodValue, netns_cookie: u64, peer: Peer, flow: &Flo
     } else if pod.table == 0 {
         Authorization::None
     } else {
-        match look_up(pod.table, &flow.src, flow.dport) {
+        match look_up(pod.table, &flow.src, flow.dport, pod.port_buckets) {
             ABSENT => Authorization::Missing,
             found => Authorization::of(found as u8, (found >> 32) as u32),
         }
@@ -98,7 +98,7 @@ const ABSENT: u64 = u64::MAX;
 /// What a table says of a client's address and a port: the reason in the lowest byte, the rule in the upper half. A function
 /// of its own in the kernel too, whose stack is free again when it returns; it can give back one register.
 #[inline(never)]
-fn look_up(table: u32, src: &Addr, port: u16) -> u64 {
+fn look_up(table: u32, src: &Addr, port: u16, buckets: u16) -> u64 {
     /// A key of `SOURCES` in words, so that it is made and read word by word.
     #[repr(C, align(8))]
     struct Words([u32; 6]);
@@ -111,15 +111,10 @@ fn look_up(table: u32, src: &Addr, port: u16) -> u64 {
     let Some(source) = SOURCES.get(key) else { return ABSENT };
     let source_class = source.class;
     // SAFETY: the number is copied before any other map operation; the agent never edits entries that are referred to.
-    let own = unsafe { PORTS.get(PortKey { table, port, _pad: 0 }) }.map(|value| value.class);
-    let port_class = match own {
-        Some(class) => class,
-        // SAFETY: as above.
-        None => match unsafe { PORTS.get(PortKey { table, port: 0, _pad: 0 }) } {
-            Some(value) => value.class,
-            None => return ABSENT,
-        },
+    let Some(ports) = (unsafe { PORTS.get(PortKey { table, bucket: bucket(port, buckets), _pad: 0 }) }) else {
+        return ABSENT;
     };
+    let port_class = ports.ports.iter().find(|named| named.port == port).map_or(ports.others, |named| named.class);
     // SAFETY: as above.
     match unsafe { AUTHORIZATION.get(AuthorizationKey { table, source_class, port_class }) } {
         Some(value) => u64::from(value.rule) << 32 | u64::from(value.reason),
@@ -142,12 +137,21 @@ pub(crate) fn inputs(pod: &PodValue, netns_cookie: u64, direction: Direction, pe
         rule: pod.rule,
         generation: pod.generation,
     };
-    if pod.has_port_modes != 0 && matches!(direction, Direction::Inbound) {
-        let key = ModeKey { netns_cookie, generation: pod.generation, port, _pad: 0 };
-        // SAFETY: both fields are copied before any other map operation.
-        if let Some(port_mode) = unsafe { MODES.get(key) } {
-            inputs.mode = Mode::from_u8(port_mode.mode);
-            inputs.rule = port_mode.rule;
+    if pod.mode_buckets != 0 && matches!(direction, Direction::Inbound) {
+        let bucket = bucket(port, pod.mode_buckets);
+        // SAFETY: what is of use is copied before any other map operation.
+        match unsafe { MODES.get(ModeKey { netns_cookie, generation: pod.generation, bucket, _pad: 0 }) } {
+            Some(modes) => {
+                if let Some(named) = modes.ports.iter().find(|named| named.port == port) {
+                    inputs.mode = Mode::from_u8(named.mode);
+                    inputs.rule = named.rule;
+                }
+            }
+            // What it says of this port, or that it says nothing, is not known.
+            None => {
+                inputs.mode = Mode::Missing;
+                inputs.rule = 0;
+            }
         }
     }
     inputs

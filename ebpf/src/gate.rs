@@ -9,7 +9,7 @@ use aya_ebpf::{
     programs::{SkBuffContext, SockAddrContext},
 };
 use culvert_common::{
-    Addr, Answer, Direction, FlowKey, Reason, SocketKind, Verdict,
+    Addr, Answer, Direction, EventKind, FlowKey, Reason, SocketKind, Verdict,
     gate::{Class, admits},
 };
 
@@ -17,7 +17,7 @@ use crate::{
     connect::asked,
     context::{SOCK_STREAM, netns_cookie, storage, word},
     maps::{GATE, GATE_LEVELS, NODE_ADDRS, POD_ADDRS, PODS, SETTINGS, UDP_PODS},
-    report::{count, refused},
+    report::{About, Ended, count, refused, send as send_event},
     udp,
 };
 
@@ -35,8 +35,17 @@ pub(crate) fn connect(ctx: &SockAddrContext, v6: bool) -> i32 {
     if dst.is_loopback() || dst.is_unspecified() || passes(ctx) {
         return PASS;
     }
+    // Counted together, since nobody removes the counters of a pod that stays unknown; told with whose network it is.
+    count(0, Direction::Outbound, &UNKNOWN);
     let flow = FlowKey { src: Addr::UNSPECIFIED, dst, sport: 0, dport: port, _pad: 0 };
-    refused(0, Direction::Outbound, &UNKNOWN, &flow);
+    let about = About {
+        netns_cookie: netns_cookie(ctx),
+        direction: Direction::Outbound,
+        kind: EventKind::Refused,
+        verdict: &UNKNOWN,
+        flow: &flow,
+    };
+    send_event(&about, &Ended::default(), false);
     REFUSE
 }
 

@@ -87,10 +87,12 @@ fn connecting(ctx: &SockOpsContext) {
         FlowKind::Leg
     } else if value.kind == SocketKind::Probe as u8 {
         FlowKind::Probe
+    } else if value.kind == SocketKind::Local as u8 {
+        FlowKind::Local
     } else {
         return;
     };
-    if !matches!(kind, FlowKind::Probe) {
+    if matches!(kind, FlowKind::Redirected | FlowKind::Leg) {
         inside_the_pod(ctx);
     }
     let ((src, sport), (dst, dport)) = ends(ctx);
@@ -121,6 +123,11 @@ fn accepted(ctx: &SockOpsContext) {
         Some(flow) => {
             // SAFETY: nobody else takes the flow of this very connection over; the copy is made before removal.
             let known = unsafe { *flow };
+            if known.kind == FlowKind::Local as u8 {
+                // The pod's own, as any other of its connections to itself.
+                let _ = FLOWS.remove(key);
+                return;
+            }
             let kind = if known.kind == FlowKind::Redirected as u8 {
                 SocketKind::Accepted
             } else if known.kind == FlowKind::Leg as u8 {
@@ -213,7 +220,8 @@ fn changed(ctx: &SockOpsContext) {
     if value.kind != SocketKind::Passed as u8 {
         let connects = value.kind == SocketKind::Redirected as u8
             || value.kind == SocketKind::Leg as u8
-            || value.kind == SocketKind::Probe as u8;
+            || value.kind == SocketKind::Probe as u8
+            || value.kind == SocketKind::Local as u8;
         if connects && ctx.arg(1) == BPF_TCP_CLOSE {
             let ((src, sport), (dst, dport)) = ends(ctx);
             // Most often it is gone already.

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use culvert_common::{
     Addr, Answer, Authorization, Direction, FlowKey, FlowKind, Inputs, ListenerKey, ListenerKind, Mode, Peer, PodState,
-    PodValue, Reason, Verdict, decide,
+    PodValue, Reason, Verdict, decide, is_redirect_port,
 };
 
 use crate::{
@@ -51,11 +51,22 @@ pub(crate) fn run(ctx: &SkLookupContext) -> u32 {
 fn judge(ctx: &SkLookupContext, flow: &FlowKey) -> u32 {
     let Some(cookie) = owner(flow.dst) else { return unknown(flow) };
     let Some(pod) = pod(cookie) else { return unknown(flow) };
-    // SAFETY: one byte is copied before any other map operation.
-    let recorded = unsafe { FLOWS.get(flow) }.map_or(0, |value| value.kind);
+    // SAFETY: the value is copied before any other map operation.
+    let known = unsafe { FLOWS.get(flow).copied() };
+    let recorded = known.as_ref().map_or(0, |value| value.kind);
     if flow.src.is_loopback() || owner(flow.src) == Some(cookie) {
-        if recorded == FlowKind::Redirected as u8 {
-            return assign(ctx, &pod, cookie, ListenerKind::Outbound, flow, Direction::Outbound);
+        if let Some(known) = known.filter(|known| known.kind == FlowKind::Redirected as u8) {
+            // A refusal is told by where the pod meant to go.
+            let meant = FlowKey { dst: known.addr, dport: known.port, ..*flow };
+            return assign(ctx, &pod, cookie, ListenerKind::Outbound, (flow, &meant), Direction::Outbound);
+        }
+        if recorded == 0 && is_redirect_port(flow.dport) {
+            // Its record was pushed out, or it was made where no program of ours saw it. It may be a redirected one, and what
+            // the pod serves there is not the server that it asked for.
+            let reason = Reason::KernelCapacity;
+            let verdict = Verdict { answer: Answer::Refuse, reason, rule: 0, generation: pod.generation };
+            refused(cookie, Direction::Outbound, &verdict, flow);
+            return SK_DROP;
         }
         return SK_PASS;
     }
@@ -74,7 +85,7 @@ fn judge(ctx: &SkLookupContext, flow: &FlowKey) -> u32 {
             } else {
                 ListenerKind::Plaintext
             };
-            assign(ctx, &pod, cookie, kind, flow, Direction::Inbound)
+            assign(ctx, &pod, cookie, kind, (flow, flow), Direction::Inbound)
         }
     }
 }
@@ -103,14 +114,14 @@ fn unknown(flow: &FlowKey) -> u32 {
     SK_DROP
 }
 
-/// Hands the connection to a worker's listener; a missing one refuses.
+/// Hands the connection to a worker's listener; a missing one refuses. `flow`: as it arrives, and as it is told.
 #[inline(always)]
 fn assign(
     ctx: &SkLookupContext,
     pod: &PodValue,
     cookie: u64,
     kind: ListenerKind,
-    flow: &FlowKey,
+    (flow, told): (&FlowKey, &FlowKey),
     direction: Direction,
 ) -> u32 {
     // Linux prefers source ports of one parity, so the lowest bit says nothing.
@@ -121,6 +132,6 @@ fn assign(
         return SK_PASS;
     }
     let verdict = Verdict { answer: Answer::Refuse, reason: Reason::NoListener, rule: 0, generation: pod.generation };
-    refused(cookie, direction, &verdict, flow);
+    refused(cookie, direction, &verdict, told);
     SK_DROP
 }

@@ -7,8 +7,8 @@ use aya_ebpf::{
 };
 use culvert_common::{
     AuthorizationKey, AuthorizationValue, ClassValue, Event, FlowKey, FlowValue, GateLevels, GateValue, HeartbeatValue,
-    ListenerKey, ModeKey, ModeValue, PodAddrValue, PodValue, PortKey, SettingsValue, SocketValue, SourceKey, UdpKey,
-    VerdictKey, VethValue, addr::Addr,
+    ListenerKey, ModeKey, ModeValue, OlderKey, PodAddrValue, PodValue, PortKey, PortValue, SettingsValue, SocketValue,
+    SourceKey, UdpKey, VerdictKey, VethValue, addr::Addr,
 };
 
 /// Allocates entries as they come: the kernel's memory follows what is used, and adding one can fail.
@@ -23,8 +23,9 @@ pub(crate) static PODS: HashMap<u64, PodValue, 16384> = HashMap::new();
 #[btf_map]
 pub(crate) static POD_ADDRS: HashMap<Addr, PodAddrValue, 65536, ON_DEMAND> = HashMap::new();
 
-/// Ports whose PeerAuthentication mode differs from their pod's, in two generations at most while one replaces the
-/// other. The agent writes; `inbound` and `handshake` read. If a pod's do not fit, the agent gives its verdicts.
+/// Ports whose PeerAuthentication mode differs from their pod's, in buckets all of which are there, in two generations at most
+/// while one replaces the other. The agent writes; `inbound` and `handshake` read. If a pod's do not fit, the agent gives its
+/// verdicts.
 #[btf_map]
 pub(crate) static MODES: HashMap<ModeKey, ModeValue, 65536, ON_DEMAND> = HashMap::new();
 
@@ -34,9 +35,10 @@ pub(crate) static MODES: HashMap<ModeKey, ModeValue, 65536, ON_DEMAND> = HashMap
 #[btf_map]
 pub(crate) static SOURCES: LpmTrie<SourceKey, ClassValue, 262144, ON_DEMAND> = LpmTrie::new();
 
-/// Ports of those tables, likewise: 250 ports for each of 250 pods.
+/// Ports of those tables, in buckets all of which are there, likewise: 250 ports for each of 250 pods, and many times that where
+/// a policy names few.
 #[btf_map]
-pub(crate) static PORTS: HashMap<PortKey, ClassValue, 65536, ON_DEMAND> = HashMap::new();
+pub(crate) static PORTS: HashMap<PortKey, PortValue, 65536, ON_DEMAND> = HashMap::new();
 
 /// Verdicts of those tables, by the classes of address and port, likewise: 250 for each of 250 pods, or 16 of the largest.
 #[btf_map]
@@ -55,6 +57,12 @@ pub(crate) static FLOWS: LruHashMap<FlowKey, FlowValue, 65536> = LruHashMap::new
 /// What is known of a socket, freed with it. The agent and `connect`, `handshake` write; all programs read.
 #[btf_map]
 pub(crate) static SOCKETS: SkStorage<SocketValue> = SkStorage::new();
+
+/// Sockets that were open when their pod was brought in, which nobody captured; the value is 1. Agents write and read, each
+/// after the one before it: which sockets are older than the mesh is not to be found out later. One that does not fit is told
+/// as a connection that the mesh has not made.
+#[btf_map]
+pub(crate) static OLDER: HashMap<OlderKey, u32, 65536, ON_DEMAND> = HashMap::new();
 
 /// The node's ends of enrolled pods' veths, by index of the device. The agent writes; `leaving` reads. As many as pods, and
 /// some with several; a device whose entry is missing lets nothing through.

@@ -1,6 +1,6 @@
 //! Counting verdicts and telling the agent about refusals, without waking it.
 
-use aya_ebpf::bindings::{BPF_NOEXIST, BPF_RB_NO_WAKEUP};
+use aya_ebpf::bindings::{BPF_NOEXIST, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use culvert_common::{Direction, EventKind, FlowKey, Verdict, VerdictKey};
 
 use crate::{
@@ -84,5 +84,7 @@ pub(crate) fn send(about: &About<'_>, ended: &Ended, wake: bool) {
         (&raw mut (*event).reason).write_volatile(about.verdict.reason as u8);
         (&raw mut (*event)._pad).write_volatile(0);
     }
-    entry.submit(if wake { 0 } else { BPF_RB_NO_WAKEUP.into() });
+    // Left to itself, the kernel wakes a reader only if this record is the next that it reads: not behind records that came
+    // without a wake-up.
+    entry.submit(if wake { BPF_RB_FORCE_WAKEUP.into() } else { BPF_RB_NO_WAKEUP.into() });
 }

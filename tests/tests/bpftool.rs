@@ -14,7 +14,7 @@ use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, bui
 use serde_json::Value;
 
 /// Maps of which `bpftool` can show whole entries; of the others it shows only the keys, or nothing.
-const SHOWN: [&str; 16] = [
+const SHOWN: [&str; 17] = [
     "PODS",
     "POD_ADDRS",
     "MODES",
@@ -22,6 +22,7 @@ const SHOWN: [&str; 16] = [
     "PORTS",
     "AUTHORIZATION",
     "FLOWS",
+    "OLDER",
     "VETHS",
     "UDP_PODS",
     "UDP_REFUSALS",

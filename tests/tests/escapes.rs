@@ -3,7 +3,8 @@
 //! Each is captured and judged, or refused and counted with a reason; none is passed ([K.4]).
 
 use std::fs;
-use std::net::SocketAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -13,6 +14,7 @@ use culvert_common::{Answer, Direction, LAYOUT_VERSION, Reason};
 use culvert_tests::programs::{AttackResult, Failure, Way};
 use culvert_tests::sandbox::{Family, MeshPlan, Node, Place, Plan, PodPlan, Sandbox, built, own_name};
 use culvert_tests::{command, patience};
+use nix::sys::signal::Signal;
 
 const HTTP: u16 = 9080;
 const EXCHANGE: u16 = 7000;
@@ -28,13 +30,18 @@ fn mesh(name: &str, agent_arguments: &[&str]) -> Result<Sandbox> {
     let plan = Plan::empty(&own_name(name))
         .pod(PodPlan::new(Node::A, "test", "client"))
         .pod(PodPlan::new(Node::A, "test", "free").label("culvert.io/udp", "allow"))
+        .pod(PodPlan::new(Node::A, "test", "late").label("istio.io/dataplane-mode", "none"))
         .pod(server("far"))
         .pod(server("legacy").label("istio.io/dataplane-mode", "none"));
     let mut sandbox = Sandbox::build(plan)?;
+    sandbox.start_mesh(&mesh_plan(agent_arguments)?)?;
+    Ok(sandbox)
+}
+
+fn mesh_plan(agent_arguments: &[&str]) -> Result<MeshPlan> {
     let mut mesh = MeshPlan::new(built("culvert")?);
     mesh.agent_arguments = agent_arguments.iter().map(|&argument| argument.to_owned()).collect();
-    sandbox.start_mesh(&mesh)?;
-    Ok(sandbox)
+    Ok(mesh)
 }
 
 /// How often node a's kernel programs gave this answer for this reason to what leaves pods.
@@ -161,10 +168,35 @@ fn culvert(sandbox: &Sandbox, arguments: &[&str]) -> Result<(bool, String)> {
     Ok((output.status.success(), text))
 }
 
-/// A socket that got past everything is found with its pod, process and peer; whatever the mesh carries is accounted for.
+/// The gauge of connections that the mesh has nothing to do with, of node a's agent.
+fn strays(sandbox: &Sandbox) -> Result<String> {
+    let text = sandbox.node_place(Node::A).inside(|| {
+        let mut stream = TcpStream::connect((Node::A.v4(), 15020))?;
+        stream.set_read_timeout(Some(SOON * patience()))?;
+        write!(stream, "GET /metrics HTTP/1.1\r\nhost: node\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    })?;
+    let line = text.lines().find_map(|line| line.strip_prefix("culvert_unaccounted_connections "));
+    Ok(line.with_context(|| format!("the gauge in {text}"))?.trim().to_owned())
+}
+
+/// That gauge shows this, at the latest when the agent has looked by itself.
+fn gauged(sandbox: &Sandbox, wanted: &str) -> Result<()> {
+    command::wait_for(
+        &format!("{wanted} connections are unaccounted for"),
+        Duration::from_secs(60) * patience(),
+        || Ok((strays(sandbox)? == wanted).then_some(())),
+    )
+}
+
+/// A socket that got past everything is found with its pod, process and peer, by whoever asks and on the agent's own schedule, and
+/// by the next agent too; whatever the mesh carries, and what is older than the mesh, is accounted for.
 #[test]
 fn a_connection_that_the_mesh_has_not_made_is_found() -> Result<()> {
-    let mut sandbox = mesh("escape-proof", &["--veth-filter", "off"])?;
+    let arguments = ["--veth-filter", "off"];
+    let mut sandbox = mesh("escape-proof", &arguments)?;
     let (client, far) = (sandbox.pod("test/client")?.clone(), sandbox.pod("test/far")?.clone());
     let held = |port| ["hold".to_owned(), format!("--to={}", far.at(Family::V4, port))];
     // Captured, and held open.
@@ -175,25 +207,59 @@ fn a_connection_that_the_mesh_has_not_made_is_found() -> Result<()> {
         ensure!(content, "{text}");
         Ok(text.contains("captured").then_some(()))
     })?;
+    // Older than the mesh: the pod comes in while its connection is open.
+    let to = sandbox.pod("test/legacy")?.at(Family::V4, EXCHANGE).to_string();
+    sandbox.start_in_pod("older", "test/late", &["hold", "--to", &to])?;
+    command::wait_for("the connection is established", SOON * patience(), || {
+        let rows = fs::read_to_string(sandbox.log_path("older")).unwrap_or_default();
+        let lines =
+            command::run("ss", &["-N", &sandbox.pod("test/late")?.place.netns, "-tnH", "state", "established"])?;
+        Ok((lines.contains(&to) || rows.contains("rounds")).then_some(()))
+    })?;
+    let file = "pod-test-late.yaml";
+    let manifest = fs::read_to_string(sandbox.manifests().path().join(file))?;
+    let inside: String =
+        manifest.lines().filter(|line| !line.contains("dataplane-mode")).map(|line| format!("{line}\n")).collect();
+    ensure!(inside != manifest, "{manifest}");
+    sandbox.manifests().apply(file, &inside)?;
+    command::wait_for("the older connection is accounted for", SOON * patience(), || {
+        let (content, text) = prove(&sandbox)?;
+        Ok((content && text.contains("pre-enrolment")).then_some(()))
+    })?;
     // Past the mesh: from a cgroup that no program sees, without the filter.
     let elsewhere = elsewhere(&sandbox, &client.place)?;
     let legacy = sandbox.pod("test/legacy")?.at(Family::V4, EXCHANGE);
     let mut stray = elsewhere.command(built("culvert-pod")?)?;
     stray.args(["hold", "--to", &legacy.to_string()]);
     sandbox.start("stray", stray)?;
-    let text = command::wait_for("the stray is found", SOON * patience(), || {
-        let (content, text) = prove(&sandbox)?;
-        Ok((!content).then_some(text))
-    })?;
+    // Nobody asks for a proof; the agent makes one every half a minute.
+    gauged(&sandbox, "1")?;
     let pid = sandbox.pid("stray")?.to_string();
-    for part in ["client", &legacy.to_string(), &pid, "culvert-pod"] {
-        ensure!(text.contains(part), "{part:?} is not in:\n{text}");
-    }
+    let found = |sandbox: &Sandbox| -> Result<()> {
+        let text = command::wait_for("the stray is found", SOON * patience(), || {
+            let (content, text) = prove(sandbox)?;
+            Ok((!content).then_some(text))
+        })?;
+        for part in ["client", &legacy.to_string(), &pid, "culvert-pod", "pre-enrolment"] {
+            ensure!(text.contains(part), "{part:?} is not in:\n{text}");
+        }
+        gauged(sandbox, "1")
+    };
+    found(&sandbox)?;
     let (lines, _) = sandbox.agent_log(Node::A, 0)?;
     let told = lines.iter().filter(|line| line.field("remote").as_deref() == Some(&*legacy.to_string()));
     ensure!(told.count() == 1, "told once");
+    // Another agent finds it just so, and what is older than the mesh is that still.
+    sandbox.signal_agent(Node::A, Signal::SIGKILL)?;
+    sandbox.start_agent(&mesh_plan(&arguments)?, Node::A)?;
+    sandbox.wait_ready(Node::A)?;
+    found(&sandbox)?;
     sandbox.stop("stray")?;
-    command::wait_for("it is forgotten", SOON * patience(), || Ok(prove(&sandbox)?.0.then_some(())))
+    command::wait_for("it is forgotten", SOON * patience(), || Ok(prove(&sandbox)?.0.then_some(())))?;
+    gauged(&sandbox, "0")?;
+    let (_, text) = prove(&sandbox)?;
+    ensure!(text.contains("pre-enrolment"), "{text}");
+    Ok(())
 }
 
 /// The same without the filter at the veth: so the rows above are stopped by it, and this is what switching it off costs.

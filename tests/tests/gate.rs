@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -13,6 +13,7 @@ use culvert_tests::programs::{Failure, HttpResult};
 use culvert_tests::sandbox::{Family, MeshPlan, Node, Place, Plan, PodPlan, Sandbox, agent_process, built, own_name};
 use culvert_tests::{command, patience};
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 /// In every payload of pods that are held: what must not be seen on the link.
 const MARKER: &str = "readable-if-it-leaks";
@@ -186,6 +187,26 @@ fn a_pod_that_came_without_an_agent_is_held_until_one_is_back() -> Result<()> {
     let late_c = sandbox.pod("test/late-c")?.clone();
     let got = get(&sandbox, &late_c.place, sandbox.pod("test/known-b")?.at(Family::V4, HELD), SOON)?;
     ensure!(got.failure == Some(Failure::NotPermitted), "{got:?}");
+    // Who was held is told: of a pod that the agent came to know, and of one that it does not.
+    let told = |from: &str, ip: IpAddr| {
+        command::wait_for(&format!("culvert why tells of {from}"), SOON * patience(), || {
+            let mut why = sandbox.node_place(Node::A).command(built("culvert")?)?;
+            let all: Value = serde_json::from_str(&command::finish(why.args(["why", "-o", "json"]), None)?)?;
+            let known_b = sandbox.pod("test/known-b")?.at(Family::V4, HELD).ip().to_string();
+            let is = |of: &&Value| {
+                of["reason"] == "pod-unknown"
+                    && of["direction"] == "outbound"
+                    && of["source"]["addr"] == ip.to_string()
+                    && of["destination"]["addr"] == known_b
+                    && of["port"] == HELD
+            };
+            Ok(all.as_array().and_then(|all| all.iter().find(is).cloned()))
+        })
+    };
+    let of_late_a = told("test/late-a", sandbox.pod("test/late-a")?.at(Family::V4, HTTP).ip())?;
+    ensure!(of_late_a["source"]["pod"] == "late-a" && of_late_a["source"]["namespace"] == "test", "{of_late_a}");
+    let of_late_c = told("a pod that nobody describes", late_c.at(Family::V4, HTTP).ip())?;
+    ensure!(of_late_c["source"]["pod"].is_null(), "{of_late_c}");
     // What the static pod is shows only after a moment.
     let gauges = |sandbox: &Sandbox, wanted: [f64; 2]| {
         command::wait_for(&format!("the gauges are {wanted:?}"), SOON * patience(), || {

@@ -8,7 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use culvert_tests::command;
 use culvert_tests::programs::Failure;
-use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, Sandbox, built, own_name};
+use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, built, own_name};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 const NGINX: &str = "test/nginx";
@@ -196,6 +197,27 @@ fn a_refusal_is_told_with_its_rule_and_its_remedy() -> Result<()> {
     ensure!(strict["now"] == "allow no-allow-policies" && strict["count"].as_u64() >= Some(count), "{strict}");
     ensure!(remedies(&strict).starts_with("nothing"), "{strict}");
     Ok(())
+}
+
+/// [K.4]: what is refused because no agent is there is told by the next one: who, whom, and that nobody was there.
+#[test]
+fn what_was_refused_while_no_agent_ran_is_told_by_the_next_one() -> Result<()> {
+    let (client, server) = ("test/client", "test/server");
+    let plan = Plan::empty(&own_name("why-gone"))
+        .pod(PodPlan::new(Node::A, "test", "client"))
+        .pod(PodPlan::new(Node::B, "test", "server").http(&[9080]));
+    let mut sandbox = Sandbox::build(plan)?;
+    let mesh = MeshPlan::new(built("culvert")?);
+    sandbox.start_mesh(&mesh)?;
+    served(&sandbox, client, server, 9080)?;
+    sandbox.signal_agent(Node::A, Signal::SIGKILL)?;
+    refused(&sandbox, client, server, 9080)?;
+    sandbox.start_agent(&mesh, Node::A)?;
+    sandbox.wait_ready(Node::A)?;
+    let told = refusal(&sandbox, client, server, "no-listener")?;
+    ensure!(told["direction"] == "outbound" && told["port"] == 9080, "{told}");
+    ensure!(told["count"].as_u64() >= Some(1) && told["policy"].is_null(), "{told}");
+    served(&sandbox, client, server, 9080)
 }
 
 /// The row of a workload in the report of node b.

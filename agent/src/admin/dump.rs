@@ -740,9 +740,10 @@ fn kernel(handles: &Handles, content: &inspect::Content, snapshot: &Snapshot, na
         addresses: addresses.remove(cookie).unwrap_or_default(),
         ports: content
             .modes
-            .range(culvert_common::ModeKey { netns_cookie: *cookie, generation: pod.generation, port: 0, _pad: 0 }..)
+            .range(culvert_common::ModeKey { netns_cookie: *cookie, generation: pod.generation, bucket: 0, _pad: 0 }..)
             .take_while(|(key, _)| key.netns_cookie == *cookie && key.generation == pod.generation)
-            .map(|(key, value)| (key.port, Mode::from_u8(value.mode).as_str().to_owned()))
+            .flat_map(|(_, value)| value.ports.iter().filter(|named| named.port != 0))
+            .map(|named| (named.port, Mode::from_u8(named.mode).as_str().to_owned()))
             .collect(),
         listeners: content.listeners.get(cookie).copied().unwrap_or(0),
         listeners_wanted: 3 * usize::try_from(pod.workers).unwrap_or(0),

@@ -32,8 +32,10 @@ impl Account {
     /// The kernel has sent a record of a verdict that it has counted.
     pub(super) fn told(&mut self, event: &Event) {
         if !passed(event.reason) {
+            // Of pods that nobody knows there is one counter.
+            let unknown = event.reason == Reason::PodUnknown as u8;
             let key = VerdictKey {
-                netns_cookie: event.netns_cookie,
+                netns_cookie: if unknown { 0 } else { event.netns_cookie },
                 rule: event.rule,
                 direction: event.direction,
                 answer: Answer::Refuse as u8,
@@ -150,6 +152,20 @@ mod tests {
         assert_eq!(account.untold(&[]), []);
         assert_eq!(account.untold(&[(key, 1)]), []);
         assert_eq!(account.untold(&[(key, 1)]), [(key, 1)]);
+    }
+
+    /// Their records say whose they are, and the counter does not.
+    #[test]
+    fn refusals_of_pods_that_nobody_knows_are_counted_together() {
+        let mut account = Account::default();
+        let (reason, netns_cookie) = (Reason::PodUnknown, 0);
+        let key = VerdictKey { netns_cookie, rule: 0, ..key(Answer::Refuse, reason) };
+        for netns_cookie in [7, 8] {
+            account.told(&Event { netns_cookie, rule: 0, reason: reason as u8, ..event() });
+        }
+        for _ in 0..2 {
+            assert_eq!(account.untold(&[(key, 2)]), []);
+        }
     }
 
     #[test]

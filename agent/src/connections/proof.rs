@@ -13,50 +13,33 @@ use std::{
 };
 
 use anyhow::Context as _;
-use culvert_common::{PORT_HBONE, SocketKind};
+use culvert_common::{PORT_HBONE, SocketKind, SocketValue};
 
 use crate::{
-    netns::sock_diag::{Query, SockDiag, Socket, States},
+    datapath::Older,
+    netns::sock_diag::{Query, SockDiag, Socket, SocketId, States},
     proxy::ServedPod,
     telemetry::open::{Proof, Stray},
 };
 
-use super::{NetnsCookie, kind};
+use super::{account::passed, kind, value};
 
 /// ESTABLISHED and CLOSE_WAIT: bytes of an application may still pass.
 const STATES: States = States(1 << 1 | 1 << 8);
 
-/// The sockets that were open when each pod was brought in, by cookie: nobody captured them, and nobody had to.
-#[derive(Debug, Default)]
-pub(super) struct Older {
-    pods: BTreeMap<NetnsCookie, BTreeSet<u64>>,
-}
-
-impl Older {
-    /// Notes what is open in a pod that has just been brought in. `open` are its sockets, but for those that are only just
-    /// connecting, which are looked for here.
-    ///
-    /// # Errors
-    /// The sockets could not be listed.
-    pub(super) fn note(&mut self, pod: &ServedPod, diag: &mut SockDiag, open: &[Socket]) -> anyhow::Result<()> {
-        /// `TCP_SYN_SENT`.
-        const SYN_SENT: States = States(1 << 2);
-        let connecting = diag
-            .list(&Query { states: SYN_SENT, bytes: false, storage: None })
-            .context("list the pod's sockets that are connecting")?;
-        let unknown = open.iter().filter(|socket| socket.storage.is_none()).chain(&connecting);
-        self.pods.insert(pod.cookie, unknown.map(|socket| socket.id.cookie).collect());
-        Ok(())
-    }
-
-    fn has(&self, pod: NetnsCookie, socket: u64) -> bool {
-        self.pods.get(&pod).is_some_and(|sockets| sockets.contains(&socket))
-    }
-
-    /// Forgets pods that are not among these.
-    pub(super) fn keep(&mut self, is_there: impl Fn(NetnsCookie) -> bool) {
-        self.pods.retain(|pod, _| is_there(*pod));
-    }
+/// The cookies of the sockets of a pod that has just been brought in, of which nobody knows anything. `open` are its sockets, but
+/// for those that are only just connecting, which are looked for here.
+///
+/// # Errors
+/// The sockets could not be listed.
+pub(super) fn older(diag: &mut SockDiag, open: &[Socket]) -> anyhow::Result<Vec<u64>> {
+    /// `TCP_SYN_SENT`.
+    const SYN_SENT: States = States(1 << 2);
+    let connecting = diag
+        .list(&Query { states: SYN_SENT, bytes: false, storage: None })
+        .context("list the pod's sockets that are connecting")?;
+    let unknown = open.iter().filter(|socket| socket.storage.is_none()).chain(&connecting);
+    Ok(unknown.map(|socket| socket.id.cookie).collect())
 }
 
 /// How long the processes are looked for that have strays open. The thread that looks gives the sign of life too, and neither
@@ -69,6 +52,13 @@ pub(super) struct Look<'a> {
     older: &'a Older,
     proof: Proof,
     suspects: Vec<Suspects<'a>>,
+    refused: Vec<Refused<'a>>,
+}
+
+/// Sockets of a pod that were refused when they were established, and are to be ended.
+pub(super) struct Refused<'a> {
+    pub(super) pod: &'a ServedPod,
+    pub(super) sockets: Vec<(SocketId, SocketValue)>,
 }
 
 /// Sockets of a pod that nothing accounts for by itself.
@@ -82,15 +72,21 @@ impl<'a> Look<'a> {
     /// `storage` is the map of what the kernel programs have noted of each socket.
     pub(super) fn new(storage: BorrowedFd<'a>, older: &'a Older) -> Self {
         let query = Query { states: STATES, bytes: false, storage: Some(storage) };
-        Self { query, older, proof: Proof::default(), suspects: Vec::new() }
+        Self { query, older, proof: Proof::default(), suspects: Vec::new(), refused: Vec::new() }
     }
 
     /// Looks at one pod. `names` are its namespace and name.
     pub(super) fn at(&mut self, pod: &'a ServedPod, names: (&'a str, &'a str)) {
         let listed = SockDiag::open(&pod.netns).and_then(|mut diag| diag.list(&self.query));
         let Some(listed) = self.done(listed, names) else { return };
-        let mut sockets = Vec::new();
+        let (mut sockets, mut refused) = (Vec::new(), Vec::new());
         for socket in listed {
+            if let Some(value) = value(&socket).filter(|value| value.kind == SocketKind::Passed as u8)
+                && !passed(value.reason)
+            {
+                refused.push((socket.id, value));
+                continue;
+            }
             let older = || self.older.has(pod.cookie, socket.id.cookie).then_some("pre-enrolment");
             match account(pod, &socket).or_else(older) {
                 Some(word) => count(&mut self.proof, word),
@@ -100,12 +96,15 @@ impl<'a> Look<'a> {
         if !sockets.is_empty() {
             self.suspects.push(Suspects { pod, names, sockets });
         }
+        if !refused.is_empty() {
+            self.refused.push(Refused { pod, sockets: refused });
+        }
         self.proof.pods += 1;
     }
 
     /// What nothing accounts for is looked for a second time: a socket that was just ending is no stray. Whose the others
     /// are is found by one walk over all processes.
-    pub(super) fn finish(mut self) -> Proof {
+    pub(super) fn finish(mut self) -> (Proof, Vec<Refused<'a>>) {
         let mut strays = Vec::new();
         let suspects = std::mem::take(&mut self.suspects);
         // The agent's own, by descriptor: what it accepted and nobody noted.
@@ -144,7 +143,7 @@ impl<'a> Look<'a> {
                 socket: socket.id.cookie,
             }
         }));
-        self.proof
+        (self.proof, self.refused)
     }
 
     fn done<T>(&mut self, result: anyhow::Result<T>, (namespace, name): (&str, &str)) -> Option<T> {

@@ -7,7 +7,8 @@ use anyhow::Context as _;
 use aya::maps::{Array, HashMap as BpfHashMap, LpmTrie, Map, MapData, MapInfo, MapType, PerCpuHashMap, SockHash};
 use culvert_common::{
     Addr, AuthorizationKey, AuthorizationValue, ClassValue, FlowKey, FlowValue, GateValue, HeartbeatValue, ListenerKey,
-    ModeKey, ModeValue, PodAddrValue, PodValue, PortKey, SettingsValue, SourceKey, UdpKey, VerdictKey, VethValue,
+    ModeKey, ModeValue, OlderKey, PodAddrValue, PodValue, PortKey, PortValue, SettingsValue, SourceKey, UdpKey,
+    VerdictKey, VethValue,
 };
 
 use super::MAPS;
@@ -26,7 +27,7 @@ pub struct Content {
     /// Entries of `SOURCES`.
     pub sources: usize,
     /// `PORTS`: classes.
-    pub ports: BTreeMap<PortKey, ClassValue>,
+    pub ports: BTreeMap<PortKey, PortValue>,
     /// `AUTHORIZATION`.
     pub authorization: BTreeMap<AuthorizationKey, AuthorizationValue>,
     /// Sockets in `LISTENERS` by netns cookie.
@@ -87,6 +88,7 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
     }
     let flows: BpfHashMap<MapData, FlowKey, FlowValue> = Map::LruHashMap(open(dir, "FLOWS")?).try_into()?;
     let flows = flows.keys().filter_map(Result::ok).count();
+    let older = hash::<OlderKey, u32>(dir, "OLDER")?.len();
     let udp: BpfHashMap<MapData, UdpKey, u64> = Map::LruHashMap(open(dir, "UDP_REFUSALS")?).try_into()?;
     content.udp_refusals = udp.iter().filter_map(Result::ok).collect();
     let verdicts: PerCpuHashMap<MapData, VerdictKey, u64> = Map::PerCpuHashMap(open(dir, "VERDICTS")?).try_into()?;
@@ -105,6 +107,7 @@ pub fn read(dir: &Path) -> anyhow::Result<Content> {
             "AUTHORIZATION" => Some(content.authorization.len()),
             "LISTENERS" => Some(content.listeners.values().sum()),
             "FLOWS" => Some(flows),
+            "OLDER" => Some(older),
             "VETHS" => Some(content.veths.len()),
             "UDP_PODS" => Some(content.udp_pods.len()),
             "UDP_REFUSALS" => Some(content.udp_refusals.len()),

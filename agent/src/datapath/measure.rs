@@ -39,6 +39,7 @@ impl Datapath {
             authorization,
             fill("LISTENERS", self.listeners.keys().count(), self.listeners.map())?,
             fill("FLOWS", flows.keys().count(), flows.map())?,
+            fill("OLDER", self.older.entries(), self.older.map())?,
             fill("VETHS", self.veths.keys().count(), self.veths.map())?,
             fill("GATE", self.gate.classes(), self.gate.map())?,
             fill("VERDICTS", self.verdicts.keys().count(), self.verdicts.map())?,

@@ -6,7 +6,7 @@
 //! told in `owner`. What the maps mean is said in `culvert_common`; who is enrolled is decided elsewhere.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
     net::{IpAddr, SocketAddr},
@@ -27,9 +27,9 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use culvert_common::{
-    Addr, Event, FlowKey, FlowValue, HeartbeatValue, LAYOUT_VERSION, ListenerKey, ListenerKind, Mode, ModeKey,
-    ModeValue, PodAddrValue, PodState, PodValue, SILENT_AFTER_NS, SettingsValue, SocketKind, SocketValue, VerdictKey,
-    VethValue,
+    Addr, BUCKET_PORTS, Event, FlowKey, FlowValue, HeartbeatValue, LAYOUT_VERSION, ListenerKey, ListenerKind, Mode,
+    ModeKey, ModeValue, PodAddrValue, PodState, PodValue, PortMode, SILENT_AFTER_NS, SettingsValue, SocketKind,
+    SocketValue, VerdictKey, VethValue, bucket,
 };
 use tracing::warn;
 
@@ -37,6 +37,7 @@ mod gate;
 pub mod inspect;
 mod judge;
 pub mod measure;
+mod older;
 mod owner;
 mod sys;
 mod tables;
@@ -44,6 +45,7 @@ mod veth;
 
 use crate::policy::{Snapshot, Table, TooLarge, Workload};
 pub use judge::Arrival;
+pub use older::Older;
 pub use owner::Turn;
 use owner::{Ownership, Part};
 use sys::{AttachType, Target};
@@ -52,7 +54,7 @@ use tables::Tables;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/culvert"));
 
 /// The maps, by the names that they have in the object, in the pin directory and in `bpftool`.
-const MAPS: [&str; 19] = [
+const MAPS: [&str; 20] = [
     "PODS",
     "POD_ADDRS",
     "MODES",
@@ -62,6 +64,7 @@ const MAPS: [&str; 19] = [
     "LISTENERS",
     "FLOWS",
     "SOCKETS",
+    "OLDER",
     "VETHS",
     "UDP_PODS",
     "UDP_REFUSALS",
@@ -76,7 +79,7 @@ const MAPS: [&str; 19] = [
 
 /// The maps that belong to connections and not to an agent: whoever serves, they are the same. All others are made anew by
 /// each agent.
-const SHARED: [&str; 2] = ["FLOWS", "SOCKETS"];
+const SHARED: [&str; 3] = ["FLOWS", "SOCKETS", "OLDER"];
 
 /// Directory of the maps of an agent that does not serve yet.
 const NEXT: &str = "next";
@@ -198,6 +201,8 @@ pub struct Datapath {
     taken_over: Option<Instant>,
     looked_at_links: Instant,
     half_done: Option<Instant>,
+    /// What the kernel told an agent that was not there any more.
+    left_behind: Vec<Event>,
     /// Kept loaded: the pinned links hold the programs, this holds the handle for pods to come.
     ebpf: Ebpf,
     logger: Option<EbpfLogger<&'static dyn log::Log>>,
@@ -212,6 +217,9 @@ pub struct Datapath {
     settings: Array<MapData, SettingsValue>,
     tables: Tables,
     gate: gate::Gate,
+    older: Older,
+    /// What of `MODES` is each pod's: the kernel lists a map only whole.
+    mode_keys: BTreeMap<NetnsCookie, BTreeSet<ModeKey>>,
     retired: Vec<(Instant, ModeKey)>,
     /// What did not fit into the kernel: tried again when there is room.
     without_room: BTreeMap<NetnsCookie, PodPolicy>,
@@ -264,6 +272,8 @@ impl Datapath {
             heartbeat: typed(&mut ebpf, "HEARTBEAT")?,
             settings: typed(&mut ebpf, "SETTINGS")?,
             gate: gate::Gate::new(&mut ebpf, &dir.join("GATE"))?,
+            older: Older::open(&dir.join("OLDER"))?,
+            mode_keys: BTreeMap::new(),
             ebpf,
             logger,
             dir,
@@ -276,6 +286,7 @@ impl Datapath {
             looked_at_links: Instant::now(),
             half_done: None,
             config,
+            left_behind: Vec::new(),
             retired: Vec::new(),
             without_room: BTreeMap::new(),
         })
@@ -315,6 +326,7 @@ impl Datapath {
     /// A program could not be attached to the cgroup. An earlier agent that lives takes its links back.
     pub fn take_over(&mut self) -> anyhow::Result<Vec<(NetnsCookie, anyhow::Error)>> {
         self.beat()?;
+        let untold = self.untold_events();
         self.adopt_pod_links()?;
         self.adopt_veths()?;
         let mut failed = Vec::new();
@@ -329,6 +341,8 @@ impl Datapath {
         }
         self.attach_gate()?;
         self.gate.serves();
+        // No program writes there any more.
+        self.left_behind = untold.into_iter().flatten().collect();
         for map in MAPS.iter().filter(|map| !SHARED.contains(map)) {
             let (from, to) = (self.dir.join(NEXT).join(map), self.dir.join(map));
             fs::rename(&from, &to).with_context(|| format!("move {} to {}", from.display(), to.display()))?;
@@ -337,7 +351,24 @@ impl Datapath {
         self.taken_over = Some(Instant::now());
         self.owner.settle(false);
         self.remove_other_layouts();
+        let enrolled: BTreeSet<NetnsCookie> = self.enrolled().into_iter().collect();
+        if let Err(error) = self.older.keep(|pod| enrolled.contains(&pod)) {
+            warn!(error = format!("{error:#}"), "sockets of pods that are gone are still noted");
+        }
         Ok(failed)
+    }
+
+    /// What the kernel told while no agent was there to hear it: filled by [`Datapath::take_over`], given once. The numbers of
+    /// rules in it are an earlier agent's.
+    pub fn left_behind(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.left_behind)
+    }
+
+    /// The events of the agent before this one, if that has ended. One that lives hears them itself.
+    fn untold_events(&self) -> Option<Events> {
+        let gone = matches!(self.owner.somebody_serves(), Ok(false));
+        let map = gone.then(|| MapData::from_pin(self.dir.join("EVENTS")).ok()).flatten()?;
+        Some(Events { ring: RingBuf::try_from(Map::RingBuf(map)).ok()? })
     }
 
     /// Whether this agent's programs are the attached ones; false for ever once another agent has said that it serves.
@@ -444,26 +475,30 @@ impl Datapath {
         let old: Vec<ModeKey> = self.mode_keys(cookie, |key| key.generation != policy.generation);
         let same_generation = before.state == PodState::Ready as u8 && before.generation == policy.generation;
         let table = match &policy.plaintext {
-            Plaintext::Passed | Plaintext::ByAgent => Ok(0),
+            Plaintext::Passed | Plaintext::ByAgent => Ok(tables::Put::default()),
             Plaintext::ByTable(table) => self.tables.put(table),
         };
+        let modes = buckets(&policy.ports.keys().copied().collect::<Vec<_>>());
         let value = PodValue {
             generation: policy.generation,
             rule: policy.rule,
             state: PodState::Ready as u8,
             mode: policy.mode as u8,
-            has_port_modes: u8::from(!policy.ports.is_empty()),
-            table: *table.as_ref().unwrap_or(&0),
+            mode_buckets: modes.as_ref().map_or(0, |buckets| if policy.ports.is_empty() { 0 } else { *buckets }),
+            table: table.as_ref().map_or(0, |table| table.number),
+            port_buckets: table.as_ref().map_or(0, |table| table.port_buckets),
             plaintext_by_agent: u8::from(policy.plaintext == Plaintext::ByAgent || table.is_err()),
             ..before
         };
-        let (value, too_much) = match self.write_ports(cookie, policy) {
+        let written = modes.and_then(|_| self.write_ports(cookie, policy, value.mode_buckets));
+        let (value, too_much) = match written {
             Ok(()) => (value, table.err()),
             Err(error) => {
                 self.remove_ports(cookie, policy.generation);
                 // Whatever the mode, the agent sees the connection, and refuses by the whole policy.
                 let mode = Mode::Permissive as u8;
-                (PodValue { mode, has_port_modes: 0, table: 0, plaintext_by_agent: 1, ..value }, Some(error))
+                let none = PodValue { mode_buckets: 0, table: 0, port_buckets: 0, ..value };
+                (PodValue { mode, plaintext_by_agent: 1, ..none }, Some(error))
             }
         };
         if !same_generation || value != before {
@@ -544,7 +579,10 @@ impl Datapath {
             result = result.and(ignore_missing(self.addrs.remove(&addr)).context("remove from POD_ADDRS"));
         }
         for key in self.mode_keys(cookie, |_| true) {
-            result = result.and(ignore_missing(self.modes.remove(&key)).context("remove from MODES"));
+            result = result.and(self.remove_mode(&key).context("remove from MODES"));
+        }
+        if self.owner.part() == Part::Serving {
+            result = result.and(self.older.keep(|pod| pod != cookie));
         }
         let counters: Vec<VerdictKey> =
             self.verdicts.keys().filter_map(Result::ok).filter(|key| key.netns_cookie == cookie.0).collect();
@@ -601,8 +639,8 @@ impl Datapath {
         for (_, key) in due {
             let current = self.pod(NetnsCookie(key.netns_cookie)).ok().flatten();
             if current.is_none_or(|pod| pod.generation != key.generation) {
-                // Already gone is as good.
-                let _ = self.modes.remove(&key);
+                // What is left is never looked up, and tried again when the pod leaves.
+                let _ = self.remove_mode(&key);
             }
         }
         if room {
@@ -612,6 +650,11 @@ impl Datapath {
                 }
             }
         }
+    }
+
+    /// Whether the agent gives the verdicts on a pod's plaintext; false if that cannot be read.
+    pub fn is_judged_by_agent(&self, cookie: NetnsCookie) -> bool {
+        matches!(self.pod(cookie), Ok(Some(pod)) if pod.plaintext_by_agent != 0)
     }
 
     /// Pods whose verdicts on plaintext the agent gives.
@@ -641,6 +684,14 @@ impl Datapath {
         sys::open_pinned(&self.map("SOCKETS")).context("open SOCKETS")
     }
 
+    /// The sockets that are older than the mesh: a view of its own.
+    ///
+    /// # Errors
+    /// The pinned map could not be opened.
+    pub fn older(&self) -> anyhow::Result<Older> {
+        Older::open(&self.map("OLDER"))
+    }
+
     /// A worker's own view of the maps that it needs for each connection.
     ///
     /// # Errors
@@ -649,12 +700,28 @@ impl Datapath {
         Sockets::open(&self.dir)
     }
 
-    fn write_ports(&mut self, cookie: NetnsCookie, policy: &PodPolicy) -> anyhow::Result<()> {
-        for (&port, &(mode, rule)) in &policy.ports {
-            let key = ModeKey { netns_cookie: cookie.0, generation: policy.generation, port, _pad: 0 };
-            self.modes
-                .insert(key, ModeValue { rule, mode: mode as u8, _pad: [0; 3] }, 0)
-                .with_context(|| format!("write MODES for port {port} (the map holds 65536 ports)"))?;
+    fn write_ports(&mut self, cookie: NetnsCookie, policy: &PodPolicy, buckets: u16) -> anyhow::Result<()> {
+        let free = PortMode { rule: policy.rule, port: 0, mode: policy.mode as u8, _pad: 0 };
+        let named =
+            policy.ports.iter().map(|(&port, &(mode, rule))| PortMode { rule, port, mode: mode as u8, _pad: 0 });
+        for (number, ports) in (0..).zip(in_buckets(named, |named| named.port, buckets, free)) {
+            let key = ModeKey { netns_cookie: cookie.0, generation: policy.generation, bucket: number, _pad: 0 };
+            self.modes.insert(key, ModeValue { ports }, 0).with_context(|| {
+                format!("write MODES for {} ports (the map holds 65536 entries)", policy.ports.len())
+            })?;
+            self.mode_keys.entry(cookie).or_default().insert(key);
+        }
+        Ok(())
+    }
+
+    fn remove_mode(&mut self, key: &ModeKey) -> Result<(), MapError> {
+        ignore_missing(self.modes.remove(key))?;
+        let cookie = NetnsCookie(key.netns_cookie);
+        if let Some(keys) = self.mode_keys.get_mut(&cookie) {
+            keys.remove(key);
+            if keys.is_empty() {
+                self.mode_keys.remove(&cookie);
+            }
         }
         Ok(())
     }
@@ -662,7 +729,7 @@ impl Datapath {
     fn remove_ports(&mut self, cookie: NetnsCookie, generation: u32) {
         for key in self.mode_keys(cookie, |key| key.generation == generation) {
             // What is left is never looked up: the pod's entry says so.
-            let _ = self.modes.remove(&key);
+            let _ = self.remove_mode(&key);
         }
     }
 
@@ -697,8 +764,7 @@ impl Datapath {
     }
 
     fn mode_keys(&self, cookie: NetnsCookie, keep: impl Fn(&ModeKey) -> bool) -> Vec<ModeKey> {
-        let keys = self.modes.keys().filter_map(Result::ok);
-        keys.filter(|key| key.netns_cookie == cookie.0 && keep(key)).collect()
+        self.mode_keys.get(&cookie).into_iter().flatten().filter(|key| keep(key)).copied().collect()
     }
 
     /// Where one of this agent's maps is pinned.
@@ -1011,6 +1077,41 @@ fn netns_inode(netns: BorrowedFd<'_>) -> anyhow::Result<u32> {
     u32::try_from(inode).context("inode of a network namespace")
 }
 
+/// How many buckets it takes so that each has room for those of these ports that fall into it: a power of two.
+///
+/// # Errors
+/// Too many of them fall into one.
+fn buckets(ports: &[u16]) -> anyhow::Result<u16> {
+    let fits = |buckets: u16| {
+        let mut used = vec![0; buckets.into()];
+        ports.iter().all(|port| {
+            let place: &mut usize = &mut used[usize::from(bucket(*port, buckets))];
+            *place += 1;
+            *place <= BUCKET_PORTS
+        })
+    };
+    (0..u16::BITS)
+        .map(|power| 1 << power)
+        .find(|buckets| fits(*buckets))
+        .ok_or_else(|| anyhow!("{} ports fall into too few buckets", ports.len()))
+}
+
+/// What is said of ports, in all of these buckets; where there is room left is `free`.
+fn in_buckets<T: Copy>(
+    named: impl Iterator<Item = T>,
+    port: impl Fn(&T) -> u16,
+    buckets: u16,
+    free: T,
+) -> Vec<[T; BUCKET_PORTS]> {
+    let mut all = vec![([free; BUCKET_PORTS], 0); buckets.into()];
+    for one in named {
+        let (places, used) = &mut all[usize::from(bucket(port(&one), buckets))];
+        places[*used] = one;
+        *used += 1;
+    }
+    all.into_iter().map(|(places, _)| places).collect()
+}
+
 fn flow_key(source: SocketAddr, target: SocketAddr) -> FlowKey {
     FlowKey { src: source.ip().into(), dst: target.ip().into(), sport: source.port(), dport: target.port(), _pad: 0 }
 }
@@ -1040,4 +1141,30 @@ pub fn monotonic_ns() -> u64 {
     // SAFETY: `now` is a live timespec; this clock always exists.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// [PA.13]: whatever ports are named, each is in the bucket where it is looked for, and every bucket is there.
+    #[test]
+    fn every_port_is_in_its_bucket() {
+        let few: Vec<u16> = vec![80, 8080];
+        let sets =
+            [few, (1..=1000).collect(), (1..=64).map(|n| n * 1000).collect(), (0..4096).map(|n| n * 16 + 1).collect()];
+        for ports in sets {
+            let count = buckets(&ports).expect("they fit");
+            assert!(count.is_power_of_two() && usize::from(count) <= 2 * ports.len(), "{count} for {}", ports.len());
+            let all = in_buckets(ports.iter().copied(), |port| *port, count, 0);
+            assert_eq!(all.len(), usize::from(count));
+            assert_eq!(all.iter().flatten().filter(|port| **port != 0).count(), ports.len());
+            for port in ports {
+                assert!(all[usize::from(bucket(port, count))].contains(&port), "{port}");
+            }
+        }
+        assert_eq!(buckets(&[]).expect("they fit"), 1);
+        assert_eq!(buckets(&[80, 443, 8080, 9090]).expect("they fit"), 1);
+        assert!(buckets(&vec![80; BUCKET_PORTS + 1]).is_err());
+    }
 }

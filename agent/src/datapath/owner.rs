@@ -9,7 +9,7 @@
 //! <pin dir>/v<N>/next/<MAP> those of the one that prepares itself
 //! ```
 //!
-//! Two agents share no map but `FLOWS` and `SOCKETS`, which belong to connections. So an agent fills its maps without
+//! Two agents share no map but `FLOWS`, `SOCKETS` and `OLDER`, which belong to connections. So an agent fills its maps without
 //! being noticed, takes over by giving every link its programs, and then says so in `owner`; whatever one that is
 //! stopped or late writes, it writes into maps that nobody asks. While links are of both, both serve. An agent that ends
 //! in the middle leaves links behind that the serving one takes back ([`Datapath::maintain`](super::Datapath::maintain)).

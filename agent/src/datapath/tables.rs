@@ -10,16 +10,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use aya::maps::{HashMap as BpfHashMap, IterableMap as _, LpmTrie, MapData, lpm_trie::Key};
-use culvert_common::{Addr, AuthorizationKey, AuthorizationValue, ClassValue, PortKey, SourceKey};
+use culvert_common::{
+    Addr, AuthorizationKey, AuthorizationValue, ClassValue, PortClass, PortKey, PortValue, SourceKey,
+};
 
-use super::{NetnsCookie, measure::Fill};
+use super::{NetnsCookie, buckets, in_buckets, measure::Fill};
 use crate::policy::Table;
 
 pub(super) struct Tables {
     sources: LpmTrie<MapData, SourceKey, ClassValue>,
-    ports: BpfHashMap<MapData, PortKey, ClassValue>,
+    ports: BpfHashMap<MapData, PortKey, PortValue>,
     verdicts: BpfHashMap<MapData, AuthorizationKey, AuthorizationValue>,
     /// Entries that fit into each.
     capacity: Size,
@@ -30,8 +32,18 @@ pub(super) struct Tables {
     last: u32,
 }
 
+/// A table that is in the maps; the default is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Put {
+    /// As in `PodValue`.
+    pub(super) number: u32,
+    /// As in `PodValue`.
+    pub(super) port_buckets: u16,
+}
+
 struct Written {
     table: Arc<Table>,
+    port_buckets: u16,
     pods: usize,
     /// Since when no pod has referred to it.
     unused: Option<Instant>,
@@ -46,9 +58,9 @@ struct Size {
 }
 
 impl Size {
-    fn of(table: &Table) -> Self {
+    fn of(table: &Table, port_buckets: u16) -> Self {
         let verdicts = table.decisions.iter().map(Vec::len).sum();
-        Self { sources: table.sources.len(), ports: table.ports.len(), verdicts }
+        Self { sources: table.sources.len(), ports: port_buckets.into(), verdicts }
     }
 }
 
@@ -56,7 +68,7 @@ impl Tables {
     /// With maps in which there is nothing yet.
     pub(super) fn new(
         sources: LpmTrie<MapData, SourceKey, ClassValue>,
-        ports: BpfHashMap<MapData, PortKey, ClassValue>,
+        ports: BpfHashMap<MapData, PortKey, PortValue>,
         verdicts: BpfHashMap<MapData, AuthorizationKey, AuthorizationValue>,
     ) -> anyhow::Result<Self> {
         let entries = |map: &MapData| anyhow::Ok(map.info().context("look at a map")?.max_entries() as usize);
@@ -75,23 +87,23 @@ impl Tables {
         })
     }
 
-    /// The number of a table, which is in the maps from now on; without a pod that refers to it, for a while only.
+    /// A table that is in the maps from now on; without a pod that refers to it, for a while only.
     ///
     /// # Errors
     /// It does not fit; nothing of it is in the maps.
-    pub(super) fn put(&mut self, table: &Arc<Table>) -> anyhow::Result<u32> {
+    pub(super) fn put(&mut self, table: &Arc<Table>) -> anyhow::Result<Put> {
         if let Some(&number) = self.by_content.get(table) {
-            if let Some(written) = self.written.get_mut(&number)
-                && written.pods == 0
-            {
+            let written = self.written.get_mut(&number).context("a table that is known was not written")?;
+            if written.pods == 0 {
                 written.unused = Some(Instant::now());
             }
-            return Ok(number);
+            return Ok(Put { number, port_buckets: written.port_buckets });
         }
-        let size = Size::of(table);
+        let port_buckets = buckets(&named_ports(table).map(|(port, _)| port).collect::<Vec<_>>())?;
+        let size = Size::of(table, port_buckets);
         for (map, of, need, used, capacity) in [
             ("SOURCES", "address blocks", size.sources, self.used.sources, self.capacity.sources),
-            ("PORTS", "ports", size.ports, self.used.ports, self.capacity.ports),
+            ("PORTS", "buckets of ports", size.ports, self.used.ports, self.capacity.ports),
             ("AUTHORIZATION", "verdicts", size.verdicts, self.used.verdicts, self.capacity.verdicts),
         ] {
             ensure!(
@@ -100,15 +112,16 @@ impl Tables {
             );
         }
         let number = self.free_number();
-        if let Err(error) = self.write(number, table) {
-            self.erase(number, table);
+        if let Err(error) = self.write(number, table, port_buckets) {
+            self.erase(number, table, port_buckets);
             return Err(error);
         }
         self.last = number;
         self.account(size, usize::saturating_add);
         self.by_content.insert(table.clone(), number);
-        self.written.insert(number, Written { table: table.clone(), pods: 0, unused: Some(Instant::now()) });
-        Ok(number)
+        let written = Written { table: table.clone(), port_buckets, pods: 0, unused: Some(Instant::now()) };
+        self.written.insert(number, written);
+        Ok(Put { number, port_buckets })
     }
 
     /// The pod refers to this table from now on, and to no other; 0 for none.
@@ -134,8 +147,8 @@ impl Tables {
         for number in &numbers {
             let Some(written) = self.written.remove(number) else { continue };
             self.by_content.remove(&written.table);
-            self.erase(*number, &written.table);
-            self.account(Size::of(&written.table), usize::saturating_sub);
+            self.erase(*number, &written.table, written.port_buckets);
+            self.account(Size::of(&written.table, written.port_buckets), usize::saturating_sub);
         }
         !numbers.is_empty()
     }
@@ -174,14 +187,21 @@ impl Tables {
         }
     }
 
-    fn write(&mut self, number: u32, table: &Table) -> anyhow::Result<()> {
+    fn write(&mut self, number: u32, table: &Table, port_buckets: u16) -> anyhow::Result<()> {
         for (block, class) in &table.sources {
             let key = source_key(number, *block);
             self.sources.insert(&key, ClassValue { class: *class }, 0).context("write SOURCES")?;
         }
-        for (port, class) in &table.ports {
-            let key = PortKey { table: number, port: *port, _pad: 0 };
-            self.ports.insert(key, ClassValue { class: *class }, 0).context("write PORTS")?;
+        // Port 0 is every port that is not named, and sorted before the others.
+        let others = match table.ports.first() {
+            Some((0, class)) => *class,
+            _ => bail!("a table without a class for ports that are not named"),
+        };
+        let free = PortClass { class: others, ..PortClass::default() };
+        let named = named_ports(table).map(|(port, class)| PortClass { class, port, _pad: 0 });
+        for (bucket, ports) in (0..).zip(in_buckets(named, |named| named.port, port_buckets, free)) {
+            let key = PortKey { table: number, bucket, _pad: 0 };
+            self.ports.insert(key, PortValue { others, ports }, 0).context("write PORTS")?;
         }
         for (key, decision) in decisions(number, table) {
             let value = AuthorizationValue { rule: decision.rule.0, reason: decision.reason as u8, _pad: [0; 3] };
@@ -191,12 +211,12 @@ impl Tables {
     }
 
     /// Nobody refers to it, so what could not be removed is never looked up; most often it is not there.
-    fn erase(&mut self, number: u32, table: &Table) {
+    fn erase(&mut self, number: u32, table: &Table, port_buckets: u16) {
         for (block, _) in &table.sources {
             let _ = self.sources.remove(&source_key(number, *block));
         }
-        for (port, _) in &table.ports {
-            let _ = self.ports.remove(&PortKey { table: number, port: *port, _pad: 0 });
+        for bucket in 0..port_buckets {
+            let _ = self.ports.remove(&PortKey { table: number, bucket, _pad: 0 });
         }
         for (key, _) in decisions(number, table) {
             let _ = self.verdicts.remove(&key);
@@ -210,6 +230,11 @@ fn source_key(table: u32, (base, length): (IpAddr, u8)) -> Key<SourceKey> {
     let mapped = if base.is_ipv4() { 96 } else { 0 };
     let data = SourceKey { table, addr: Addr::from(base).bytes };
     Key::new(SourceKey::TABLE_BITS + mapped + u32::from(length), data)
+}
+
+/// Ports that policies name, with their classes.
+fn named_ports(table: &Table) -> impl Iterator<Item = (u16, u32)> {
+    table.ports.iter().copied().filter(|(port, _)| *port != 0)
 }
 
 fn decisions(number: u32, table: &Table) -> impl Iterator<Item = (AuthorizationKey, crate::policy::Decision)> {
