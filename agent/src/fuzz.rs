@@ -23,8 +23,11 @@ const SECONDS: &str = "CULVERT_FUZZ_SECONDS";
 /// Mutations of a bounded run.
 const CASES: u32 = 3000;
 
-/// Longest bounded run of one target, on a slow machine: fewer mutations then.
+/// Longest bounded run of one target, on a slow machine: fewer mutations then, …
 const BOUND: Duration = Duration::from_secs(3);
+
+/// … but never fewer than this, however long they take: a run that tried nothing says nothing.
+const LEAST: u32 = 100;
 
 /// Longest input, in bytes.
 const MAX_BYTES: usize = 64 << 10;
@@ -55,7 +58,7 @@ pub(crate) fn run(name: &str, target: impl Fn(&[u8])) {
     let end = Instant::now() + seconds.map_or(BOUND, Duration::from_secs);
     let mutated = mutated(seeds);
     let mut cases = 0;
-    while Instant::now() < end && (seconds.is_some() || cases < CASES) {
+    while cases < LEAST || (Instant::now() < end && (seconds.is_some() || cases < CASES)) {
         let tree = mutated.new_tree(&mut runner).expect("nothing is filtered out");
         let result = runner.run_one(tree, |bytes| {
             target(&bytes);

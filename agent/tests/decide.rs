@@ -6,6 +6,7 @@ use std::{
     io::Write as _,
     path::Path,
     process::{Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
@@ -182,6 +183,96 @@ fn recorded_connections_are_judged_by_the_pods_of_the_manifests() {
     let reasons: Vec<&str> = answers.iter().map(|answer| answer["reason"].as_str().unwrap_or("error")).collect();
     assert_eq!(reasons, ["allow-match", "explicit-deny", "allow-match", "error", "explicit-deny"], "{answers:?}");
     assert_eq!(status, Some(1));
+}
+
+/// What an agent has logged between two restarts, as it lies in the file: its own words, and connections of both sides. The
+/// addresses are those of [`PODS`], of a pod outside the mesh, and of nobody.
+const LOG: &str = include_str!("decide/log.jsonl");
+
+const OUTSIDE: &str = "\
+apiVersion: v1
+kind: Pod
+metadata: {name: legacy, namespace: outside, uid: legacy}
+spec: {nodeName: node-2, containers: [{name: c, image: i}]}
+status: {podIP: 10.0.0.9, podIPs: [{ip: 10.0.0.9}], phase: Running}
+";
+
+/// §8: all of it is judged, and where no pod is at the other end nothing protects it.
+#[test]
+fn a_whole_log_of_an_agent_is_judged_without_an_error() {
+    let dir = folder(&[("policies.yaml", POLICIES), ("pods.yaml", PODS), ("outside.yaml", OUTSIDE)]);
+    let (answers, status) = decide(dir.path(), &LOG.lines().collect::<Vec<_>>());
+    let reasons: Vec<&str> = answers.iter().map(|answer| answer["reason"].as_str().unwrap_or("error")).collect();
+    let said = [
+        "allow-match",
+        "server-not-enrolled",
+        "server-not-enrolled",
+        "server-not-enrolled",
+        "explicit-deny",
+        "no-allow-match",
+        "probe",
+    ];
+    assert_eq!(reasons, said, "{answers:?}");
+    assert_eq!(status, Some(0));
+
+    // Who told it makes the difference: a server that is nobody's cannot have told anything.
+    let inbound = LOG.lines().find(|line| line.contains("203.0.113.5")).expect("one").replace("outbound", "inbound");
+    let workload = LOG
+        .lines()
+        .find(|line| line.contains("203.0.113.5"))
+        .expect("one")
+        .replace(r#""direction""#, r#""dst.workload":"gone","dst.namespace":"default","direction""#);
+    let words = r#"{"level":"INFO","message":"neither a connection nor a line of a log"}"#;
+    let (answers, status) = decide(dir.path(), &[&inbound, &workload, words]);
+    assert!(answers.iter().all(|answer| answer["error"].is_string()) && answers.len() == 3, "{answers:?}");
+    assert_eq!(status, Some(1));
+}
+
+/// A pod moves into the place of a server that was nobody's, and has a policy.
+#[test]
+fn diff_takes_a_whole_log_as_well() {
+    let moved = PODS.replace("10.0.0.2", "203.0.113.5");
+    let [old, new] = [PODS, &moved]
+        .map(|pods| folder(&[("policies.yaml", POLICIES), ("pods.yaml", pods), ("outside.yaml", OUTSIDE)]));
+    let paths = [&old, &new].map(|dir| dir.path().to_str().expect("UTF-8").to_owned());
+    let output = culvert(&["diff", &paths[0], &paths[1], "--connections", "-", "-o", "json"], LOG);
+    let text = String::from_utf8(output.stdout).expect("UTF-8");
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(lines.len(), 1, "{text}");
+    assert_eq!(lines[0]["connection"]["dst.addr"], "203.0.113.5:443");
+    assert_eq!(
+        (&lines[0]["old"]["reason"], &lines[0]["new"]["reason"]),
+        (&json!("server-not-enrolled"), &json!("no-allow-match"))
+    );
+    assert_eq!(output.status.code(), Some(0), "{text}");
+}
+
+/// As many as a busy day has: each has its answer, and it is a matter of seconds.
+#[test]
+fn many_connections_are_judged_in_seconds() {
+    // Of a program that was not optimized, on a machine that does other things as well.
+    let (count, bound) = match std::env::var_os("CULVERT_TEST_FULL") {
+        Some(_) => (1_000_000, Duration::from_secs(600)),
+        None => (100_000, Duration::from_secs(120)),
+    };
+    let dir = folder(&[("policies.yaml", POLICIES), ("pods.yaml", PODS)]);
+    let lines: String = (0..count)
+        .map(|number| {
+            let (third, fourth) = (number / 256 % 256, number % 256);
+            NGINX.replace("10.1.0.1", &format!("10.9.{third}.{fourth}")).replace("true", ["true", "false"][number % 2])
+                + "\n"
+        })
+        .collect();
+    let started = Instant::now();
+    let path = dir.path().to_str().expect("UTF-8");
+    let output = culvert(&["decide", "-f", path, "--connections", "-", "-o", "json"], &lines);
+    let took = started.elapsed();
+    println!("{count} connections in {} ms", took.as_millis());
+    assert_eq!(output.status.code(), Some(0));
+    let answers = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let allowed = answers.filter(|line| line.starts_with(br#"{"decision":"allow","reason":"allow-match""#)).count();
+    assert_eq!(allowed, count);
+    assert!(took < bound, "{count} connections took {took:?}");
 }
 
 #[test]

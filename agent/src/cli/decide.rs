@@ -15,6 +15,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
+use culvert_common::Reason;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -190,7 +191,29 @@ struct Logged {
     namespace: Option<String>,
     #[serde(rename = "dst.workload")]
     workload: Option<String>,
+    #[serde(default)]
+    direction: Told,
     reason: Option<String>,
+}
+
+/// Who has told a line of the access log.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Told {
+    /// The server's side.
+    #[default]
+    Inbound,
+    /// The client's side.
+    Outbound,
+}
+
+/// A line of an agent's log that is none of the access log.
+#[derive(Debug, Deserialize)]
+struct Said {
+    #[serde(rename = "level")]
+    _level: String,
+    #[serde(rename = "target")]
+    _target: String,
 }
 
 /// Either.
@@ -200,7 +223,8 @@ enum Recorded {
 }
 
 impl Recorded {
-    fn parse(line: &str) -> Result<Self, String> {
+    /// `None` for what an agent's log says besides.
+    fn parse(line: &str) -> Result<Option<Self>, String> {
         let explain = |error: serde_json::Error| {
             let text = error.to_string();
             match text.rsplit_once(" at line 1 column ") {
@@ -208,9 +232,13 @@ impl Recorded {
                 None => text,
             }
         };
-        match line.contains("\"dst.addr\"") {
-            true => serde_json::from_str(line).map(Self::Logged).map_err(explain),
-            false => serde_json::from_str(line).map(Self::Written).map_err(explain),
+        if line.contains("\"dst.addr\"") {
+            return serde_json::from_str(line).map(|logged| Some(Self::Logged(logged))).map_err(explain);
+        }
+        match serde_json::from_str(line) {
+            Ok(written) => Ok(Some(Self::Written(written))),
+            Err(_) if serde_json::from_str::<Said>(line).is_ok() => Ok(None),
+            Err(error) => Err(explain(error)),
         }
     }
 }
@@ -394,6 +422,17 @@ impl<'a> Judging<'a> {
             self.mesh.by_workload.get(&key)
         });
         let Some(pod) = pod else {
+            // §8: a server that is no pod is in no mesh, and enforces nothing.
+            let nobodys = of.workload.is_none() && self.mesh.snapshot.workload_by_ip(target.ip()).is_none();
+            if of.direction == Told::Outbound && nobodys {
+                return Ok(Answer {
+                    decision: "allow",
+                    reason: Reason::ServerNotEnrolled.as_str(),
+                    policy: None,
+                    rule: None,
+                    warnings: Vec::new(),
+                });
+            }
             return Err(format!(
                 "the manifests have no pod with the address {}, nor one of that workload",
                 target.ip()
@@ -469,8 +508,8 @@ struct Bad<'a> {
     line: usize,
 }
 
-/// Calls `each` with every line that is not empty, its number from 1 and what it says. False if whoever reads the answers
-/// has gone.
+/// Calls `each` with every line that is a connection or should be one, its number from 1 and what it says. False if whoever
+/// reads the answers has gone.
 fn lines(
     path: &Path,
     mut each: impl FnMut(usize, &str, Result<Recorded, String>) -> anyhow::Result<bool>,
@@ -492,7 +531,11 @@ fn lines(
         let text = std::str::from_utf8(&bytes).map(str::trim);
         let recorded = match text {
             Ok("") => continue,
-            Ok(text) => Recorded::parse(text),
+            Ok(text) => match Recorded::parse(text) {
+                Ok(None) => continue,
+                Ok(Some(recorded)) => Ok(recorded),
+                Err(error) => Err(error),
+            },
             Err(_) => Err("is not UTF-8 text".to_owned()),
         };
         if !each(number, text.unwrap_or_default(), recorded)? {
@@ -719,8 +762,12 @@ spec:
         let judging = std::cell::RefCell::new(Judging::new(&mesh));
         crate::fuzz::run("connections", |bytes| {
             for line in bytes.split(|byte| *byte == b'\n').filter_map(|line| std::str::from_utf8(line).ok()) {
-                match Recorded::parse(line).and_then(|recorded| judging.borrow_mut().judge(&recorded)) {
-                    Ok(answer) => assert!(matches!(answer.decision, "allow" | "deny") && !answer.reason.is_empty()),
+                let judge = |recorded| judging.borrow_mut().judge(&recorded);
+                match Recorded::parse(line).and_then(|recorded| recorded.map(judge).transpose()) {
+                    Ok(None) => {}
+                    Ok(Some(answer)) => {
+                        assert!(matches!(answer.decision, "allow" | "deny") && !answer.reason.is_empty())
+                    }
                     // It may repeat what the line says, and is shown so.
                     Err(error) => assert!(!error.is_empty() && !printable(&error).contains('\n'), "{error:?}"),
                 }

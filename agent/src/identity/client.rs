@@ -222,3 +222,49 @@ fn answer(response: CertificateResponse, key: KeyPair) -> anyhow::Result<Answer>
     }
     Ok(Answer { chain: ders, key: PrivatePkcs8KeyDer::from(key.serialize_der()).into(), roots })
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+    use crate::identity::{Certificate, Clock, tests::Forge, trust::Leaf};
+
+    const WANTED: &str = "spiffe://cluster.local/ns/default/sa/web";
+
+    /// [I.5]: whatever bytes the CA answers, they are refused with one line, or a certificate for the identity that was asked
+    /// for. In seeds, `@leaf@`, `@other@` and `@root@` stand for certificates that this run has made.
+    #[test]
+    fn fuzzed_ca_answers_are_refused_or_right() {
+        let wanted: SpiffeId = WANTED.parse().expect("an identity");
+        let forge = Forge::new();
+        let (key, _) = signing_request(&wanted).expect("a key");
+        let leaf = forge.leaf_of(WANTED, &key);
+        let other = forge.leaf_of("spiffe://cluster.local/ns/default/sa/other", &key);
+        let made = [("@leaf@", leaf.pem()), ("@other@", other.pem()), ("@root@", forge.pem.clone())];
+        let now = Clock::default().unix_seconds();
+        let taken = std::cell::Cell::new(0);
+        crate::fuzz::run("ca-answer", |bytes| {
+            let Ok(mut response) = CertificateResponse::decode(bytes) else { return };
+            for element in &mut response.cert_chain {
+                for (name, pem) in &made {
+                    *element = element.replace(name, pem);
+                }
+            }
+            let key = KeyPair::try_from(key.serialize_der()).expect("our own key");
+            let checked = answer(response, key).and_then(|answer| {
+                assert!(!answer.chain.is_empty() && !answer.roots.is_empty());
+                Certificate::check(&wanted, answer, now)
+            });
+            match checked {
+                Ok((certificate, _)) => {
+                    let own = Leaf::parse(certificate.leaf().expect("a leaf")).expect("read before");
+                    assert_eq!(own.uris, [WANTED]);
+                    taken.set(taken.get() + 1);
+                }
+                Err(error) => assert!(!format!("{error:#}").is_empty()),
+            }
+        });
+        assert!(taken.get() > 0, "a seed is right");
+    }
+}

@@ -256,13 +256,13 @@ async fn token_is_read_for_each_request() {
 }
 
 /// A CA of its own for certificates that ours would not make.
-struct Forge {
+pub(super) struct Forge {
     issuer: Issuer<'static, KeyPair>,
-    pem: String,
+    pub(super) pem: String,
 }
 
 impl Forge {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self::with(|_| {})
     }
 
@@ -281,14 +281,20 @@ impl Forge {
     }
 
     /// With the key of a running CA.
-    fn of(lab: &Lab) -> Self {
+    pub(super) fn of(lab: &Lab) -> Self {
         let read = |name: &str| fs::read_to_string(lab.path("ca").join(name)).expect("made by the CA");
         let pem = read("ca-cert.pem");
         let key = KeyPair::from_pem(&read("ca-key.pem")).expect("a key");
         Self { issuer: Issuer::from_ca_cert_pem(&pem, key).expect("a CA"), pem }
     }
 
-    fn leaf(&self, edit: impl FnOnce(&mut CertificateParams)) -> (Certificate, KeyPair) {
+    /// A good leaf for an identity and a key.
+    pub(super) fn leaf_of(&self, identity: &str, key: &KeyPair) -> Certificate {
+        let params = leaf_params(|params| params.subject_alt_names = vec![uri(identity)]);
+        params.signed_by(key, &self.issuer).expect("signed")
+    }
+
+    pub(super) fn leaf(&self, edit: impl FnOnce(&mut CertificateParams)) -> (Certificate, KeyPair) {
         let key = KeyPair::generate().expect("a key");
         let params = leaf_params(edit);
         (params.signed_by(&key, &self.issuer).expect("signed"), key)

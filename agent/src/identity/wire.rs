@@ -3,6 +3,9 @@
 //! Written by hand from the two messages of the `.proto` file, so that no protobuf compiler is needed to build. Who may
 //! ask for what is decided in `crate::ca`; what is done with an answer, in [`super::client`].
 
+#[cfg(test)]
+mod tests;
+
 /// Path of the one method of the service.
 pub(crate) const CREATE_CERTIFICATE: &str = "/istio.v1.auth.IstioCertificateService/CreateCertificate";
 

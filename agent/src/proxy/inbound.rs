@@ -66,7 +66,8 @@ pub async fn tunnel(
             return refused.end(&context, &Outcome::limited(limit));
         }
     };
-    let Some(workload) = context.snapshot().workload(&pod.uid).cloned() else {
+    // Whoever waits counts as a handshake, of which its address has only so many.
+    let Some((_, workload)) = context.own_soon(&pod.uid).await else {
         reset_on_close(&socket);
         let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");
         return story().end(&context, &outcome);
@@ -220,7 +221,26 @@ async fn judge(
         Ok(proved) => proved.clone(),
         Err(error) => return refuse(incoming, 401, Outcome::failed(Flag::IdentityError, error)),
     };
-    let snapshot = context.snapshot();
+    let mut place = None;
+    let own = match context.own(&pod.uid) {
+        Some(own) => Some(own),
+        None => {
+            // Whoever waits has a place, of which there are only so many.
+            place = match pod.load.inbound(remote.ip(), None) {
+                Ok(place) => Some(place),
+                Err(limit) => return refuse(incoming, 503, Outcome::limited(limit)),
+            };
+            tokio::select! {
+                own = context.own_soon(&pod.uid) => own,
+                cut = incoming.cancelled() => return Err(gave_up(&cut)),
+            }
+        }
+    };
+    let Some((snapshot, own)) = own else {
+        tell_source(story, &context.snapshot(), remote, proved);
+        let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");
+        return refuse(incoming, 503, outcome);
+    };
     if context.refuse_mismatch
         && let Some(known) = mismatched(&snapshot, remote, &proved)
     {
@@ -229,10 +249,6 @@ async fn judge(
         return refuse(incoming, 401, Outcome::Denied { reason: MISMATCH, detail, by: None });
     }
     tell_source(story, &snapshot, remote, proved);
-    let Some(own) = snapshot.workload(&pod.uid) else {
-        let outcome = Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source");
-        return refuse(incoming, 503, outcome);
-    };
     let facts = story.facts();
     facts.dst_workload = Some(own.clone());
     facts.dst_identity = Some(own.identity.clone());
@@ -256,7 +272,7 @@ async fn judge(
     }
     let identity = story.facts().src_identity.clone();
     let subject = Subject { identity, source: remote.ip(), target: SocketAddr::new(local.ip(), target.port()) };
-    let verdict = subject.judge(&snapshot, own);
+    let verdict = subject.judge(&snapshot, &own);
     story.judged(&verdict);
     if !verdict.allowed {
         let status = if verdict.reason == Reason::Loop { 503 } else { 401 };
@@ -269,7 +285,7 @@ async fn judge(
         Err(Unavailable::NotWanted(_)) if !own.enrollment.enrolled => {}
         Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::IdentityError, error)),
     }
-    let place = match pod.load.inbound(remote.ip(), None) {
+    let place = match place.map_or_else(|| pod.load.inbound(remote.ip(), None), Ok) {
         Ok(place) => place,
         Err(limit) => return refuse(incoming, 503, Outcome::limited(limit)),
     };
@@ -278,15 +294,15 @@ async fn judge(
     let client = forwarded.filter(|client| client.ip() == remote.ip()).unwrap_or(remote);
     let leg = tokio::select! {
         leg = context.leg(pod, client, subject.target, snapshot.mesh.connect_timeout) => leg,
-        cut = incoming.cancelled() => return Err(Outcome::failed(Flag::Reset, format_args!("the client gave up: {cut:?}"))),
+        cut = incoming.cancelled() => return Err(gave_up(&cut)),
     };
     let leg = match leg {
         Ok(leg) => leg,
         Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::Connect, error)),
     };
-    let mut stream = match incoming.accept(Some(&baggage(own, &context.names.cluster))) {
+    let mut stream = match incoming.accept(Some(&baggage(&own, &context.names.cluster))) {
         Ok(stream) => stream,
-        Err(error) => return Err(Outcome::failed(Flag::Reset, format_args!("the client gave up: {error:?}"))),
+        Err(error) => return Err(gave_up(&error)),
     };
     let charge = Arc::new(pod.load.charge());
     stream.charge(charge.clone());
@@ -298,6 +314,10 @@ async fn judge(
         leg,
         client: Tunnelled { stream, charge },
     })
+}
+
+fn gave_up(cut: &tunnel::StreamError) -> Outcome {
+    Outcome::failed(Flag::Reset, format_args!("the client gave up: {cut:?}"))
 }
 
 fn tell_source(story: &mut Story, snapshot: &Snapshot, remote: SocketAddr, proved: SpiffeId) {
@@ -430,22 +450,34 @@ async fn judge_plaintext(
     remote: SocketAddr,
     story: &mut Story,
 ) -> Result<Admitted<ResetOnClose>, Outcome> {
-    let snapshot = context.snapshot();
-    let facts = story.facts();
-    facts.src_workload = workload_at(&snapshot, remote.ip()).cloned();
-    let Some(own) = snapshot.workload(&pod.uid) else {
+    let mut place = None;
+    let own = match context.own(&pod.uid) {
+        Some(own) => Some(own),
+        None => {
+            // Whoever waits has a place, of which there are only so many.
+            place = Some(pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())).map_err(Outcome::limited)?);
+            context.own_soon(&pod.uid).await
+        }
+    };
+    let Some((snapshot, own)) = own else {
+        story.facts().src_workload = workload_at(&context.snapshot(), remote.ip()).cloned();
         return Err(Outcome::failed(Flag::UnknownWorkload, "the server's pod is not in the source"));
     };
+    let facts = story.facts();
+    facts.src_workload = workload_at(&snapshot, remote.ip()).cloned();
     facts.dst_workload = Some(own.clone());
     story.open(context);
     let subject = Subject { identity: None, source: remote.ip(), target: local };
-    let verdict = subject.judge(&snapshot, own);
+    let verdict = subject.judge(&snapshot, &own);
     story.judged(&verdict);
     if !verdict.allowed {
         return Err(Outcome::denied(&verdict));
     }
     story.plaintext(context);
-    let place = pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())).map_err(Outcome::limited)?;
+    let place = match place {
+        Some(place) => place,
+        None => pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())).map_err(Outcome::limited)?,
+    };
     let leg = context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await;
     Ok(Admitted {
         subject,

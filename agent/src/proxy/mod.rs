@@ -40,6 +40,8 @@ mod report;
 const LEG_AT_ONCE: Duration = Duration::from_millis(25);
 /// How often the handshake of a leg is looked at while the application's accept queue is full.
 const LEG_POLL: Duration = Duration::from_millis(1);
+/// How long a connection waits for its pod to be in the source ([D.4]).
+const WORKLOAD_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A pod of this node as workers serve it.
 #[derive(Debug)]
@@ -92,6 +94,27 @@ impl Context {
     /// The snapshot of this moment: one connection is judged by one.
     fn snapshot(&self) -> Arc<Snapshot> {
         self.snapshot.borrow().clone()
+    }
+
+    /// The pod as the snapshot of this moment has it, with that snapshot.
+    fn own(&self, uid: &PodUid) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
+        own(&self.snapshot.borrow(), uid)
+    }
+
+    /// [`own`](Self::own), as soon as a snapshot has the pod ([D.4]); `None` if none does within [`WORKLOAD_PATIENCE`], or
+    /// until the drain's deadline. How many wait is for the caller to bound: each has a place that counts against a limit.
+    async fn own_soon(&self, uid: &PodUid) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
+        if let Some(own) = self.own(uid) {
+            return Some(own);
+        }
+        // Boxed: hardly any connection waits, and each would have the room for it.
+        Box::pin(async {
+            tokio::select! {
+                known = known(self.snapshot.clone(), uid) => known,
+                () = self.cut() => None,
+            }
+        })
+        .await
     }
 
     /// Resolves when open connections must be cut: the drain's deadline ([H.4]).
@@ -168,6 +191,20 @@ impl Context {
         self.sockets.borrow_mut().mark_leg(&socket, client)?;
         bind(&socket, source).with_context(|| format!("bind to {source} in the pod"))?;
         Ok(ResetOnClose::new(connect(socket, target, patience).await?))
+    }
+}
+
+fn own(snapshot: &Arc<Snapshot>, uid: &PodUid) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
+    let own = snapshot.workload(uid)?.clone();
+    Some((snapshot.clone(), own))
+}
+
+/// The first snapshot within [`WORKLOAD_PATIENCE`] that has the pod.
+async fn known(mut snapshots: watch::Receiver<Arc<Snapshot>>, uid: &PodUid) -> Option<(Arc<Snapshot>, Arc<Workload>)> {
+    match timeout(WORKLOAD_PATIENCE, snapshots.wait_for(|snapshot| snapshot.workload(uid).is_some())).await {
+        Ok(Ok(snapshot)) => own(&snapshot, uid),
+        // The agent ends; or it was in vain.
+        Ok(Err(_)) | Err(_) => None,
     }
 }
 
@@ -258,4 +295,70 @@ fn keepalive(socket: &TcpStream) {
         TcpKeepalive::new().with_time(Duration::from_secs(180)).with_interval(Duration::from_secs(180)).with_retries(9);
     // A tunnel without it is found dead by its PINGs.
     let _ = socket2::SockRef::from(socket).set_tcp_keepalive(&keepalive);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        policy::{self, Options},
+        source::review::Manifests,
+    };
+
+    const WEB: &str = "
+apiVersion: v1
+kind: Pod
+metadata: {name: web, namespace: default, uid: web}
+spec: {nodeName: node-a, containers: [{name: c, image: i}]}
+status: {phase: Running, podIP: 10.0.0.2}
+";
+
+    fn snapshot(manifests: &str) -> Arc<Snapshot> {
+        let view = Manifests::of("manifests.yaml", manifests).view("istio-system");
+        Arc::new(policy::compile(&view.cluster, &Options::default(), None))
+    }
+
+    fn web() -> PodUid {
+        PodUid("web".into())
+    }
+
+    /// [D.4]: the wait ends with the snapshot that has the pod, and not with any other.
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_waits_until_its_pod_is_in_the_source() {
+        let ((source, snapshots), web) = (watch::channel(snapshot("")), web());
+        let started = tokio::time::Instant::now();
+        let publish = async {
+            for _ in 0..3 {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                source.send_replace(snapshot(&WEB.replace("web", "other")));
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            source.send_replace(snapshot(WEB));
+        };
+        let (own, ()) = tokio::join!(known(snapshots, &web), publish);
+        assert_eq!(own.expect("it came").1.uid, web);
+        assert_eq!(started.elapsed().as_secs(), 4);
+    }
+
+    /// [D.4]: bounded; other changes of the source do not make it longer, and an agent that ends makes it shorter.
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_of_a_pod_that_does_not_come_is_given_up_after_five_seconds() {
+        let ((source, snapshots), web) = (watch::channel(snapshot("")), web());
+        let started = tokio::time::Instant::now();
+        let others = async {
+            loop {
+                tokio::time::sleep(Duration::from_millis(700)).await;
+                source.send_replace(snapshot(""));
+            }
+        };
+        tokio::select! {
+            own = known(snapshots.clone(), &web) => assert!(own.is_none()),
+            () = others => {}
+        }
+        let waited = started.elapsed();
+        assert_eq!(waited.as_secs(), 5);
+        drop(source);
+        assert!(known(snapshots, &web).await.is_none());
+        assert_eq!(started.elapsed(), waited, "at once");
+    }
 }

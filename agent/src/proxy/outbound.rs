@@ -101,14 +101,15 @@ async fn reach(
     story: &mut Story,
 ) -> Result<Far, Outcome> {
     let choice = Choice { random: rand::random(), client: client.ip() };
-    let until = Instant::now() + TUNNEL_PATIENCE;
+    let mut until = None;
     loop {
-        let snapshot = context.snapshot();
-        let Some(own) = snapshot.workload(&pod.uid) else {
+        // Whoever waits has a place, of which its pod has only so many.
+        let Some((snapshot, own)) = context.own_soon(&pod.uid).await else {
             return Err(Outcome::failed(Flag::UnknownWorkload, "the client's pod is not in the source"));
         };
+        let until = *until.get_or_insert_with(|| Instant::now() + TUNNEL_PATIENCE);
         story.facts().src_workload = Some(own.clone());
-        match snapshot.route(own, dst, choice) {
+        match snapshot.route(&own, dst, choice) {
             Route::Refuse(refusal) => {
                 story.open(context);
                 return Err(Outcome::failed(Flag::NoRoute(refusal), format_args!("{dst}: {}", refusal.as_str())));
@@ -124,7 +125,7 @@ async fn reach(
             Route::Tunnel { workload, target, service } if workload.uid == own.uid => {
                 story.heads_for(target, Some(workload), service);
                 story.open(context);
-                return to_itself(context, pod, &snapshot, own, client, target, story).await;
+                return to_itself(context, pod, &snapshot, &own, client, target, story).await;
             }
             Route::Tunnel { workload, target, service } => {
                 story.heads_for(SocketAddr::new(target.ip(), PORT_HBONE), Some(workload.clone()), service.clone());
@@ -134,9 +135,19 @@ async fn reach(
                 facts.dst_identity = Some(workload.identity.clone());
                 facts.carried = Carried::Tunnel;
                 story.open(context);
-                let opened =
-                    open(context, pod, own, &workload, client, target, service.as_ref(), &snapshot, until, story.trace)
-                        .await;
+                let opened = open(
+                    context,
+                    pod,
+                    &own,
+                    &workload,
+                    client,
+                    target,
+                    service.as_ref(),
+                    &snapshot,
+                    until,
+                    story.trace,
+                )
+                .await;
                 match opened {
                     Opened::Stream(mut stream) => {
                         let charge = Arc::new(pod.load.charge());

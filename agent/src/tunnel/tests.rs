@@ -2,6 +2,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::BTreeMap,
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
@@ -10,6 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{Method, Response, StatusCode};
+use rustls::{AlertDescription, ClientConfig, ProtocolVersion, RootCertStore, ServerConfig, crypto::aws_lc_rs};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -25,6 +27,8 @@ use super::{
     testing::*,
 };
 use crate::{
+    ca::testkit::{Lab, id, start_agent},
+    identity::{Clock, certificates},
     proxy::copy::{self, Counters, ResetOnClose},
     telemetry::panics,
 };
@@ -120,6 +124,200 @@ fn connect_request_is_that_of_the_table() {
             assert_eq!(stream.baggage(), Some("service.name=productpage"));
         };
         tokio::join!(server, client);
+    });
+}
+
+/// The next frame: its type, its flags, its stream, its payload.
+async fn next_frame(from: &mut (impl tokio::io::AsyncRead + Unpin)) -> (u8, u8, u32, Vec<u8>) {
+    let mut head = [0; 9];
+    from.read_exact(&mut head).await.expect("a frame");
+    let [a, b, c, kind, flags, stream @ ..] = head;
+    let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+    from.read_exact(&mut payload).await.expect("its payload");
+    (kind, flags, u32::from_be_bytes(stream), payload)
+}
+
+/// SETTINGS, which must come first, and what the connection's window is made to be.
+async fn announced(from: &mut (impl tokio::io::AsyncRead + Unpin)) -> (BTreeMap<u16, u32>, u32) {
+    let (kind, flags, stream, payload) = next_frame(from).await;
+    assert_eq!((kind, flags, stream), (4, 0, 0), "SETTINGS come first");
+    let (settings, rest) = payload.as_chunks::<6>();
+    assert!(rest.is_empty());
+    let settings = settings.iter().map(|[a, b, value @ ..]| (u16::from_be_bytes([*a, *b]), u32::from_be_bytes(*value)));
+    let settings = settings.collect();
+    let (kind, _, stream, payload) = next_frame(from).await;
+    assert_eq!((kind, stream), (8, 0), "WINDOW_UPDATE of the connection");
+    (settings, 65_535 + u32::from_be_bytes(payload.try_into().expect("four bytes")))
+}
+
+/// §14.3, as it stands on the wire. A stream's window of 4 MiB is grown into, and the connection's never binds.
+#[test]
+fn settings_are_those_of_the_table() {
+    const PUSH: u16 = 2;
+    const STREAMS: u16 = 3;
+    const WINDOW: u16 = 4;
+    const FRAME: u16 = 5;
+    const HEADERS: u16 = 6;
+    local(async {
+        let tls = tls();
+        let server = Server::start(&tls, Config::default(), echo).await;
+        let mut client = raw_client(server.addr, &tls).await;
+        client.write_all(&[PREFACE, &frame(4, 0, 0, &[])].concat()).await.expect("write");
+        let (settings, window) = announced(&mut client).await;
+        assert_eq!(settings, [(STREAMS, 200), (WINDOW, 256 << 10), (FRAME, 1 << 20), (HEADERS, 64 << 10)].into());
+        assert_eq!(window, (1 << 31) - 1);
+
+        let (listener, addr) = h2_listener().await;
+        let server = async {
+            let (tcp, _) = listener.accept().await.expect("accept");
+            let mut raw = TlsAcceptor::from(tls.server.clone()).accept(tcp).await.expect("TLS");
+            let mut preface = [0; 24];
+            raw.read_exact(&mut preface).await.expect("a preface");
+            assert_eq!(preface, PREFACE);
+            announced(&mut raw).await
+        };
+        let pool = Pool::new(Config::default());
+        let (settings, window) = tokio::select! {
+            announced = server => announced,
+            stream = open(&pool, addr, &tls.client) => panic!("nobody has answered: {stream:?}"),
+        };
+        assert_eq!(settings, [(PUSH, 0), (WINDOW, 256 << 10), (FRAME, 1 << 20), (HEADERS, 16 << 10)].into());
+        assert_eq!(window, (1 << 31) - 1);
+    });
+}
+
+/// A provider with these suites alone.
+fn suites(suites: &[rustls::SupportedCipherSuite]) -> Arc<rustls::crypto::CryptoProvider> {
+    Arc::new(rustls::crypto::CryptoProvider { cipher_suites: suites.to_vec(), ..aws_lc_rs::default_provider() })
+}
+
+/// §14.1: TLS 1.3, and the two suites with AES: whoever has none of them hears an alert, whichever end it is. The
+/// configurations are the agent's own.
+#[test]
+fn peers_of_another_tls_get_an_alert() {
+    use aws_lc_rs::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256;
+    local(async {
+        let lab = Lab::new();
+        let ca = lab.start_ca(lab.config()).await;
+        let (identities, agent) = start_agent(lab.agent_config(ca.address), Clock::default(), &[id("default/web")]);
+        let web = id("default/web");
+        let client = identities.client_config(&web, std::slice::from_ref(&web)).await.expect("a certificate");
+        let server = identities.server_config(&web).await.expect("a certificate");
+        let mut roots = RootCertStore::empty();
+        for root in certificates(lab.root().as_bytes()).expect("PEM") {
+            roots.add(root).expect("a root");
+        }
+        let tls = Tls { client, server, roots: Arc::new(roots) };
+        let ours = Server::start(&tls, Config::default(), echo).await;
+
+        // The control.
+        let met = raw_client(ours.addr, &tls).await;
+        assert_eq!(met.get_ref().1.protocol_version(), Some(ProtocolVersion::TLSv1_3));
+        drop(met);
+        until(|| ours.ends.borrow().len() == 1).await;
+
+        let default = aws_lc_rs::default_provider().cipher_suites;
+        let others = [
+            (&rustls::version::TLS12, suites(&default), AlertDescription::ProtocolVersion),
+            (&rustls::version::TLS13, suites(&[TLS13_CHACHA20_POLY1305_SHA256]), AlertDescription::HandshakeFailure),
+        ];
+        for (version, provider, alert) in others {
+            let about = format!("{version:?} {:?}", provider.cipher_suites);
+            // As a client of our server …
+            let mut config = ClientConfig::builder_with_provider(provider.clone())
+                .with_protocol_versions(&[version])
+                .expect("a version")
+                .with_root_certificates(tls.roots.clone())
+                .with_client_cert_resolver(tls.client.client_auth_cert_resolver.clone());
+            config.alpn_protocols = vec![b"h2".to_vec()];
+            let tcp = TcpStream::connect(ours.addr).await.expect("connect");
+            let name = rustls::pki_types::ServerName::IpAddress(ours.addr.ip().into());
+            let ended = ours.ends.borrow().len();
+            let error = TlsConnector::from(Arc::new(config)).connect(name, tcp).await.expect_err(&about);
+            let heard = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+            assert_eq!(heard, Some(&rustls::Error::AlertReceived(alert)), "{about}: {error}");
+            until(|| ours.ends.borrow().len() > ended).await;
+            assert!(matches!(ours.ends.borrow()[ended], Err(ServeError::Tls(_))), "{about}: {:?}", ours.ends);
+
+            // … and as a server of our client.
+            let mut config = ServerConfig::builder_with_provider(provider)
+                .with_protocol_versions(&[version])
+                .expect("a version")
+                .with_no_client_auth()
+                .with_cert_resolver(tls.server.cert_resolver.clone());
+            config.alpn_protocols = vec![b"h2".to_vec()];
+            let (listener, addr) = h2_listener().await;
+            let theirs = async {
+                let (tcp, _) = listener.accept().await.expect("accept");
+                TlsAcceptor::from(Arc::new(config)).accept(tcp).await.map(drop)
+            };
+            let pool = Pool::new(Config::default());
+            let (theirs, opened) = tokio::join!(theirs, open(&pool, addr, &tls.client));
+            assert!(theirs.is_err(), "{about}");
+            assert!(matches!(opened, Err(OpenError::Tls(_))), "{about}: {opened:?}");
+        }
+        agent.stop().await;
+        ca.stop().await;
+    });
+}
+
+/// What a client sends in bulk travels in records that are as long as TLS allows (RFC 8446 §5.1), read off the wire.
+#[test]
+fn bulk_travels_in_full_records() {
+    const TOTAL: usize = 4 << 20;
+    /// Content, its type, and the tag of the AEAD.
+    const FULL: usize = (16 << 10) + 17;
+    local(async {
+        let tls = tls();
+        let handler = |incoming: Incoming| async move {
+            let mut stream = accepted(incoming).await;
+            let mut got = 0;
+            while let Some(bytes) = stream.read().await.expect("read") {
+                got += bytes.len();
+            }
+            assert_eq!(got, TOTAL);
+            stream.write(b"whole").await.expect("write");
+            stream.shutdown().expect("shutdown");
+        };
+        let server = Server::start(&tls, Config::default(), handler).await;
+        // Between the two, who writes down what the client sends.
+        let (listener, wire) = h2_listener().await;
+        let written = Rc::new(RefCell::new(Vec::new()));
+        let mut between = JoinSet::new();
+        let (record, to) = (written.clone(), server.addr);
+        between.spawn_local(async move {
+            let (client, _) = listener.accept().await.expect("accept");
+            let server = TcpStream::connect(to).await.expect("connect");
+            let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
+                (client.into_split(), server.into_split());
+            let there = async {
+                let mut buffer = vec![0; 256 << 10];
+                while let Ok(n @ 1..) = from_client.read(&mut buffer).await {
+                    record.borrow_mut().extend_from_slice(&buffer[..n]);
+                    to_server.write_all(&buffer[..n]).await.expect("the server reads");
+                }
+            };
+            tokio::join!(there, tokio::io::copy(&mut from_server, &mut to_client)).1.expect("the client reads");
+        });
+        let pool = Pool::new(Config::default());
+        let mut stream = open(&pool, wire, &tls.client).await.expect("open");
+        stream.write(&vec![7; TOTAL]).await.expect("write");
+        stream.shutdown().expect("shutdown");
+        assert_eq!(stream.read().await.expect("read").as_deref(), Some(&b"whole"[..]));
+
+        let written = written.borrow();
+        let (mut rest, mut full, mut all) = (&written[..], 0, 0);
+        while let [kind, 3, _, high, low, after @ ..] = rest {
+            let length = usize::from(u16::from_be_bytes([*high, *low]));
+            assert!(length <= FULL || *kind != 23, "a record of {length} bytes");
+            full += usize::from(*kind == 23 && length == FULL);
+            all += 1;
+            rest = after.get(length..).expect("whole records");
+        }
+        assert!(rest.is_empty(), "no record starts with {:?}", &rest[..rest.len().min(5)]);
+        let of = TOTAL / (16 << 10);
+        println!("{full} full records of {all}, at least {of} needed");
+        assert!(full >= of * 9 / 10, "{full} of {all} records are full; {of} would carry everything");
     });
 }
 
@@ -822,13 +1020,13 @@ fn tls_failures_say_why() {
         let pool = Pool::new(Config::default());
         let error = open(&pool, server.addr, &theirs.client).await.expect_err("unknown server");
         assert!(matches!(&error, OpenError::Tls(why) if why.contains("UnknownIssuer")), "{error:?}");
-        let mut anonymous = rustls::ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
+        let mut anonymous = ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
             .with_root_certificates(ours.roots.clone())
             .with_no_client_auth();
         anonymous.alpn_protocols = vec![b"h2".to_vec()];
         let error = open(&pool, server.addr, &Arc::new(anonymous)).await.expect_err("no certificate");
         assert!(matches!(&error, OpenError::Tls(why) if why.contains("CertificateRequired")), "{error:?}");
-        let mut no_alpn = rustls::ClientConfig::clone(&ours.client);
+        let mut no_alpn = ClientConfig::clone(&ours.client);
         no_alpn.alpn_protocols.clear();
         open(&pool, server.addr, &Arc::new(no_alpn)).await.expect_err("no ALPN");
         until(|| server.ends.borrow().len() == 3).await;

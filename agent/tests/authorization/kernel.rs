@@ -6,7 +6,6 @@
 
 use std::{
     collections::BTreeMap,
-    env,
     fs::{self, File},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::AsFd as _,
@@ -23,18 +22,15 @@ use culvert_common::{Addr, Answer, Asked, Reason};
 use serde_json::json;
 
 use super::{
-    oracle::{Ask, BLOCKS, DOMAINS, Dice, Mesh, Policy, SERVERS, by_the_book, manifest, policy as random_policy},
+    oracle::{
+        Ask, BLOCKS, DOMAINS, Dice, Mesh, Policy, SERVERS, by_the_book, manifest, peer_auth_manifest, peer_auths,
+        policy as random_policy, triples,
+    },
     *,
 };
 
-/// Triples of (policies, pod, connection) that are compared.
-const TRIPLES: usize = 100_000;
 /// Connections that each set of policies is asked about.
 const PER_SET: usize = 80;
-
-fn triples() -> usize {
-    if env::var_os("CULVERT_TEST_FULL").is_some() { 10 * TRIPLES } else { TRIPLES }
-}
 
 /// An address in a block that rules name, at its edge, or next to it; or any other.
 fn source(dice: &mut Dice) -> String {
@@ -83,21 +79,16 @@ fn each_set(mut with: impl FnMut(u32, &Snapshot, &[(Ask, (bool, String, Option<S
         let policies: Vec<Policy> = (0..2 + dice.below(6)).map(|number| random_policy(&mut dice, number)).collect();
         let main = dice.pick(&DOMAINS[..2]);
         let of_mesh = Mesh { trust_domain: main, aliases: Vec::new() };
-        let strict: Vec<&str> = ["test", "default", "istio-system"].into_iter().filter(|_| dice.one_in(12)).collect();
+        let peer_auths = peer_auths(&mut dice);
         let mut manifests: Vec<String> = policies.iter().map(manifest).collect();
         manifests.push(mesh(&json!({"trustDomain": main}).to_string()));
-        manifests.extend(strict.iter().map(|namespace| {
-            format!(
-                "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-                 metadata: {{name: s, namespace: {namespace}}}\nspec: {{mtls: {{mode: STRICT}}}}\n"
-            )
-        }));
+        manifests.extend(peer_auths.iter().map(peer_auth_manifest));
         let mut snapshot = compiled(&manifests);
         snapshot.generation = u32::try_from(set).expect("few sets") + 1;
         let asks: Vec<_> = (0..PER_SET)
             .map(|_| {
                 let ask = ask(&mut dice);
-                let book = by_the_book(&policies, &strict, &of_mesh, &ask);
+                let book = by_the_book(&policies, &peer_auths, &of_mesh, &ask);
                 (ask, book)
             })
             .collect();
@@ -188,15 +179,18 @@ fn kernel_agent_and_book_decide_plaintext_alike() {
     }
     let mut reached = BTreeMap::<String, usize>::new();
     each_set(|generation, snapshot, asks, manifests| {
-        datapath.beat().expect("beat");
+        // Where policies do not fit the kernel leaves plaintext to the agent, and to a silent one it leaves nothing ([K.4]).
+        let (by_agent, silent) = (generation % 8 == 3, generation % 8 == 6);
+        if silent { datapath.silence() } else { datapath.beat() }.expect("written");
         datapath.maintain();
         for (number, server) in SERVERS[..3].iter().enumerate() {
             let workload = snapshot.workload(&PodUid(server.uid.into())).expect("a pod of the test");
-            let plaintext = Plaintext::of(snapshot, workload).expect("small");
+            let plaintext = if by_agent { Ok(Plaintext::ByAgent) } else { Plaintext::of(snapshot, workload) };
+            let plaintext = plaintext.expect("small");
             let policy = PodPolicy::of(snapshot, workload, plaintext, false);
             datapath.ready(cookie(number), &policy).expect("written");
         }
-        assert_eq!(datapath.judged_by_agent(), 0, "there is room");
+        assert_eq!(datapath.judged_by_agent(), if by_agent { 3 } else { 0 }, "there is room");
         let question = |ask: &Ask| {
             let source: IpAddr = ask.source.parse().expect("an address");
             let destination = ask.server.ips[usize::from(source.to_canonical().is_ipv6())];
@@ -220,17 +214,32 @@ fn kernel_agent_and_book_decide_plaintext_alike() {
             let agent = (verdict.allowed, verdict.reason.as_str().to_owned(), by);
             assert_eq!(agent, (*allowed, reason.clone(), rule.clone()), "{}", about());
             let kernel = in_words(snapshot, Reason::from_u8(got.reason).expect("a reason"), got.rule);
-            let answer = if *allowed { Answer::Pass } else { Answer::Refuse };
-            assert_eq!((got.answer, kernel), (answer as u8, (reason.clone(), rule.clone())), "{}", about());
+            let needs_agent = by_agent && !["loop", "strict-requires-mtls"].contains(&reason.as_str());
+            let (answer, said) = match (silent, needs_agent) {
+                (true, _) => (Answer::Refuse, ("agent-silent".to_owned(), None)),
+                (false, true) => (Answer::Agent, ("needs-agent".to_owned(), None)),
+                (false, false) if *allowed => (Answer::Pass, (reason.clone(), rule.clone())),
+                (false, false) => (Answer::Refuse, (reason.clone(), rule.clone())),
+            };
+            assert_eq!((got.answer, kernel), (answer as u8, said), "{}", about());
             assert_eq!(got.generation, generation, "{}", about());
             let arrival = datapath.arrival(&question(ask)).expect("asked");
-            assert_eq!(arrival, if *allowed { Arrival::Passed } else { Arrival::Refused }, "{}", about());
+            // The agent has no listener here, and without one nothing arrives.
+            let arrives = if answer == Answer::Pass { Arrival::Passed } else { Arrival::Refused };
+            assert_eq!(arrival, arrives, "{}", about());
             *reached.entry(kernel_word(got)).or_default() += 1;
         }
     });
-    for reason in
-        ["allow-match", "no-allow-match", "explicit-deny", "no-allow-policies", "strict-requires-mtls", "loop"]
-    {
+    for reason in [
+        "allow-match",
+        "no-allow-match",
+        "explicit-deny",
+        "no-allow-policies",
+        "strict-requires-mtls",
+        "loop",
+        "needs-agent",
+        "agent-silent",
+    ] {
         assert!(reached.get(reason).copied().unwrap_or(0) > triples() / 100, "{reason}: {reached:?}");
     }
 }

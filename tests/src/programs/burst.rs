@@ -7,7 +7,10 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
+
+use super::flood;
 
 /// Stack of a connection's thread, bytes.
 const STACK: usize = 128 << 10;
@@ -45,7 +48,8 @@ impl Quantiles {
     }
 }
 
-pub(super) fn run(to: SocketAddr, count: usize, limit: Duration) -> io::Result<BurstResult> {
+pub(super) fn run(to: SocketAddr, count: usize, limit: Duration) -> Result<BurstResult> {
+    flood::raise_open_files(count as u64 + 64)?;
     let start = Barrier::new(count);
     let ended = thread::scope(|scope| {
         let threads: Vec<_> = (0..count)

@@ -21,7 +21,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::{Failure, http, print};
+use super::{Failure, flood, http, print};
 
 /// What a speak-first server says before the client has said anything.
 const GREETING: &str = "220 culvert sandbox ready\n";
@@ -57,6 +57,8 @@ pub struct ExchangeResult {
 }
 
 pub(super) fn serve(ports: &[u16], speak_first: bool) -> Result<()> {
+    // Where fewer are allowed, whoever makes that many connections sees it.
+    let _ = flood::raise_open_files(16 << 10);
     let drained = Mutex::new(HashMap::new());
     http::listen_all(ports, |stream| {
         // The client learns of a failure by the connection's end; the server has nobody to tell.

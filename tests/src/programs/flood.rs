@@ -84,7 +84,8 @@ fn is_whole(mut stream: &TcpStream, silent: bool) -> bool {
     matches!(asked, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
 }
 
-fn raise_open_files(wanted: u64) -> Result<()> {
+/// Lets this process have `wanted` files open.
+pub(super) fn raise_open_files(wanted: u64) -> Result<()> {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a live value of the type that the call fills.
     let got = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) };

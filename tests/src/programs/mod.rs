@@ -16,6 +16,7 @@ mod paced;
 mod probe;
 mod short;
 mod trickle;
+mod udp;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -38,6 +39,7 @@ pub use paced::PacedResult;
 pub use probe::{Probe, ProbeResult};
 pub use short::ShortResult;
 pub use trickle::{TrickleEvent, Trickled};
+pub use udp::UdpResult;
 
 /// What runs inside a pod of the sandbox.
 #[derive(Parser, Debug)]
@@ -218,6 +220,27 @@ pub enum Program {
         #[arg(long, default_value_t = 3_000)]
         timeout_ms: u64,
     },
+    /// Send every datagram back, with the address that it came from.
+    UdpServe {
+        /// Port, IPv4 and IPv6.
+        #[arg(long)]
+        port: u16,
+    },
+    /// Send a datagram to such a server, and check the answer.
+    Udp {
+        /// Address and port.
+        #[arg(long)]
+        to: SocketAddr,
+        /// Bytes of the datagram.
+        #[arg(long, default_value_t = 64)]
+        bytes: usize,
+        /// From a socket that is connected.
+        #[arg(long)]
+        connected: bool,
+        /// Limit of the wait for the answer, milliseconds.
+        #[arg(long, default_value_t = 2_000)]
+        timeout_ms: u64,
+    },
     /// Try to get something out of the pod past the mesh, and print what came of it.
     Attack {
         /// How.
@@ -295,6 +318,10 @@ impl Program {
             Self::Cut { to, verb, timeout_ms } => print(&cut::call(to, verb, Duration::from_millis(timeout_ms))),
             Self::Trickle { to, marker, interval_ms, timeout_ms } => {
                 trickle::run(to, &marker, Duration::from_millis(interval_ms), Duration::from_millis(timeout_ms))
+            }
+            Self::UdpServe { port } => udp::serve(port),
+            Self::Udp { to, bytes, connected, timeout_ms } => {
+                print(&udp::call(to, bytes, connected, Duration::from_millis(timeout_ms)))
             }
             Self::Attack { way, to, marker, from, from_port, timeout_ms } => {
                 let limit = Duration::from_millis(timeout_ms);

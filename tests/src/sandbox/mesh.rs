@@ -32,12 +32,14 @@ pub struct MeshPlan {
     pub cert_ttl: Option<String>,
     /// Further arguments of every agent.
     pub agent_arguments: Vec<String>,
+    /// Further arguments of the CA.
+    pub ca_arguments: Vec<String>,
 }
 
 impl MeshPlan {
     /// The executable's defaults.
     pub fn new(binary: impl Into<PathBuf>) -> Self {
-        Self { binary: binary.into(), cert_ttl: None, agent_arguments: Vec::new() }
+        Self { binary: binary.into(), cert_ttl: None, agent_arguments: Vec::new(), ca_arguments: Vec::new() }
     }
 }
 
@@ -99,6 +101,7 @@ impl Sandbox {
             // Agents ask for a day, so what they get is the CA's maximum.
             ca.args(["--cert-ttl", ttl, "--max-cert-ttl", ttl]);
         }
+        ca.args(&mesh.ca_arguments);
         self.start("ca", ca)?;
         command::wait_for("the CA accepts connections", READY_LIMIT, || {
             self.expect_running("ca")?;

@@ -275,7 +275,7 @@ fn whoever_is_named_is_found_or_said_to_be_unknown() {
 
 /// Arguments are from outside: never a panic, and nothing that is no name, address or port.
 #[test]
-fn fuzz_arguments() {
+fn fuzzed_arguments_are_answered_or_refused() {
     let world = with("");
     fuzz::run("why", |bytes| {
         let text = String::from_utf8_lossy(bytes);

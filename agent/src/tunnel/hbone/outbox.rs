@@ -65,3 +65,30 @@ impl Outbox {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Idle connections hold no buffer: it goes to the next busy one, and few are kept.
+    #[test]
+    fn an_empty_outbox_gives_its_buffer_to_the_next() {
+        let busy = || {
+            let mut outbox = Outbox::default();
+            let at = outbox.space(FULL_RECORD).as_ptr();
+            outbox.end = FULL_RECORD;
+            (outbox, at)
+        };
+        let (mut first, at) = busy();
+        first.consume(FULL_RECORD - 1);
+        assert!(!first.buffer.is_empty(), "there is something left to send");
+        first.consume(1);
+        assert_eq!(first.buffer.capacity(), 0);
+        assert_eq!(busy().1, at);
+        let many: Vec<Outbox> = (0..MAX_SPARE + 4).map(|_| busy().0).collect();
+        for mut outbox in many {
+            outbox.consume(FULL_RECORD);
+        }
+        assert_eq!(SPARE.with_borrow(Vec::len), MAX_SPARE);
+    }
+}
