@@ -14,6 +14,12 @@ use culvert::{
 };
 
 const SIZES: [usize; 4] = [10, 100, 1_000, 10_000];
+
+/// How many policies; the fewest where it is only tried whether all of this still runs (`-- --test`).
+fn sizes() -> &'static [usize] {
+    if std::env::args().any(|argument| argument == "--test") { &SIZES[..1] } else { &SIZES }
+}
+
 const NAMESPACES: usize = 50;
 /// In each of them.
 const PODS: usize = 200;
@@ -72,7 +78,7 @@ fn server(snapshot: &Snapshot) -> &Workload {
 fn compile(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("compile");
     group.sample_size(10);
-    for size in SIZES {
+    for &size in sizes() {
         let (view, options) = (cluster(size, Spread::Cluster), Options::default());
         group.bench_function(BenchmarkId::new("from nothing", size), |bencher| {
             bencher.iter(|| policy::compile(black_box(&view.cluster), &options, None));
@@ -92,7 +98,7 @@ fn compile(criterion: &mut Criterion) {
 fn decide(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("decide");
     for (name, spread) in [("policies of the cluster", Spread::Cluster), ("policies of the pod", Spread::OnePod)] {
-        for size in SIZES {
+        for &size in sizes() {
             let view = cluster(size, spread);
             let snapshot = policy::compile(&view.cluster, &Options::default(), None);
             let server = server(&snapshot);

@@ -46,6 +46,8 @@ pub enum Answer {
     Status(u16),
     /// No connection, or one that was reset: what STRICT does to plaintext.
     Refused,
+    /// The kernel let the client not even try (EPERM): what the gate does to a pod that no agent knows yet.
+    Held,
     /// Anything else.
     Otherwise(String),
 }
@@ -54,7 +56,8 @@ impl Answer {
     fn of(result: &HttpResult) -> Self {
         match (result.status, result.failure) {
             (Some(status), None) => Self::Status(status),
-            (_, Some(Failure::Refused | Failure::Reset | Failure::NotPermitted)) => Self::Refused,
+            (_, Some(Failure::Refused | Failure::Reset)) => Self::Refused,
+            (_, Some(Failure::NotPermitted)) => Self::Held,
             _ => Self::Otherwise(result.brief()),
         }
     }
@@ -65,6 +68,7 @@ impl fmt::Display for Answer {
         match self {
             Self::Status(status) => write!(f, "{status}"),
             Self::Refused => f.write_str("refused"),
+            Self::Held => f.write_str("held"),
             Self::Otherwise(what) => f.write_str(what),
         }
     }
@@ -358,7 +362,9 @@ fn observe(
         // An answer that is not the expected one decides the attempt; its log line would only cost time.
         let peer = match (&answer, answer == expected.answer) {
             (Answer::Status(_), true) => seen_by_server(sandbox, client, before)?,
-            (Answer::Status(_), false) | (Answer::Refused | Answer::Otherwise(_), _) => Peer::NoConnection,
+            (Answer::Status(_), false) | (Answer::Refused | Answer::Held | Answer::Otherwise(_), _) => {
+                Peer::NoConnection
+            }
         };
         let observed = Outcome { answer, peer, readable };
         // What must never be readable is not tried again until it is not.
@@ -544,5 +550,23 @@ mod tests {
         assert!(!row(Outcome { readable: true, ..expected.clone() }).ok());
         assert!(!row(Outcome { peer: Peer::Nobody, ..expected.clone() }).ok());
         assert!(!row(Outcome { answer: Answer::Refused, ..expected.clone() }).ok());
+    }
+
+    /// A gate that holds a pod is no policy that refuses it: rows of STRICT must not pass by it.
+    #[test]
+    fn a_client_that_is_held_at_the_gate_is_not_refused_by_policy() {
+        let failed = |failure| HttpResult {
+            status: None,
+            seen: None,
+            failure: Some(failure),
+            error: None,
+            local: None,
+            peer: None,
+            millis: 0,
+        };
+        assert_eq!(Answer::of(&failed(Failure::Refused)), Answer::Refused);
+        assert_eq!(Answer::of(&failed(Failure::Reset)), Answer::Refused);
+        assert_eq!(Answer::of(&failed(Failure::NotPermitted)), Answer::Held);
+        assert!(matches!(Answer::of(&failed(Failure::TimedOut)), Answer::Otherwise(_)));
     }
 }

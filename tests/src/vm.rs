@@ -39,6 +39,14 @@ impl Kernel {
         }
     }
 
+    /// The release of Debian that has it.
+    fn release_of_debian(self) -> &'static str {
+        match self {
+            Self::Oldest => "12 (bookworm)",
+            Self::Newest => "12 (bookworm-security)",
+        }
+    }
+
     /// Its package, as a pattern: the exact version is Debian's newest.
     pub fn package(self) -> String {
         format!("linux-image-{}.*-cloud-amd64", self.series())
@@ -73,7 +81,7 @@ impl Kernel {
             fs::remove_dir_all(&work).with_context(|| format!("remove {}", work.display()))?;
         }
         fs::create_dir_all(&work).with_context(|| format!("create {}", work.display()))?;
-        let package = self.newest_package()?;
+        let package = self.offered()?;
         let mut download = Command::new("apt-get");
         // As root, apt would otherwise download as a user who may not write here, and complain.
         download.args(["-qq", "-o", "APT::Sandbox::User=root", "download", &package]).current_dir(&work);
@@ -96,15 +104,19 @@ impl Kernel {
         Ok(Unpacked { dir, release })
     }
 
-    fn newest_package(self) -> Result<String> {
+    /// The newest package that apt offers.
+    ///
+    /// # Errors
+    /// It offers none; the error says what must be added to its sources.
+    pub fn offered(self) -> Result<String> {
         let pattern = format!("^linux-image-{}\\.[^-]*(-[0-9]+)?-cloud-amd64$", self.series().replace('.', "\\."));
         let found = command::run("apt-cache", &["search", "--names-only", &pattern])?;
         let names = found.lines().filter_map(|l| l.split(' ').next());
         names.max_by_key(|name| numbers(name)).map(str::to_owned).with_context(|| {
             format!(
-                "apt offers no {}: Debian 12 has it; put its sources into /etc/apt to test on kernel {}",
+                "apt offers no {}, which the tests boot: put the sources of Debian {} into /etc/apt and run `apt-get update`",
                 self.package(),
-                self.series()
+                self.release_of_debian()
             )
         })
     }

@@ -53,6 +53,32 @@ fn section<'a>(page: &'a str, map: &str) -> Result<&'a str> {
     Ok(rest.split_once("\n## ").map_or(rest, |(section, _)| section))
 }
 
+/// Folders of a layout that a page names.
+fn directories(page: &str) -> BTreeSet<String> {
+    let after = page.split("/sys/fs/bpf/culvert/").skip(1);
+    after.filter_map(|rest| Some(rest.split(['/', '`', '\n', ' ']).next()?.to_owned())).collect()
+}
+
+/// What is copied from any page works with this version.
+#[test]
+fn no_page_names_the_folder_of_another_layout() -> Result<()> {
+    let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    let mut named = 0;
+    for entry in fs::read_dir(&docs).context("list docs")? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "md") {
+            continue;
+        }
+        let page = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        for directory in directories(&page) {
+            ensure!(directory == format!("v{LAYOUT_VERSION}"), "{} names {directory}", path.display());
+            named += 1;
+        }
+    }
+    ensure!(named >= 2, "only {named} pages name the folder of the maps");
+    Ok(())
+}
+
 #[test]
 fn every_map_and_every_reason_is_explained() -> Result<()> {
     let (page, maps) = (page()?, declared()?);
@@ -61,9 +87,7 @@ fn every_map_and_every_reason_is_explained() -> Result<()> {
         section(&page, map)?;
         ensure!(page.contains(&format!("| [{map}](#{})", map.to_lowercase())), "{map} is not in the list");
     }
-    let directories: BTreeSet<&str> =
-        page.split("/sys/fs/bpf/culvert/").skip(1).filter_map(|rest| rest.split(['/', '`']).next()).collect();
-    ensure!(directories == BTreeSet::from([&*format!("v{LAYOUT_VERSION}")]), "{directories:?}");
+    ensure!(directories(&page) == BTreeSet::from([format!("v{LAYOUT_VERSION}")]), "{:?}", directories(&page));
     let verdicts = section(&page, "VERDICTS")?;
     for reason in Reason::ALL {
         let row = format!("| {} | `{}` |", reason as u8, reason.as_str());

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 const ADMIN: &str = "127.0.0.1:15000";
 const LIMIT: Duration = Duration::from_secs(10);
-const TABLES: [&str; 5] = ["workloads", "services", "policies", "certificates", "connections"];
+const TABLES: [&str; 6] = ["workloads", "services", "policies", "certificates", "connections", "verdicts"];
 
 /// The user's pods, with policies of each scope, and a connection that stays open.
 fn mesh(test: &str) -> Result<Sandbox> {
@@ -180,6 +180,7 @@ fn every_command_shows_a_running_agent_in_every_format() -> Result<()> {
         ("policies", "NAMESPACE,POLICY NAME,ACTION,SCOPE,PODS"),
         ("certificates", "CERTIFICATE NAME,TYPE,STATUS,VALID CERT,SERIAL NUMBER,NOT AFTER,NOT BEFORE"),
         ("connections", "WORKLOAD,DIRECTION,LOCAL,REMOTE,REMOTE TARGET,PROTOCOL,SENT,RECEIVED,AGE"),
+        ("verdicts", "NAMESPACE,POD NAME,DIRECTION,VERDICT,REASON,POLICY,COUNT"),
     ];
     command::wait_for("the held connection is listed, and every certificate is there", LIMIT, || {
         let held = !json_of(&sandbox, &["connections"])?.is_empty();
@@ -199,8 +200,12 @@ fn every_command_shows_a_running_agent_in_every_format() -> Result<()> {
         let json = json_of(&sandbox, &[command])?;
         ensure!(!json.is_empty(), "{command}");
         let yaml = from_yaml(&shown(&sandbox, &[command, "-o", "yaml"])?)?;
-        // Bytes and ages of connections go on meanwhile.
+        // Bytes and ages of connections go on meanwhile, and so do probes.
         match command {
+            "verdicts" => ensure!(
+                yaml.as_array().is_some_and(|all| all.iter().all(|of| of["pod"].is_string() && of["count"].is_u64())),
+                "{yaml}"
+            ),
             "connections" => {
                 ensure!(yaml[0]["id"] == json[0]["id"] && yaml[0]["source"] == json[0]["source"], "{yaml}")
             }
@@ -248,6 +253,7 @@ fn every_command_shows_a_running_agent_in_every_format() -> Result<()> {
     metrics(&sandbox)?;
     filters(&sandbox)?;
     connections(&sandbox)?;
+    verdicts(&sandbox)?;
     readiness(&sandbox)
 }
 
@@ -322,6 +328,41 @@ fn connections(sandbox: &Sandbox) -> Result<()> {
     let inbound = rows.iter().find(|row| row[1] == "Inbound").with_context(|| text.clone())?;
     ensure!(inbound[0] == "productpage.default" && inbound[2] == "productpage.default:7000", "{inbound:?}");
     ensure!(inbound.contains(&"spiffe://cluster.local/ns/test/sa/nginx".to_owned()), "{inbound:?}");
+    Ok(())
+}
+
+/// [PA.1]: each call that the kernel refuses is counted with the pod, the reason and the policy that made it.
+fn verdicts(sandbox: &Sandbox) -> Result<()> {
+    const CALLS: u64 = 7;
+    let strict =
+        ["test", "nginx", "inbound", "refuse", "strict-requires-mtls", "PeerAuthentication test/namespace-wide"];
+    let of_nginx = ["verdicts", "--pod", "test/nginx"];
+    let refused = || -> Result<u64> {
+        let rows = table(&shown(sandbox, &of_nginx)?)?.1;
+        let row = rows.iter().find(|row| row[..6] == strict);
+        row.map_or(Ok(0), |row| row[6].parse().with_context(|| format!("{row:?}")))
+    };
+    let before = refused()?;
+    let to = sandbox.pod("test/nginx")?.at(Family::V4, 8080);
+    for _ in 0..CALLS {
+        let got = sandbox.http("test/legacy-app", to, "verdicts")?;
+        ensure!(got.status.is_none(), "STRICT answers plaintext: {}", got.brief());
+    }
+    // The agent reads the counters for each answer.
+    let after = refused()?;
+    ensure!(after >= before + CALLS, "{before} refused, then {CALLS} calls, then {after} refused");
+    let json = json_of(sandbox, &of_nginx)?;
+    let object = json.iter().find(|of| of["reason"] == strict[4]).with_context(|| format!("{json:?}"))?;
+    ensure!(object["pod"] == "test/nginx" && object["answer"] == "refuse" && object["rule"] == strict[5], "{object}");
+    ensure!(object["count"].as_u64() >= Some(after), "{object}");
+    let wide = table(&shown(sandbox, &[&of_nginx[..], &["-o", "wide"]].concat())?)?.1;
+    let row = wide.iter().find(|row| row[..6] == strict).with_context(|| format!("{wide:?}"))?;
+    ensure!(row[7].contains("STRICT"), "{row:?}");
+    let elsewhere = json_of(sandbox, &["verdicts", "-n", "default"])?;
+    ensure!(
+        elsewhere.iter().all(|of| of["pod"].as_str().is_some_and(|pod| pod.starts_with("default/"))),
+        "{elsewhere:?}"
+    );
     Ok(())
 }
 

@@ -12,6 +12,9 @@ use culvert_tests::tour::{self, Outcome, Row};
 
 use crate::{build, say, setup};
 
+/// The sandbox that `run` and `shell` mean if they are not told another.
+const DEFAULT_NAME: &str = "run";
+
 /// Arguments of `run`.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -19,7 +22,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     once: bool,
     /// Name of the sandbox; two at once need two names
-    #[arg(long, default_value = "run")]
+    #[arg(long, default_value = DEFAULT_NAME)]
     name: String,
 }
 
@@ -58,7 +61,7 @@ fn play(sandbox: &mut Sandbox, arguments: &Arguments) -> Result<()> {
         return Ok(());
     }
     tour::leave_policy_to_edit(sandbox)?;
-    println!("\n{}", try_next(sandbox)?);
+    println!("\n{}", try_next(sandbox, &arguments.name)?);
     while !interrupt::requested() {
         for node in Node::ALL {
             sandbox.expect_running(&culvert_tests::sandbox::agent_process(node))?;
@@ -73,12 +76,13 @@ fn play(sandbox: &mut Sandbox, arguments: &Arguments) -> Result<()> {
 }
 
 /// Three things to try; the namespace is STRICT at this moment.
-fn try_next(sandbox: &Sandbox) -> Result<String> {
+fn try_next(sandbox: &Sandbox, name: &str) -> Result<String> {
     let page = sandbox.pod("default/productpage")?;
     let map = shortest_map(&sandbox.pin_dir(Node::B));
+    let named = if name == DEFAULT_NAME { String::new() } else { format!("--name {name} ") };
     Ok(format!(
         "The sandbox stays up until Ctrl-C; default is STRICT now. In another terminal:\n  \
-         cargo xtask shell nginx            a shell in a pod; there: culvert-pod http-get --to {}:9080 (also from legacy-app)\n  \
+         cargo xtask shell {named}nginx            a shell in a pod; there: culvert-pod http-get --to {}:9080 (also from legacy-app)\n  \
          $EDITOR {}/{}    change STRICT to PERMISSIVE, call again from legacy-app\n  \
          bpftool map dump pinned {}    what the kernel of node b decides by",
         page.v4,
@@ -138,7 +142,7 @@ fn outcome(outcome: &Outcome) -> String {
 #[derive(clap::Args)]
 pub(crate) struct ShellArguments {
     /// Name of the sandbox
-    #[arg(long, default_value = "run")]
+    #[arg(long, default_value = DEFAULT_NAME)]
     name: String,
     /// The pod: its name, or namespace/name
     pod: String,

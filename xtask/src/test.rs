@@ -7,8 +7,10 @@
 //! | unit | libraries and programs by themselves, with property tests |
 //! | kernel | the eBPF object and what uses it, in this machine's kernel |
 //! | scenarios | the sandbox with real packets, and the ends of the supported kernels under QEMU |
+//! | benchmarks | those of criterion run, once each, and unoptimised: what they measure is for `cargo bench` |
 //!
-//! A stage that fails does not stop the others. One that cannot run here says so loudly; only advisories may.
+//! A stage that fails does not stop the others. One that cannot run here has failed; only advisories may say loudly that
+//! they could not run.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -52,6 +54,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         stages.checks()?;
     }
     stages.tests(arguments.filter.as_deref())?;
+    if arguments.filter.is_none() {
+        stages.benchmarks()?;
+    }
     stages.finish(begun.elapsed(), arguments.filter.is_none())
 }
 
@@ -94,11 +99,13 @@ impl Stages<'_> {
         const NAME: &str = "lints of the eBPF crate";
         let toolchain = &self.ready.toolchain;
         if !toolchain.has_clippy {
-            let why = format!(
-                "the toolchain {} has no clippy: `rustup component add clippy` for a nightly, the package rust-web-clippy for Debian's",
-                toolchain.name
+            self.failed(
+                NAME,
+                &format!(
+                    "the toolchain {} has no clippy: `rustup component add clippy` for a nightly, the package rust-web-clippy for Debian's",
+                    toolchain.name
+                ),
             );
-            self.not_run(NAME, why);
             return Ok(());
         }
         // As aya-build compiles it. A target directory of its own: the compiler is another one.
@@ -162,6 +169,12 @@ impl Stages<'_> {
         Ok(())
     }
 
+    /// Each once, without measuring: that they still run. Those of `cargo bench`, with optimisation, take minutes to build.
+    fn benchmarks(&mut self) -> Result<()> {
+        let cargo = self.ready.cargo_command(&["test", "--bench", "policy", "--", "--test"])?;
+        self.check("benchmarks", cargo)
+    }
+
     /// A command whose success is one passed check.
     fn check(&mut self, name: &str, mut command: Command) -> Result<()> {
         let step = say::step(name);
@@ -199,6 +212,19 @@ impl Stages<'_> {
         let failures = if ok { Vec::new() } else { vec![name.to_owned()] };
         let (passed, failed) = (u32::from(ok), u32::from(!ok));
         self.all.push(Stage { name: name.to_owned(), passed, failed, failures, not_run: None, took });
+    }
+
+    /// What cannot run here and must.
+    fn failed(&mut self, name: &str, why: &str) {
+        say::warn(&format!("{name}: {why}"));
+        self.all.push(Stage {
+            name: name.to_owned(),
+            passed: 0,
+            failed: 1,
+            failures: vec![format!("{name}: {why}")],
+            not_run: None,
+            took: Duration::ZERO,
+        });
     }
 
     fn not_run(&mut self, name: &str, why: String) {
@@ -264,5 +290,28 @@ impl Stages<'_> {
         );
         fs::create_dir_all(path.parent().context("docs")?)?;
         fs::write(path, text).with_context(|| format!("write {}", path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::setup::Toolchain;
+
+    #[test]
+    fn a_stage_that_cannot_run_is_a_failure() {
+        let toolchain = Toolchain { name: "none".to_owned(), linker_dir: "/nowhere".into(), has_clippy: false };
+        let ready = Ready { toolchain, deny: None };
+        let results = std::env::temp_dir().join("culvert-no-results");
+        let mut stages = Stages { ready: &ready, full: false, results, all: Vec::new() };
+        stages.add("formatting", true, Duration::ZERO);
+        // Advisories alone may be missing.
+        stages.not_run("advisories of dependencies", "no database".to_owned());
+        stages.finish(Duration::ZERO, false).expect("all is well");
+        stages.ebpf_lints().expect("that clippy is missing is told by the total");
+        let total = stages.finish(Duration::ZERO, false).expect_err("clippy is missing");
+        assert_eq!(total.to_string(), "1 failed");
+        let failure = stages.all.iter().flat_map(|s| &s.failures).next().expect("it is named");
+        assert!(failure.contains("no clippy"), "{failure}");
     }
 }

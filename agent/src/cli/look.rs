@@ -49,6 +49,8 @@ pub enum Look {
     Connections(Connections),
     /// Why connections were refused in the last hour, or what would happen to one now, and what would allow it
     Why(Why),
+    /// How often the kernel passed, refused or handed over connections of the node's pods, by reason and rule
+    Verdicts(Common),
     /// Reports of what was seen
     #[command(subcommand)]
     Report(Report),
@@ -205,6 +207,7 @@ impl Look {
                 Self::Certificates(common) => common.dumped(rows::certificates).await,
                 Self::Connections(of) => of.common.shown.show(async || of.sheet().await).await,
                 Self::Why(why) => why.run().await,
+                Self::Verdicts(common) => common.dumped(rows::verdicts).await,
                 Self::Report(Report::Strict(strict)) => strict.run().await,
                 Self::Capture(Capture::Proof(common)) => common.prove().await,
                 Self::Metrics(of) => of.shown.show(async || of.sheet().await).await,

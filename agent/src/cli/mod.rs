@@ -20,6 +20,7 @@ pub mod decide;
 pub mod look;
 mod manifests;
 pub mod offline;
+pub mod reasons;
 pub mod reference;
 mod rows;
 mod sheet;

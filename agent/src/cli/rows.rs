@@ -2,13 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use culvert_common::Reason;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::sheet::{self, Column, Row, Sheet};
+use super::{
+    reasons,
+    sheet::{self, Column, Row, Sheet},
+};
 use crate::{
     admin::{
-        dump::{CertificateFacts, Dump, WorkloadDump},
+        dump::{CertificateFacts, Dump, VerdictDump, WorkloadDump},
         printable,
         strict::{Readiness, StrictClient, StrictDump, StrictWorkload},
         why::{EndDump, Explanation, PolicyDump, RefusalDump, RefusalsDump},
@@ -586,6 +590,47 @@ pub(super) fn explained(of: &Explanation, now_ms: u64) -> String {
         lines.push(("Last hour", format!("refused {} times as seen from this node, the last {ago} ago", of.refused)));
     }
     lines.iter().map(|(name, text)| format!("{:13}{}\n", format!("{name}:"), printable(text))).collect()
+}
+
+const VERDICTS: &[Column] = &[
+    Column::new("NAMESPACE"),
+    Column::new("POD NAME"),
+    Column::new("DIRECTION"),
+    Column::new("VERDICT"),
+    Column::new("REASON"),
+    Column::new("POLICY"),
+    Column::new("COUNT"),
+    Column::wide("MEANS"),
+];
+
+/// `culvert verdicts`: a row for each counter. A pod that the agent has not enrolled has the cookie of its network namespace
+/// in place of a name, and no namespace.
+pub(super) fn verdicts(dump: &Dump, filter: &Filter) -> Sheet {
+    let row = |of: &VerdictDump| {
+        let (namespace, pod) = of.pod.split_once('/').unwrap_or(("", of.pod.as_str()));
+        if !filter.namespace(namespace) || !filter.pod(namespace, pod) {
+            return None;
+        }
+        let rule = of.rule.clone().unwrap_or_default();
+        let known = Reason::ALL.into_iter().find(|reason| reason.as_str() == of.reason);
+        Some(Row {
+            key: format!("{} {} {} {} {rule}", of.pod, of.direction, of.answer, of.reason),
+            cells: vec![
+                namespace.to_owned(),
+                pod.to_owned(),
+                of.direction.clone(),
+                of.answer.clone(),
+                of.reason.clone(),
+                rule,
+                of.count.to_string(),
+                known.map(|reason| reasons::of_verdict(reason).means.to_owned()).unwrap_or_default(),
+            ],
+            object: json(of),
+        })
+    };
+    let mut rows: Vec<Row> = dump.kernel.iter().flat_map(|kernel| &kernel.verdicts).filter_map(row).collect();
+    rows.sort_by(|a, b| a.cells[..6].cmp(&b.cells[..6]));
+    Sheet { columns: VERDICTS, rows }
 }
 
 const STRICT: &[Column] = &[

@@ -36,6 +36,8 @@ pub mod inbound;
 pub mod outbound;
 mod report;
 
+pub(crate) use report::Flag as Failure;
+
 /// Within this time a connection inside the pod stands, unless the application's accept queue is full or there is none.
 const LEG_AT_ONCE: Duration = Duration::from_millis(25);
 /// How often the handshake of a leg is looked at while the application's accept queue is full.

@@ -50,7 +50,7 @@ pub(super) enum Outcome {
 
 /// Kinds of failure ([M.2], in the spelling of logs).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Flag {
+pub(crate) enum Flag {
     /// The server could not be reached.
     Connect,
     /// The server's pod could not be reached at the tunnel's port in time: a NetworkPolicy, perhaps.
@@ -80,7 +80,8 @@ pub(super) enum Flag {
 }
 
 impl Flag {
-    fn as_str(self) -> &'static str {
+    /// The word of the access log.
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Connect => "connect",
             Self::NetworkPolicy => "network-policy",

@@ -30,6 +30,8 @@ pub struct MeshPlan {
     pub binary: PathBuf,
     /// Lifetime of workload certificates, as `culvert ca --max-cert-ttl` reads it; `None` is what agents ask for.
     pub cert_ttl: Option<String>,
+    /// Whether agents log text, which is their default; [`Sandbox::agent_log`] reads JSON only.
+    pub text_log: bool,
     /// Further arguments of every agent.
     pub agent_arguments: Vec<String>,
     /// Further arguments of the CA.
@@ -39,7 +41,13 @@ pub struct MeshPlan {
 impl MeshPlan {
     /// The executable's defaults.
     pub fn new(binary: impl Into<PathBuf>) -> Self {
-        Self { binary: binary.into(), cert_ttl: None, agent_arguments: Vec::new(), ca_arguments: Vec::new() }
+        Self {
+            binary: binary.into(),
+            cert_ttl: None,
+            text_log: false,
+            agent_arguments: Vec::new(),
+            ca_arguments: Vec::new(),
+        }
     }
 }
 
@@ -148,7 +156,7 @@ impl Sandbox {
             .arg(self.root_certificate())
             .arg("--ca-token")
             .arg(&token)
-            .args(["--log-format", "json"])
+            .args(["--log-format", if mesh.text_log { "text" } else { "json" }])
             .args(&mesh.agent_arguments);
         self.start(name, agent)
     }

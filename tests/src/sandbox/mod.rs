@@ -15,6 +15,7 @@
 //! | `manifests`, `tokens` | what an API server would serve and sign |
 //! | `mesh` | the CA and the agents |
 //! | `proof` | what every scenario ends with: no connection that nothing accounts for |
+//! | `traces` | what bears a sandbox's name on the machine |
 //!
 //! Every name begins with `culvert-<instance>`, addresses live in namespaces only, so sandboxes do not disturb each other.
 //! A dropped sandbox takes everything away; one whose owner was killed is taken away by the next start ([`sweep`]).
@@ -28,6 +29,7 @@ mod place;
 mod plan;
 mod proof;
 mod tokens;
+mod traces;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -50,6 +52,7 @@ pub use net::{BRIDGE, LINK};
 pub use place::Place;
 pub use plan::{LinkPlan, Node, Plan, PodPlan, ServicePlan, own_name};
 pub use tokens::{AUDIENCE, Claims, ISSUER, Signer};
+pub use traces::{expect_no_traces, traces};
 
 use crate::capture::{self, Capture};
 use crate::command;

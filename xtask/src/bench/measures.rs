@@ -9,7 +9,7 @@ use culvert_tests::load::usage::Cpu;
 use culvert_tests::load::{Latency, LoadResult};
 
 use super::Peer;
-use super::session::{FAR, NEAR, Session, Tools, elsewhere, policies};
+use super::session::{Change, FAR, NEAR, Session, Tools, elsewhere, policies};
 
 pub(super) type Figures = BTreeMap<&'static str, f64>;
 /// Measures in a session.
@@ -261,13 +261,18 @@ fn changes(peer: Peer, tools: &Tools) -> Result<Option<Figures>> {
     let (pods, count, namespaces) = CHANGED;
     let more = elsewhere(pods, namespaces)? + &policies(count, namespaces)?;
     let session = Session::up(peer, tools, Some(&more))?;
-    let (took, cpu) = session.with_cpu(|| session.changes(CHANGES))?;
-    let mut took: Vec<f64> = took.iter().map(|took| took.as_secs_f64() * 1e6).collect();
-    took.sort_by(f64::total_cmp);
-    let at = |share: f64| took.get(((took.len() - 1) as f64 * share).round() as usize).copied().unwrap_or_default();
-    let mut figures = Figures::from([("p50_us", at(0.5)), ("p99_us", at(0.99))]);
-    if let Some(cpu) = cpu {
-        figures.insert("cpu_ms", cpu.total() * 1e3 / CHANGES as f64 / NODES);
+    let mut figures = Figures::new();
+    for (change, [p50, p99, cpu_ms]) in
+        [(Change::Mode, ["p50_us", "p99_us", "cpu_ms"]), (Change::Deny, ["deny_p50_us", "deny_p99_us", "deny_cpu_ms"])]
+    {
+        let (took, cpu) = session.with_cpu(|| session.changes(change, CHANGES))?;
+        let mut took: Vec<f64> = took.iter().map(|took| took.as_secs_f64() * 1e6).collect();
+        took.sort_by(f64::total_cmp);
+        let at = |share: f64| took.get(((took.len() - 1) as f64 * share).round() as usize).copied().unwrap_or_default();
+        figures.extend([(p50, at(0.5)), (p99, at(0.99))]);
+        if let Some(cpu) = cpu {
+            figures.insert(cpu_ms, cpu.total() * 1e3 / CHANGES as f64 / NODES);
+        }
     }
     session.down()?;
     Ok(Some(figures))

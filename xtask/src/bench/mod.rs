@@ -55,6 +55,9 @@ pub(crate) struct Arguments {
     /// Before each measure wait, at most this many seconds, until the machine has nothing else to do
     #[arg(long, default_value_t = 10)]
     quiet: u64,
+    /// End with status 1 if a row is not at its goal, as a whole run does
+    #[arg(long)]
+    check: bool,
 }
 
 /// How often a measure is taken at most.
@@ -119,13 +122,24 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         }
     }
     let machine = machine(&tools, arguments.binaries.as_deref(), &peers, begun.elapsed())?;
-    let report = Report::of(&samples, &peers, arguments.rounds, machine);
+    let measures = chosen.iter().map(|measure| measure.name).collect();
+    let report = Report::of(&samples, measures, &peers, arguments.rounds, machine);
     println!("\n{}", report.table());
-    for row in report.below_goal() {
+    let below = report.below_goal();
+    for row in &below {
         say::warn(&format!("not at its goal: {row}"));
     }
     let whole = filter.is_none() && Peer::ALL.iter().all(|peer| peers.contains(peer));
-    keep(&report, arguments.out.as_deref(), whole)
+    keep(&report, arguments.out.as_deref(), whole)?;
+    end(&below, whole || arguments.check)
+}
+
+/// What a run ends with that has shown and kept its figures.
+fn end(below: &[String], counts: bool) -> Result<()> {
+    if counts && !below.is_empty() {
+        bail!("{} of the rows are not at their goals: {}", below.len(), below.join("; "));
+    }
+    Ok(())
 }
 
 impl Peer {
@@ -306,6 +320,14 @@ fn put_into(page: &str, text: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_whole_run_below_a_goal_fails_and_a_look_at_some_of_it_does_not() {
+        let below = ["a row: 1, and 2 is wanted".to_owned()];
+        assert!(end(&below, false).is_ok() && end(&[], true).is_ok());
+        let error = end(&below, true).expect_err("it is below").to_string();
+        assert!(error.contains("1 of the rows") && error.contains(&below[0]), "{error}");
+    }
 
     #[test]
     fn the_page_has_the_place_for_the_table() {

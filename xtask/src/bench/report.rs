@@ -67,13 +67,17 @@ const ROWS: &[Row] = &[
     row("bulk, 8 streams, Gbit/s", "bulk-8", "gbit_s", 2, More).ratio(0.23),
     row("bulk, 8 streams back, Gbit/s", "bulk-8-back", "gbit_s", 2, More).ratio(0.23),
     row("proxy CPU s per GB, 1 stream", "bulk-1", "cpu_s_per_gb", 2, Less),
+    row("proxy CPU s per GB, 1 stream back", "bulk-1-back", "cpu_s_per_gb", 2, Less),
     row("proxy CPU s per GB, 8 streams", "bulk-8", "cpu_s_per_gb", 2, Less),
     row("– of it in user space, %", "bulk-8", "user_percent", 0, Neither),
+    row("proxy CPU s per GB, 8 streams back", "bulk-8-back", "cpu_s_per_gb", 2, Less),
     row("requests/s, 1 connection", "requests-1", "per_s", 0, More),
     row("requests/s, 16 connections", "requests-16", "per_s", 0, More).ratio(0.24),
     row("requests/s, 64 connections, answers of 16 KiB", "requests-64", "per_s", 0, More),
+    row("proxy CPU ms per 1,000 requests, 1 connection", "requests-1", "cpu_ms_per_1000", 1, Less),
     row("proxy CPU ms per 1,000 requests, 16 connections", "requests-16", "cpu_ms_per_1000", 1, Less),
     row("– of it in user space, %", "requests-16", "user_percent", 0, Neither),
+    row("proxy CPU ms per 1,000 requests, 64 connections", "requests-64", "cpu_ms_per_1000", 1, Less),
     row("proxy CPU ms per 1,000 requests, 4,000/s", "paced-4000", "cpu_ms_per_1000", 1, Less),
     row("1 connection, p50 µs", "requests-1", "p50_us", 0, Less).ratio(1.75),
     row("1 connection, p99 µs", "requests-1", "p99_us", 0, Less),
@@ -114,6 +118,10 @@ const ROWS: &[Row] = &[
         .millis(),
     row("– p99 ms", "changes", "p99_us", 1, Less).millis().value(50.0),
     row("– CPU of a node's agent for each, ms", "changes", "cpu_ms", 1, Less),
+    row("change of a DENY of an address among them, until enforced, p50 ms", "changes", "deny_p50_us", 1, Less)
+        .millis(),
+    row("– p99 ms", "changes", "deny_p99_us", 1, Less).millis().value(50.0),
+    row("– CPU of a node's agent for each, ms", "changes", "deny_cpu_ms", 1, Less),
 ];
 
 // The titles say them.
@@ -138,23 +146,41 @@ pub(super) struct Cell {
     /// To plain's median; of rows that plain has too, and not as 0.
     pub(super) ratio: Option<f64>,
     values: Vec<f64>,
+    /// Connections that failed while it was measured, all rounds together.
+    failed: f64,
 }
 
 pub(super) struct Report {
     pub(super) peers: Vec<Peer>,
     rounds: u16,
+    /// Names of what was to be measured.
+    measures: Vec<&'static str>,
+    /// Every figure of every round.
+    samples: Vec<Value>,
     machine: Machine,
     /// Rows that anybody has.
     pub(super) rows: Vec<(&'static Row, BTreeMap<Peer, Cell>)>,
 }
 
 impl Report {
-    pub(super) fn of(samples: &[Sample], peers: &[Peer], rounds: u16, machine: Machine) -> Self {
+    /// Of the samples of these measures.
+    pub(super) fn of(
+        samples: &[Sample],
+        measures: Vec<&'static str>,
+        peers: &[Peer],
+        rounds: u16,
+        machine: Machine,
+    ) -> Self {
         let rows = ROWS.iter().filter_map(|row| {
             let cells = cells(row, samples, peers);
             (!cells.is_empty()).then_some((row, cells))
         });
-        Self { peers: peers.to_vec(), rounds, machine, rows: rows.collect() }
+        let raw = samples.iter().map(|sample| {
+            json!({ "peer": sample.peer.to_string(), "round": sample.round, "measure": sample.measure,
+                    "figures": sample.figures })
+        });
+        let (samples, rows) = (raw.collect(), rows.collect());
+        Self { peers: peers.to_vec(), rounds, measures, samples, machine, rows }
     }
 
     /// For a terminal and for a page: the same lines.
@@ -188,7 +214,8 @@ impl Report {
         let versions: Vec<String> = m.versions.iter().map(|(peer, version)| format!("{peer}: {version}")).collect();
         format!(
             "Measured {} UTC: {} rounds in turn, {:.0} minutes, {} cores ({}), Linux {}.\n{}.\n\n\
-             The median of the rounds; ± is half their range, percent of the median; (×) is the ratio to plain.\n\n{}",
+             The median of the rounds; ± is half their range, percent of the median; (×) is the ratio to plain; *failed* are\n\
+             connections that failed meanwhile, all rounds together.\n\n{}",
             m.date,
             self.rounds,
             m.minutes,
@@ -200,15 +227,26 @@ impl Report {
         )
     }
 
-    /// Rows in which Culvert has not reached its goal.
+    /// Rows in which Culvert has not reached its goal. One that was to be measured and has no figure has not reached it
+    /// either; without plain there are no ratios.
     pub(super) fn below_goal(&self) -> Vec<String> {
-        let below = self.rows.iter().filter_map(|(row, cells)| {
-            let cell = cells.get(&Peer::Culvert)?;
+        if !self.peers.contains(&Peer::Culvert) {
+            return Vec::new();
+        }
+        let below = ROWS.iter().filter(|row| self.measures.contains(&row.measure)).filter_map(|row| {
+            let cells = self
+                .rows
+                .iter()
+                .find(|(of, _)| (of.measure, of.figure) == (row.measure, row.figure))
+                .map(|(_, cells)| cells);
+            let cell = cells.and_then(|cells| cells.get(&Peer::Culvert));
             let (got, goal) = match row.goal {
                 Goal::None => return None,
-                Goal::Ratio(goal) => (cell.ratio?, goal),
-                Goal::Value(goal) => (cell.median, goal),
+                Goal::Ratio(_) if !self.peers.contains(&Peer::Plain) => return None,
+                Goal::Ratio(goal) => (cell.and_then(|cell| cell.ratio), goal),
+                Goal::Value(goal) => (cell.map(|cell| cell.median), goal),
             };
+            let Some(got) = got else { return Some(format!("{}: no figure, and {goal} is wanted", row.title)) };
             let reached = if row.better == More { got >= goal } else { got <= goal };
             (!reached).then(|| format!("{}: {got:.2}, and {goal} is wanted", row.title))
         });
@@ -225,7 +263,8 @@ impl Report {
                     .iter()
                     .map(|(peer, cell)| {
                         let value = json!({ "median": cell.median, "spread_percent": cell.spread,
-                                            "ratio_to_plain": cell.ratio, "rounds": cell.values });
+                                            "ratio_to_plain": cell.ratio, "rounds": cell.values,
+                                            "failed": cell.failed });
                         (peer.to_string(), value)
                     })
                     .collect();
@@ -240,7 +279,7 @@ impl Report {
             .collect();
         let versions: BTreeMap<String, &String> = m.versions.iter().map(|(peer, v)| (peer.to_string(), v)).collect();
         json!({ "date": m.date, "kernel": m.kernel, "cores": m.cores, "processor": m.processor, "rounds": self.rounds,
-                "minutes": m.minutes, "versions": versions, "rows": rows })
+                "minutes": m.minutes, "versions": versions, "rows": rows, "samples": self.samples })
     }
 }
 
@@ -261,7 +300,9 @@ fn cells(row: &Row, samples: &[Sample], peers: &[Peer]) -> BTreeMap<Peer, Cell> 
         let (low, high) = values.iter().fold((f64::MAX, f64::MIN), |(l, h), &v| (l.min(v), h.max(v)));
         let spread = if median == 0.0 { 0.0 } else { 50.0 * (high - low) / median };
         let ratio = plain.filter(|_| peer != Peer::Plain && row.better != Neither).map(|plain| median / plain);
-        Some((peer, Cell { median, spread, ratio, values }))
+        let of_measure = samples.iter().filter(|s| s.peer == peer && s.measure == row.measure);
+        let failed = of_measure.filter_map(|s| s.figures.get("failed")).sum();
+        Some((peer, Cell { median, spread, ratio, values, failed }))
     });
     cells.collect()
 }
@@ -286,6 +327,9 @@ impl Cell {
         if let Some(ratio) = self.ratio {
             let _ = write!(out, " ({ratio:.2}×)");
         }
+        if self.failed > 0.0 {
+            let _ = write!(out, ", {} failed", self.failed);
+        }
         out
     }
 }
@@ -295,11 +339,20 @@ pub(super) mod tests {
     use super::*;
 
     pub(crate) fn report() -> Report {
+        report_of(vec!["bulk-1"])
+    }
+
+    fn report_of(measures: Vec<&'static str>) -> Report {
         let sample = |peer, round, value| Sample {
             peer,
             round,
             measure: "bulk-1",
-            figures: BTreeMap::from([("gbit_s", value), ("cpu_s_per_gb", if peer == Peer::Plain { 0.0 } else { 2.0 })]),
+            figures: BTreeMap::from([
+                ("gbit_s", value),
+                ("cpu_s_per_gb", if peer == Peer::Plain { 0.0 } else { 2.0 }),
+                ("failed", if peer == Peer::Culvert { f64::from(round) } else { 0.0 }),
+                ("stolen_percent", 0.5),
+            ]),
         };
         let samples = [
             sample(Peer::Plain, 0, 10.0),
@@ -316,17 +369,43 @@ pub(super) mod tests {
             minutes: 1.0,
             versions: BTreeMap::from([(Peer::Plain, "Linux".to_owned())]),
         };
-        Report::of(&samples, &[Peer::Plain, Peer::Culvert, Peer::Envoy], 3, machine)
+        Report::of(&samples, measures, &[Peer::Plain, Peer::Culvert, Peer::Envoy], 3, machine)
     }
 
     #[test]
     fn medians_spread_and_ratios_are_those_of_the_rounds() {
         let table = report().table();
-        let line = "| bulk, 1 stream, Gbit/s | 11.00 ±9% | 2.75 ±20% (0.25×) | – | 0.37× |";
+        let line = "| bulk, 1 stream, Gbit/s | 11.00 ±9% | 2.75 ±20% (0.25×), 1 failed | – | 0.37× |";
         assert!(table.lines().any(|l| l == line), "{table}");
         // Plain has no proxy: nothing can be a multiple of its 0.
-        assert!(table.contains("| proxy CPU s per GB, 1 stream | 0.00 ±0% | 2.00 ±0% | – |  |"), "{table}");
+        assert!(table.contains("| proxy CPU s per GB, 1 stream | 0.00 ±0% | 2.00 ±0%, 1 failed | – |  |"), "{table}");
         assert_eq!(report().below_goal(), ["bulk, 1 stream, Gbit/s: 0.25, and 0.37 is wanted"]);
+    }
+
+    #[test]
+    fn what_was_to_be_measured_and_has_no_figure_is_below_its_goal() {
+        let below = report_of(vec!["bulk-1", "stalled"]).below_goal();
+        assert_eq!(below.len(), 2, "{below:?}");
+        assert_eq!(below[1], "400 connections beside 6 stalled readers, done: no figure, and 400 is wanted");
+        // What was not asked for is not missing.
+        assert!(report_of(Vec::new()).below_goal().is_empty());
+        // Nothing can be said of a ratio to what was not measured.
+        let without_plain = Report { peers: vec![Peer::Culvert], ..report() };
+        assert!(without_plain.below_goal().is_empty());
+        let others = Report { peers: vec![Peer::Plain, Peer::Envoy], ..report_of(vec!["bulk-1", "stalled"]) };
+        assert!(others.below_goal().is_empty());
+    }
+
+    #[test]
+    fn the_file_has_every_figure_of_every_round() {
+        let json = report().json();
+        let samples = json["samples"].as_array().expect("a list");
+        assert_eq!(samples.len(), 5);
+        let last = &samples[4];
+        assert_eq!((&last["peer"], &last["round"], &last["measure"]), (&json!("culvert"), &json!(1), &json!("bulk-1")));
+        assert_eq!(last["figures"], json!({"gbit_s": 3.3, "cpu_s_per_gb": 2.0, "failed": 1.0, "stolen_percent": 0.5}));
+        let row = &json["rows"][0];
+        assert_eq!((&row["measure"], &row["peers"]["culvert"]["failed"]), (&json!("bulk-1"), &json!(1.0)));
     }
 
     #[test]

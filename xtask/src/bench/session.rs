@@ -31,6 +31,36 @@ const FIRST_CONTACTS: u8 = 128;
 /// Longer than any load.
 const LOAD_LIMIT: Duration = Duration::from_secs(150);
 
+/// A policy of the far server that is changed there and back.
+#[derive(Clone, Copy)]
+pub(super) enum Change {
+    /// A PeerAuthentication, STRICT and PERMISSIVE.
+    Mode,
+    /// A DENY AuthorizationPolicy of the client's address, and of nobody's.
+    Deny,
+}
+
+impl Change {
+    /// The manifest that refuses the client of this address, or the one that does not.
+    fn manifest(self, refuse: bool, client: Ipv4Addr) -> String {
+        let (kind, spec) = match self {
+            Self::Mode => {
+                ("PeerAuthentication", format!("mtls: {{mode: {}}}", if refuse { "STRICT" } else { "PERMISSIVE" }))
+            }
+            Self::Deny => {
+                // Nobody has an address that is only for documentation.
+                let block = if refuse { client } else { Ipv4Addr::new(192, 0, 2, 1) };
+                let rules = format!("rules: [{{from: [{{source: {{ipBlocks: [{block}/32]}}}}]}}]");
+                ("AuthorizationPolicy", format!("action: DENY, {rules}"))
+            }
+        };
+        format!(
+            "apiVersion: security.istio.io/v1\nkind: {kind}\nmetadata: {{namespace: default, name: changed}}\n\
+             spec: {{selector: {{matchLabels: {{app: server}}}}, {spec}}}\n"
+        )
+    }
+}
+
 /// The programs.
 pub(super) struct Tools {
     pub(super) culvert: PathBuf,
@@ -126,22 +156,20 @@ impl<'a> Session<'a> {
         self.sandbox.take_down()
     }
 
-    /// Makes the far server's mode STRICT and PERMISSIVE in turn: how long after the manifest was in place the kernel
-    /// answered a pod outside the mesh accordingly.
-    pub(super) fn changes(&self, count: usize) -> Result<Vec<Duration>> {
+    /// Has the far server refuse a pod outside the mesh and serve it in turn: how long after the manifest was in place the
+    /// kernel answered that pod accordingly.
+    pub(super) fn changes(&self, change: Change, count: usize) -> Result<Vec<Duration>> {
         const LIMIT: Duration = Duration::from_secs(20);
         let to: SocketAddr = self.at(FAR)?.parse().context("the server's address")?;
         let folder = self.sandbox.manifests();
-        self.sandbox.pod(OUTSIDE)?.place.inside(|| {
+        let outside = self.sandbox.pod(OUTSIDE)?;
+        let client = outside.v4;
+        outside.place.inside(|| {
             let mut took = Vec::with_capacity(count);
-            for strict in (0..count).map(|nth| nth % 2 == 0) {
+            for refuse in (0..count).map(|nth| nth % 2 == 0) {
                 interrupt::check()?;
                 thread::sleep(Duration::from_millis(50));
-                let mode = if strict { "STRICT" } else { "PERMISSIVE" };
-                let policy = format!(
-                    "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{namespace: default, name: \
-                     changed}}\nspec: {{selector: {{matchLabels: {{app: server}}}}, mtls: {{mode: {mode}}}}}\n"
-                );
+                let policy = change.manifest(refuse, client);
                 folder.apply("changed.yaml", &policy)?;
                 let begun = Instant::now();
                 loop {
@@ -155,10 +183,10 @@ impl<'a> Session<'a> {
                         }
                         Err(error) => return Err(error).context("connect from outside the mesh"),
                     };
-                    if refused == strict {
+                    if refused == refuse {
                         break;
                     }
-                    ensure!(begun.elapsed() < LIMIT, "mode {mode} is not in force after {LIMIT:?}");
+                    ensure!(begun.elapsed() < LIMIT, "it is not in force after {LIMIT:?}: {policy}");
                     // Not shorter: each connection keeps a port for a minute.
                     thread::sleep(Duration::from_millis(1));
                 }

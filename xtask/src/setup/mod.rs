@@ -1,7 +1,7 @@
 //! `setup`: what this machine must be, what it must have, and the installation of what it lacks.
 //!
 //! First everything that cannot be installed is checked (`machine`) and all findings are reported together, before
-//! anything is changed. Then packages (`packages`), the eBPF compiler and linker (`toolchain`) and cargo's own tools
+//! anything is installed. Then packages (`packages`), the eBPF compiler and linker (`toolchain`) and cargo's own tools
 //! (`tools`) are looked for, and what is missing is installed, each with the reason. A machine that has all of it is
 //! recognised in a fraction of a second, without the package manager.
 

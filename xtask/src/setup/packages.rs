@@ -87,6 +87,7 @@ fn postgres_sign() -> String {
 /// # Errors
 /// There is no apt, no root, or apt failed.
 pub(super) fn install(packages: &[Package]) -> Result<()> {
+    remove_left(Path::new(POLICY_FILE))?;
     let missing: Vec<&Package> = packages.iter().filter(|p| !p.is_there()).collect();
     if missing.is_empty() {
         return Ok(());
@@ -124,15 +125,29 @@ struct Quiet {
     policy: Option<&'static Path>,
 }
 
+/// Where invoke-rc.d looks for what is forbidden.
+const POLICY_FILE: &str = "/usr/sbin/policy-rc.d";
 /// 101: forbidden by policy.
 const POLICY: &str = "#!/bin/sh\n# cargo xtask installs programs for its tests, and no services.\nexit 101\n";
 
+/// Removes the policy that a killed set-up left, since it would forbid every service for good; another's is kept.
+fn remove_left(policy: &Path) -> Result<()> {
+    if fs::read_to_string(policy).is_ok_and(|text| text == POLICY) {
+        fs::remove_file(policy).with_context(|| {
+            format!(
+                "a set-up that was killed left {}, which forbids every service to start: remove it",
+                policy.display()
+            )
+        })?;
+        say::done(&format!("removed {}, which a set-up that was killed had left", policy.display()));
+    }
+    Ok(())
+}
+
 impl Quiet {
     fn services(services: &[&str]) -> Result<Self> {
-        let path = Path::new("/usr/sbin/policy-rc.d");
-        // One of ours is what a killed set-up left.
-        let others = path.exists() && fs::read_to_string(path).ok().as_deref() != Some(POLICY);
-        if services.is_empty() || others {
+        let path = Path::new(POLICY_FILE);
+        if services.is_empty() || path.exists() {
             return Ok(Self { policy: None });
         }
         fs::write(path, POLICY).with_context(|| format!("write {}", path.display()))?;
@@ -196,7 +211,7 @@ pub(super) fn refresh() -> Result<()> {
     Ok(())
 }
 
-fn lists_are_there() -> bool {
+pub(super) fn lists_are_there() -> bool {
     let Ok(entries) = fs::read_dir("/var/lib/apt/lists") else { return false };
     entries.flatten().any(|e| e.file_name().to_string_lossy().contains("_Packages"))
 }
@@ -209,4 +224,24 @@ fn apt() -> Command {
     let mut apt = Command::new("apt-get");
     apt.env("DEBIAN_FRONTEND", "noninteractive");
     apt
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_policy_of_a_killed_setup_is_removed_and_another_is_kept() {
+        let dir = std::env::temp_dir().join(format!("culvert-policy-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("a folder for the test");
+        let path = dir.join("policy-rc.d");
+        remove_left(&path).expect("there is none");
+        fs::write(&path, "#!/bin/sh\nexit 101\n").expect("another's policy");
+        remove_left(&path).expect("it is not ours");
+        assert!(path.exists());
+        fs::write(&path, POLICY).expect("what a set-up writes");
+        remove_left(&path).expect("it can be removed");
+        assert!(!path.exists());
+        fs::remove_dir_all(&dir).expect("the test's own folder");
+    }
 }

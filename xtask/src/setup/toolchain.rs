@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
-use culvert_tests::command;
+use culvert_tests::{command, interrupt};
 
 use super::packages::{self, Package};
 use super::tools::Tool;
@@ -57,15 +57,29 @@ pub(super) fn find_or_install(purpose: For) -> Result<Toolchain> {
         Some(compiler) => compiler,
         None => install(&mut reasons)?,
     };
-    if purpose >= For::Test && compiler.name == "/usr" && !has_clippy(&compiler) {
-        // Its absence is reported by the test that would use it.
-        if packages::candidate("rust-web-clippy")?.is_some() {
-            packages::install(&[Package::new("rust-web-clippy", "/usr/bin/clippy-driver", "lints the eBPF crate")])?;
-        }
+    if purpose >= For::Test && !has_clippy(&compiler) {
+        install_clippy(&compiler)?;
     }
     let linker = linker(compiler.llvm)?;
     let linker_dir = linker.parent().context("bpf-linker has no folder")?.to_owned();
     Ok(Toolchain { has_clippy: has_clippy(&compiler), name: compiler.name, linker_dir })
+}
+
+/// Installs the clippy of this compiler where it can be had; the test that uses it fails without.
+fn install_clippy(compiler: &Compiler) -> Result<()> {
+    if compiler.name != "/usr" {
+        let step = say::step("install clippy with rustup: lints the eBPF crate");
+        let mut rustup = Command::new("rustup");
+        rustup.args(["component", "add", "clippy", "--toolchain", &compiler.name]);
+        if let Err(error) = show(&mut rustup) {
+            interrupt::check()?;
+            say::warn(&format!("the eBPF crate will not be linted: {error:#}"));
+        }
+        step.done();
+    } else if packages::candidate("rust-web-clippy")?.is_some() {
+        packages::install(&[Package::new("rust-web-clippy", "/usr/bin/clippy-driver", "lints the eBPF crate")])?;
+    }
+    Ok(())
 }
 
 fn has_clippy(compiler: &Compiler) -> bool {
@@ -162,6 +176,8 @@ fn install(reasons: &mut Vec<String>) -> Result<Compiler> {
         "minimal",
         "--component",
         "rust-src",
+        "--component",
+        "clippy",
         "--no-self-update",
     ]);
     show(&mut rustup)?;

@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use culvert_tests::interrupt;
 use culvert_tests::vm::Kernel;
 
-use super::{cache, cargo, show};
+use super::{cache, cargo, has, packages, show};
 use crate::say;
 
 const CARGO_DENY: &str = "0.20.2";
@@ -79,6 +80,32 @@ pub(super) fn cargo_deny() -> Result<PathBuf> {
     .install()
 }
 
+/// For each kernel that the tests boot, is not here, and cannot be had from apt either: why, and the remedy. Where apt has
+/// no lists yet, they are fetched.
+pub(super) fn kernels_out_of_reach() -> Vec<String> {
+    let missing: Vec<Kernel> = match kernel_cache() {
+        Ok(cache) => Kernel::ALL.into_iter().filter(|kernel| kernel.cached(&cache).is_none()).collect(),
+        Err(error) => return vec![format!("{error:#}")],
+    };
+    if missing.is_empty() {
+        return Vec::new();
+    }
+    if !has("apt-cache") {
+        let names: Vec<&str> = missing.iter().map(|kernel| kernel.series()).collect();
+        return vec![format!(
+            "the tests boot Debian's kernels {}, and there is no apt to fetch them: run the tests on Debian, or copy \
+             ~/.cache/culvert/kernels from a machine that has it",
+            names.join(" and ")
+        )];
+    }
+    if !packages::lists_are_there()
+        && let Err(error) = packages::refresh()
+    {
+        return vec![format!("apt has no package lists, and they cannot be fetched: {error:#}")];
+    }
+    missing.iter().filter_map(|kernel| kernel.offered().err()).map(|error| format!("{error:#}")).collect()
+}
+
 /// Fetches the kernels that the tests boot.
 pub(super) fn kernels() -> Result<()> {
     for kernel in Kernel::ALL {
@@ -90,7 +117,14 @@ pub(super) fn kernels() -> Result<()> {
             kernel.series(),
             kernel.package()
         ));
-        kernel.fetch(&kernel_cache()?)?;
+        if let Err(error) = kernel.fetch(&kernel_cache()?) {
+            interrupt::check()?;
+            say::warn(&format!(
+                "that failed; the package lists may be old, so they are fetched and it is tried again: {error:#}"
+            ));
+            packages::refresh()?;
+            kernel.fetch(&kernel_cache()?)?;
+        }
         step.done();
     }
     Ok(())
