@@ -26,7 +26,7 @@ const DEADLINE: Duration = Duration::from_secs(4);
 const LONG_DEADLINE: Duration = Duration::from_secs(15);
 /// What lives so long is shorter than the deadline.
 const SHORTER: Duration = Duration::from_millis(1500);
-/// An answer that takes so much longer than those beside it was not on its way: something hung.
+/// An answer that takes this and four times as long as any beside it, on a machine that stalls for all, hung somewhere.
 const HANGS: Duration = Duration::from_secs(2);
 const CLIENT: &str = "test/client";
 const OUTSIDER: &str = "test/outsider";
@@ -287,7 +287,7 @@ fn takeovers_under_load_fail_nothing() -> Result<()> {
     for load in &loads {
         load.expect_flawless()?;
         // At the full rate connections wait for each other.
-        ensure!(full() || max(load) < HANGS + beside, "beside {beside:?} without the mesh: {load:?}");
+        ensure!(full() || max(load) < HANGS + 4 * beside, "beside {beside:?} without the mesh: {load:?}");
     }
     ensure!(again == 0, "{again} SYNs were sent again");
     let all: u64 = loads.iter().map(|load| load.result.ok).sum();
