@@ -30,6 +30,8 @@ pub struct MeshPlan {
     pub binary: PathBuf,
     /// Lifetime of workload certificates, as `culvert ca --max-cert-ttl` reads it; `None` is what agents ask for.
     pub cert_ttl: Option<String>,
+    /// Where agents have certificates from instead of the CA.
+    pub cert_dir: Option<PathBuf>,
     /// Further arguments of every agent.
     pub agent_arguments: Vec<String>,
 }
@@ -37,7 +39,7 @@ pub struct MeshPlan {
 impl MeshPlan {
     /// The executable's defaults.
     pub fn new(binary: impl Into<PathBuf>) -> Self {
-        Self { binary: binary.into(), cert_ttl: None, agent_arguments: Vec::new() }
+        Self { binary: binary.into(), cert_ttl: None, cert_dir: None, agent_arguments: Vec::new() }
     }
 }
 
@@ -140,13 +142,17 @@ impl Sandbox {
             .arg(self.kubelet_place(node)?.cgroup)
             .arg("--pin-dir")
             .arg(&pins)
-            .args(["--ca-address", &ca_address().to_string()])
-            .arg("--ca-root")
-            .arg(self.root_certificate())
-            .arg("--ca-token")
-            .arg(&token)
-            .args(["--log-format", "json"])
-            .args(&mesh.agent_arguments);
+            .args(["--log-format", "json"]);
+        match &mesh.cert_dir {
+            Some(dir) => agent.arg("--cert-dir").arg(dir),
+            None => agent
+                .args(["--ca-address", &ca_address().to_string()])
+                .arg("--ca-root")
+                .arg(self.root_certificate())
+                .arg("--ca-token")
+                .arg(&token),
+        };
+        agent.args(&mesh.agent_arguments);
         self.start(name, agent)
     }
 
