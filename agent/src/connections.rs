@@ -261,7 +261,10 @@ impl Passed {
                 Err(error) => {
                     let own = snapshot.workload(&pod.uid).map(Arc::as_ref);
                     if self.limiter.admits(own, "not-closed", Instant::now()) {
-                        warn!(error = format!("{error:#}"), "could not close a connection that policy forbids; trying on");
+                        warn!(
+                            error = format!("{error:#}"),
+                            "could not close a connection that policy forbids; trying on"
+                        );
                     }
                 }
             });

@@ -173,7 +173,7 @@ fn get(place: &Place, path: &str) -> Result<(u16, String)> {
 
 #[test]
 fn every_command_shows_a_running_agent_in_every_format() -> Result<()> {
-    let sandbox = mesh("cli")?;
+    let mut sandbox = mesh("cli")?;
     let columns = [
         ("workloads", "NAMESPACE,POD NAME,ADDRESS,NODE,WAYPOINT,PROTOCOL"),
         ("services", "NAMESPACE,SERVICE NAME,SERVICE VIP,WAYPOINT,ENDPOINTS"),
@@ -254,6 +254,7 @@ fn every_command_shows_a_running_agent_in_every_format() -> Result<()> {
     filters(&sandbox)?;
     connections(&sandbox)?;
     verdicts(&sandbox)?;
+    passed_connection(&mut sandbox)?;
     readiness(&sandbox)
 }
 
@@ -366,6 +367,35 @@ fn verdicts(sandbox: &Sandbox) -> Result<()> {
     Ok(())
 }
 
+/// A connection from outside the mesh, which the kernel passes and no process of the mesh touches: shown, with its bytes so
+/// far.
+fn passed_connection(sandbox: &mut Sandbox) -> Result<()> {
+    let server = sandbox.pod("default/productpage")?.at(Family::V4, 7000);
+    sandbox.start_in_pod("held-from-outside", "test/legacy-app", &["hold", "--to", &server.to_string()])?;
+    let node = sandbox.node_place(Node::B).clone();
+    let of = ["connections", "--pod", "default/productpage", "--direction", "inbound"];
+    let passed = || -> Result<Option<Value>> {
+        let output = run(&node, &[&of[..], &["-o", "json"]].concat())?;
+        let text = String::from_utf8(output.stdout)?;
+        let all: Vec<Value> = if text.is_empty() { Vec::new() } else { serde_json::from_str(&text)? };
+        Ok(all.into_iter().find(|record| record["source"]["pod"] == "legacy-app"))
+    };
+    let first = command::wait_for("the passed connection is listed", LIMIT, &passed)?;
+    ensure!(first["carried"] == "kernel" && first["direction"] == "inbound", "{first}");
+    ensure!(first["destination"]["addr"] == server.to_string() && first["hbone_addr"].is_null(), "{first}");
+    ensure!(first["source"]["identity"].is_null() && first["policy"] == "no-allow-policies", "{first}");
+    let bytes = |record: &Value| record["received_bytes"].as_u64();
+    command::wait_for("its bytes go on", LIMIT, || {
+        let now = passed()?.context("it is still open")?;
+        ensure!(now["id"] == first["id"], "{now}");
+        Ok((bytes(&now) > bytes(&first)).then_some(()))
+    })?;
+    let (_, rows) = table(&String::from_utf8(run(&node, &of)?.stdout)?)?;
+    let row = rows.iter().find(|row| row[3].starts_with("legacy-app.test:")).with_context(|| format!("{rows:?}"))?;
+    ensure!(row[1] == "Inbound" && row[2] == "productpage.default:7000" && row[5] == "TCP", "{row:?}");
+    sandbox.stop("held-from-outside")
+}
+
 /// Where each part of the agent stands.
 fn readiness(sandbox: &Sandbox) -> Result<()> {
     let (status, text) = get(sandbox.node_place(Node::A), "/readyz")?;
@@ -374,6 +404,19 @@ fn readiness(sandbox: &Sandbox) -> Result<()> {
     {
         ensure!(text.contains(part), "{part} in {text}");
     }
+    // A manifest that is wrong keeps nobody out, and is named with its place.
+    let wrong = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: loud, namespace: test}\n\
+                 spec: {mtls: {mode: LOUD}}\n";
+    sandbox.manifests().apply("wrong.yaml", wrong)?;
+    let line = command::wait_for("the wrong manifest is named", LIMIT, || {
+        let (status, text) = get(sandbox.node_place(Node::A), "/readyz")?;
+        ensure!(status == 200 && text.ends_with("ready\n"), "{status}: {text}");
+        Ok(text
+            .lines()
+            .find(|line| line.starts_with("[-] manifests: ") && line.contains("wrong.yaml"))
+            .map(str::to_owned))
+    })?;
+    ensure!(line.contains("LOUD"), "{line}");
     Ok(())
 }
 

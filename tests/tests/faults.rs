@@ -2,15 +2,16 @@
 //! readable on the link, and whole again without touching a pod ([K.4], [T.1], [I.7]).
 
 use std::fs;
-use std::net::SocketAddr;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use culvert_tests::capture::Capture;
-use culvert_tests::command;
 use culvert_tests::programs::{Failure, HttpResult, TrickleEvent, Trickled};
 use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, agent_process, built};
+use culvert_tests::{command, patience};
 use nix::sys::signal::Signal;
 
 /// In every payload: what must not be seen on the link.
@@ -156,6 +157,20 @@ fn lines<T: serde::de::DeserializeOwned>(sandbox: &Sandbox, program: &str) -> Re
     whole.lines().map(|line| serde_json::from_str(line).with_context(|| format!("{program}: {line}"))).collect()
 }
 
+/// What a node's agent answers at a port of the loopback interface: status and body.
+fn get(sandbox: &Sandbox, node: Node, port: u16, path: &str) -> Result<(u16, String)> {
+    let request = format!("GET {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nconnection: close\r\n\r\n");
+    sandbox.node_place(node).inside(move || {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+        stream.set_read_timeout(Some(RECOVERY * patience()))?;
+        stream.write_all(request.as_bytes())?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        let (head, body) = answer.split_once("\r\n\r\n").with_context(|| format!("no answer: {answer:?}"))?;
+        Ok((head.split(' ').nth(1).context("a status")?.parse()?, body.to_owned()))
+    })
+}
+
 fn now_ms() -> Result<u64> {
     Ok(u64::try_from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_millis())?)
 }
@@ -285,7 +300,7 @@ fn a_server_whose_agent_comes_in_time_is_reached() -> Result<()> {
     Ok(())
 }
 
-/// [I.7], [T.2]: no certificate, no connection, and the log says what is missing.
+/// [I.7], [T.2], [M.2]: no certificate, no connection, and log, readiness and metrics say what is missing.
 #[test]
 fn without_a_ca_connections_are_refused_until_it_is_there() -> Result<()> {
     let mut sandbox = Sandbox::build(plan("t-no-ca"))?;
@@ -313,6 +328,21 @@ fn without_a_ca_connections_are_refused_until_it_is_there() -> Result<()> {
     let error = line.field("error").unwrap_or_default();
     ensure!(error.contains("no certificate for spiffe://cluster.local/ns/test/sa/client yet"), "{error}");
     ensure!(error.contains("no connection to the CA at 172.30.0.1:15012"), "{error}");
+    let (status, parts) = get(&sandbox, Node::A, 15000, "/readyz")?;
+    ensure!(status == 200 && parts.contains("[-] certificates: 0 of 2\n"), "{status}: {parts}");
+    let missing = "[-] certificates: spiffe://cluster.local/ns/test/sa/client: none yet: ";
+    let line = parts.lines().find(|line| line.starts_with(missing)).with_context(|| parts.clone())?;
+    ensure!(line.contains("no connection to the CA at 172.30.0.1:15012"), "{parts}");
+    command::wait_for("the refusal is counted", Duration::from_secs(5), || {
+        let (_, text) = get(&sandbox, Node::A, 15020, "/metrics")?;
+        let counted = |line: &str| {
+            line.starts_with("istio_tcp_connections_failed_total{")
+                && line.contains("source_workload=\"client\"")
+                && line.contains("response_flags=\"IDENTITY_ERROR\"")
+                && line.ends_with(" 1")
+        };
+        Ok(text.lines().any(counted).then_some(()))
+    })?;
     sandbox.start_ca(&mesh)?;
     let back = Instant::now();
     command::wait_for("connections work", RECOVERY, || Ok((call(&sandbox)?.status == Some(200)).then_some(())))?;

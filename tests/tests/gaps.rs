@@ -33,16 +33,18 @@ const FORBIDDEN: &str = "sent-to-a-strict-port";
 /// Silence after which the kernel refuses (`SILENT_AFTER_NS`).
 const SILENT_AFTER: Duration = Duration::from_secs(10);
 /// Time for the mesh to be whole again, and for a policy to be in force.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(30);
 const POLICY_FILE: &str = "policy.yaml";
+const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
-/// `client` and the servers are in the mesh, and so are pods to come; `outsider` and `legacy` are not.
+/// `client` and the servers are in the mesh, and so are pods to come; `outsider` and `legacy` are not. `far` and `near` are
+/// STRICT; `denied` is not, and an AuthorizationPolicy denies everybody who comes without a certificate.
 struct Scene {
     sandbox: Sandbox,
     mesh: MeshPlan,
     /// The link, and what is routed to and from the pods of each node.
     recordings: [(&'static str, Capture); 3],
-    /// Clients that call all the time, and whether they may.
+    /// Clients that call all the time, over IPv4 and IPv6, and whether they may.
     callers: Vec<(String, bool)>,
 }
 
@@ -61,6 +63,7 @@ impl Scene {
             .pod(outside(PodPlan::new(Node::A, "test", "outsider")))
             .pod(server(Node::A, "near"))
             .pod(server(Node::B, "far"))
+            .pod(server(Node::B, "denied"))
             .pod(outside(server(Node::B, "legacy")));
         let mut sandbox = Sandbox::build(plan)?;
         sandbox.manifests().apply(POLICY_FILE, &strict(&[]))?;
@@ -72,7 +75,7 @@ impl Scene {
             ("node-b's pods", sandbox.capture_pods(Node::B)?),
         ];
         let mut scene = Self { sandbox, mesh, recordings, callers: Vec::new() };
-        for server in ["default/near", "default/far"] {
+        for server in ["default/near", "default/far", "default/denied"] {
             scene.call_on("test/client", server, MESH, true)?;
             scene.call_on("test/outsider", server, FORBIDDEN, false)?;
         }
@@ -86,19 +89,24 @@ impl Scene {
 
     /// Has a pod call a server from now on, again and again.
     fn call_on(&mut self, from: &str, server: &str, marker: &str, may: bool) -> Result<()> {
-        let (name, to) = (caller(from, server), self.at(server, HTTP)?.to_string());
-        let call = ["http-get", "--to", &to, "--marker", marker, "--count", "1000000"];
-        let pace = ["--interval-ms", "50", "--timeout-ms", "2000"];
-        self.sandbox.start_in_pod(&name, from, &[&call[..], &pace[..]].concat())?;
-        self.callers.push((name, may));
+        for family in FAMILIES {
+            let (name, to) = (caller(from, server, family), self.sandbox.pod(server)?.at(family, HTTP).to_string());
+            let call = ["http-get", "--to", &to, "--marker", marker, "--count", "1000000"];
+            let pace = ["--interval-ms", "150", "--timeout-ms", "2000"];
+            self.sandbox.start_in_pod(&name, from, &[&call[..], &pace[..]].concat())?;
+            self.callers.push((name, may));
+        }
         Ok(())
     }
 
     /// Ends that.
     fn stop_calling(&mut self, from: &str, server: &str) -> Result<()> {
-        let name = caller(from, server);
-        self.callers.retain(|(other, _)| *other != name);
-        self.sandbox.stop(&name)
+        for family in FAMILIES {
+            let name = caller(from, server, family);
+            self.callers.retain(|(other, _)| *other != name);
+            self.sandbox.stop(&name)?;
+        }
+        Ok(())
     }
 
     fn call(&self, from: &str, server: &str, port: u16, marker: &str) -> Result<HttpResult> {
@@ -200,8 +208,8 @@ impl Scene {
     }
 }
 
-fn caller(from: &str, server: &str) -> String {
-    format!("{from}-{server}").replace('/', "-")
+fn caller(from: &str, server: &str, family: Family) -> String {
+    format!("{from}-{server}-{family:?}").replace('/', "-")
 }
 
 fn lines<T: DeserializeOwned>(sandbox: &Sandbox, program: &str) -> Result<Vec<T>> {
@@ -221,10 +229,17 @@ fn strict(open: &[u16]) -> String {
     text
 }
 
-/// Everything of the servers' namespace is STRICT, and `far` has this mode; its ports are to follow, a line each.
+/// Everything of the servers' namespace is STRICT or denies, and `far` has this mode; its ports are to follow, a line each.
 fn strict_but_far(mode: &str) -> String {
     format!(
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+         metadata: {{name: denied, namespace: default}}\n\
+         spec: {{selector: {{matchLabels: {{app: denied}}}}, mtls: {{mode: PERMISSIVE}}}}\n---\n\
+         apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+         metadata: {{name: denied, namespace: default}}\n\
+         spec:\n  selector: {{matchLabels: {{app: denied}}}}\n  action: DENY\n  \
+         rules: [{{from: [{{source: {{notPrincipals: [\"*\"]}}}}]}}]\n---\n\
+         apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
          metadata: {{name: all, namespace: default}}\nspec: {{mtls: {{mode: STRICT}}}}\n---\n\
          apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
          metadata: {{name: far, namespace: default}}\n\

@@ -2,11 +2,14 @@
 //! ([H.4], [K.4]). What happens when one of the two is killed, hangs, or cannot.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use culvert::policy::MAX_BLOCKS;
 use culvert_tests::capture::Capture;
 use culvert_tests::programs::{Failure, HttpResult, PacedResult};
 use culvert_tests::sandbox::{Family, LogLine, MeshPlan, Node, Plan, PodPlan, Sandbox, built};
@@ -16,11 +19,19 @@ use nix::sys::signal::Signal;
 const MARKER: &str = "readable-if-it-leaks";
 const HTTP: u16 = 9080;
 const EXCHANGE: u16 = 7000;
+/// Port of an agent's readiness.
+const READINESS: u16 = 15021;
 const DEADLINE: Duration = Duration::from_secs(4);
 /// The deadline where connections must not reach it, also on a machine that is busy with other things.
 const LONG_DEADLINE: Duration = Duration::from_secs(15);
 /// What lives so long is shorter than the deadline.
 const SHORTER: Duration = Duration::from_millis(1500);
+/// An answer that takes this and four times as long as any beside it, on a machine that stalls for all, hung somewhere.
+const HANGS: Duration = Duration::from_secs(2);
+const CLIENT: &str = "test/client";
+const OUTSIDER: &str = "test/outsider";
+/// What the messages of an agent begin with that gives a pod's verdicts itself.
+const NO_ROOM: &str = "AuthorizationPolicies of this pod do not fit into the kernel";
 
 fn plan(instance: &str) -> Plan {
     let server = |node, name: &str| {
@@ -33,6 +44,30 @@ fn plan(instance: &str) -> Plan {
         .pod(PodPlan::new(Node::A, "test", "client"))
         .pod(server(Node::A, "near"))
         .pod(server(Node::B, "far"))
+}
+
+/// With what else connections can be: plaintext from outside the mesh to a server whose policy the kernel has, and to one
+/// (`judged`) whose policy is too large for it; and from the mesh to a server outside it. All of that stays on one node, so
+/// that nothing readable crosses the link.
+fn plan_of_every_kind(instance: &str) -> Plan {
+    let exchange = format!("--port={EXCHANGE}");
+    let server = |name: &str| PodPlan::new(Node::A, "default", name).program(&["exchange-serve", &exchange]);
+    let outside = |pod: PodPlan| pod.label("istio.io/dataplane-mode", "none");
+    plan(instance)
+        .pod(outside(PodPlan::new(Node::A, "test", "outsider")))
+        .pod(server("judged"))
+        .pod(outside(server("legacy")))
+}
+
+/// Denies nobody who is here, by more addresses than the kernel takes.
+fn too_large() -> String {
+    let blocks: Vec<String> = (0..=MAX_BLOCKS).map(|n| format!("198.18.{}.{}", n / 256, n % 256)).collect();
+    format!(
+        "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: many, namespace: default}}\n\
+         spec:\n  selector: {{matchLabels: {{app: judged}}}}\n  action: DENY\n  \
+         rules: [{{from: [{{source: {{ipBlocks: [{}]}}}}]}}]\n",
+        blocks.join(", ")
+    )
 }
 
 fn mesh_plan(deadline: Duration) -> Result<MeshPlan> {
@@ -49,12 +84,41 @@ struct Scene {
     /// Names of the agents that serve, by node.
     serving: [String; 2],
     started: u32,
-    loads: Vec<String>,
+    /// Names and rates of the loads that run.
+    loads: Vec<(String, u32)>,
+}
+
+/// What came of a load.
+#[derive(Debug)]
+struct Load {
+    name: String,
+    /// Connections a second that it was to make.
+    rate: u32,
+    result: PacedResult,
+}
+
+impl Load {
+    /// It made as many connections as it was to make, and each came to its end.
+    fn expect_flawless(&self) -> Result<()> {
+        println!("{self:?}");
+        let Self { name, rate, result } = self;
+        ensure!(result.errors.is_empty(), "{name}: {result:?}");
+        let due = u64::from(*rate) * result.lasted_ms / 1000;
+        ensure!(result.ok > 20 && result.ok * 10 >= due * 9, "{name}: {due} connections were due: {result:?}");
+        Ok(())
+    }
 }
 
 impl Scene {
     fn new(instance: &str, deadline: Duration) -> Result<Self> {
-        let mut sandbox = Sandbox::build(plan(instance))?;
+        Self::with(plan(instance), &[], deadline)
+    }
+
+    fn with(plan: Plan, manifests: &[(&str, &str)], deadline: Duration) -> Result<Self> {
+        let mut sandbox = Sandbox::build(plan)?;
+        for (file, text) in manifests {
+            sandbox.manifests().apply(file, text)?;
+        }
         let mesh = mesh_plan(deadline)?;
         sandbox.start_mesh(&mesh)?;
         let link = sandbox.capture()?;
@@ -74,7 +138,7 @@ impl Scene {
     }
 
     fn call(&self, server: &str) -> Result<HttpResult> {
-        self.sandbox.http("test/client", self.sandbox.pod(server)?.at(Family::V4, HTTP), MARKER)
+        self.sandbox.http(CLIENT, self.sandbox.pod(server)?.at(Family::V4, HTTP), MARKER)
     }
 
     fn expect_whole(&self, server: &str) -> Result<()> {
@@ -146,31 +210,47 @@ impl Scene {
         Ok(())
     }
 
+    /// The answer that a node's kubelet gets of the agent.
+    fn readiness(&self, node: Node) -> Result<String> {
+        self.sandbox.node_place(node).inside(|| {
+            let mut stream = TcpStream::connect_timeout(&(node.v4(), READINESS).into(), DEADLINE)?;
+            stream.set_read_timeout(Some(DEADLINE))?;
+            stream.write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: node\r\n\r\n")?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        })
+    }
+
     fn until(&self) -> PathBuf {
         self.sandbox.dir().join("loads-end")
     }
 
     /// Connections from the client, `rate` a second, each living so long.
     fn load(&mut self, name: &str, server: &str, rate: u32, live: Duration) -> Result<()> {
+        self.load_from(CLIENT, name, server, rate, live)
+    }
+
+    /// As [`Self::load`], from any pod.
+    fn load_from(&mut self, from: &str, name: &str, server: &str, rate: u32, live: Duration) -> Result<()> {
+        self.loads.push((name.to_owned(), rate));
         let to = self.sandbox.pod(server)?.at(Family::V4, EXCHANGE).to_string();
         let (rate, live, until) = (rate.to_string(), live.as_millis().to_string(), self.until());
         let until = until.to_str().context("a path that is text")?;
         let arguments =
             ["paced", "--to", &to, "--rate", &rate, "--live-ms", &live, "--timeout-ms", "20000", "--until", until];
-        self.sandbox.start_in_pod(name, "test/client", &arguments)?;
-        self.loads.push(name.to_owned());
-        Ok(())
+        self.sandbox.start_in_pod(name, from, &arguments)
     }
 
     /// Ends the loads, and gives what came of each.
-    fn loaded(&mut self) -> Result<Vec<(String, PacedResult)>> {
+    fn loaded(&mut self) -> Result<Vec<Load>> {
         fs::write(self.until(), "")?;
         let mut results = Vec::new();
-        for name in std::mem::take(&mut self.loads) {
+        for (name, rate) in std::mem::take(&mut self.loads) {
             self.sandbox.wait_end(&name, Duration::from_secs(30) * patience())?;
             let text = fs::read_to_string(self.sandbox.log_path(&name))?;
             let result = serde_json::from_str(text.trim()).with_context(|| format!("{name}: {text}"))?;
-            results.push((name, result));
+            results.push(Load { name, rate, result });
         }
         fs::remove_file(self.until())?;
         Ok(results)
@@ -186,15 +266,27 @@ impl Scene {
     }
 }
 
-/// [H.4], [K.4]: agents follow each other on both nodes under load; every new connection succeeds, and none that is shorter
-/// than the drain deadline is reset.
+/// [H.4], [K.4]: agents follow each other on both nodes under load of every kind; every new connection succeeds, none waits
+/// for a SYN to be sent again, and none that is shorter than the drain deadline is reset.
 #[test]
 fn takeovers_under_load_fail_nothing() -> Result<()> {
+    const BESIDE: &str = "load-beside";
     let (rounds, rate) = if full() { (10, 500) } else { (4, 100) };
-    let mut scene = Scene::new("t-takeover", LONG_DEADLINE)?;
+    let plan = plan_of_every_kind("t-takeover");
+    let mut scene = Scene::with(plan, &[("too-large.yaml", &too_large())], LONG_DEADLINE)?;
+    let agent = scene.serving(Node::A).clone();
+    scene.wait_told(&agent, NO_ROOM)?;
+    let again =
+        |scene: &Scene| -> Result<u64> { scene.sandbox.pods().map(|pod| pod.place.tcp_counter("TCPSynRetrans")).sum() };
+    let before = again(&scene)?;
     scene.load("load-far", "default/far", rate * 4 / 5, Duration::ZERO)?;
     scene.load("load-near", "default/near", rate / 5, Duration::ZERO)?;
     scene.load("load-longer", "default/far", 10, SHORTER)?;
+    scene.load("load-out-of-the-mesh", "default/legacy", 20, Duration::ZERO)?;
+    scene.load_from(OUTSIDER, "load-passed", "default/near", 20, Duration::ZERO)?;
+    scene.load_from(OUTSIDER, "load-judged", "default/judged", 20, Duration::ZERO)?;
+    // No agent has to do with this one: what it waits for is the machine.
+    scene.load_from(OUTSIDER, BESIDE, "default/legacy", 20, Duration::ZERO)?;
     thread::sleep(Duration::from_secs(1));
     let began = Instant::now();
     let mut old = Vec::new();
@@ -206,22 +298,60 @@ fn takeovers_under_load_fail_nothing() -> Result<()> {
     for agent in old {
         scene.expect_orderly_end(&agent, (LONG_DEADLINE + Duration::from_secs(3)) * patience())?;
     }
-    let results = scene.loaded()?;
-    let mut all = 0;
-    for (name, result) in &results {
-        println!("{name}: {result:?}");
-        all += result.ok;
+    let loads = scene.loaded()?;
+    let again = again(&scene)? - before;
+    let max = |load: &Load| Duration::from_micros(load.result.max_us);
+    let beside = loads.iter().find(|load| load.name == BESIDE).map(max).context("it was started")?;
+    for load in &loads {
+        load.expect_flawless()?;
+        // At the full rate connections wait for each other.
+        ensure!(full() || max(load) < HANGS + 4 * beside, "beside {beside:?} without the mesh: {load:?}");
     }
-    for (name, result) in &results {
-        ensure!(result.errors.is_empty(), "{name}: {result:?}");
-        ensure!(result.ok > 20, "{name} did nothing: {result:?}");
-    }
+    ensure!(again == 0, "{again} SYNs were sent again");
+    let all: u64 = loads.iter().map(|load| load.result.ok).sum();
     record(&format!(
         "{rounds} take-overs in {took:.1?} at {rate} new connections/s: {all} connections, none failed; p99 of the first \
          answer {} ms",
-        results[0].1.p99_us / 1000
+        loads[0].result.p99_us / 1000
     ))?;
     scene.expect_nothing_readable()
+}
+
+/// [K.4]: while a killed agent has no successor, connections fail; none does that begins once the next one is ready.
+#[test]
+fn after_a_kill_nothing_fails_that_begins_when_the_next_agent_is_ready() -> Result<()> {
+    let mut scene = Scene::new("t-after-kill", LONG_DEADLINE)?;
+    for node in Node::ALL {
+        scene.load(&format!("load-far-{node}"), "default/far", 50, Duration::ZERO)?;
+        scene.load(&format!("load-near-{node}"), "default/near", 50, Duration::ZERO)?;
+        thread::sleep(Duration::from_millis(300));
+        let killed = scene.serving(node).clone();
+        scene.sandbox.signal(&killed, Signal::SIGKILL)?;
+        let next = scene.start(node)?;
+        scene.wait_told(&next, "ready")?;
+        let ready = now_ms()?;
+        *scene.serving(node) = next;
+        // Each is tried once.
+        for _ in 0..20 {
+            scene.expect_whole("default/far")?;
+            scene.expect_whole("default/near")?;
+        }
+        for Load { name, result, .. } in scene.loaded()? {
+            println!("{node} was killed, and had a successor at {ready}: {name}: {result:?}");
+            // The other node's agent waits for a tunnel of the server's; nobody waits in the place of the client's.
+            ensure!(node == Node::B || result.first_error_ms.is_some(), "{name} has not noticed: {result:?}");
+            ensure!(
+                result.last_failed_begin_ms.is_none_or(|begin| begin < ready),
+                "{name}: a connection failed that began after {ready}: {result:?}"
+            );
+            ensure!(result.ok > 20, "{name} did nothing: {result:?}");
+        }
+    }
+    scene.expect_nothing_readable()
+}
+
+fn now_ms() -> Result<u64> {
+    Ok(u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis())?)
 }
 
 /// [K.4]: an agent that hangs is not waited for; when it goes on it sees that it is not the one any more, and ends.
@@ -296,10 +426,8 @@ fn a_successor_that_cannot_leaves_the_old_one_serving() -> Result<()> {
     scene.expect_ready(&next, Some("not ready"))?;
     scene.expect_orderly_end(&next, (LONG_DEADLINE + Duration::from_secs(3)) * patience())?;
     scene.expect_whole("default/far")?;
-    for (name, result) in scene.loaded()? {
-        println!("{name}: {result:?}");
-        ensure!(result.ok > 20, "{name} did nothing: {result:?}");
-        ensure!(result.errors.is_empty(), "{name}: {result:?}");
+    for load in scene.loaded()? {
+        load.expect_flawless()?;
     }
     scene.expect_nothing_readable()
 }
@@ -324,6 +452,12 @@ fn sigterm_drains_within_the_deadline() -> Result<()> {
         scene.sandbox.signal(&agent, Signal::SIGTERM)?;
     }
     for node in Node::ALL {
+        command::wait_for(&format!("{node} says that it is draining"), DEADLINE / 2, || {
+            let answer = scene.readiness(node)?;
+            Ok((answer.starts_with("HTTP/1.1 503 ") && answer.contains("is draining")).then_some(()))
+        })?;
+    }
+    for node in Node::ALL {
         let agent = scene.serving(node).clone();
         scene.expect_orderly_end(&agent, (DEADLINE + Duration::from_secs(3)) * patience())?;
         let took = asked.elapsed();
@@ -335,7 +469,7 @@ fn sigterm_drains_within_the_deadline() -> Result<()> {
         // A second by the book; the machine may be busy.
         ensure!(took < DEADLINE + Duration::from_secs(1) * (1 + patience()), "{agent} took {took:?}");
     }
-    let [(_, shorter)] = &scene.loaded()?[..] else { anyhow::bail!("one load") };
+    let [Load { result: shorter, .. }] = &scene.loaded()?[..] else { anyhow::bail!("one load") };
     ensure!(shorter.errors.is_empty() && shorter.ok > 10, "{shorter:?}");
     let held = fs::read_to_string(scene.sandbox.log_path("longer"))?;
     ensure!(held.trim_end().ends_with('}') && held.contains("\"failure\":\"reset\""), "{held}");
@@ -362,11 +496,38 @@ fn sigterm_drains_within_the_deadline() -> Result<()> {
         scene.expect_orderly_end(&old, (DEADLINE + Duration::from_secs(3)) * patience())?;
         *scene.serving(node) = next;
     }
-    for (name, result) in scene.loaded()? {
-        println!("{name}: {result:?}");
-        ensure!(result.errors.is_empty() && result.ok > 20, "{name}: {result:?}");
+    for load in scene.loaded()? {
+        load.expect_flawless()?;
     }
     scene.expect_nothing_readable()
+}
+
+/// [I.7]: SIGHUP asks the CA at once for what it has not given, whatever the pause after a failure.
+#[test]
+fn sighup_waits_for_no_pause() -> Result<()> {
+    /// Longer than it takes to start the CA, and to get a certificate of it.
+    const LONG_PAUSE_MS: u64 = 6000;
+    // One identity: no other's attempt finds the CA there again.
+    let mut sandbox = Sandbox::build(Plan::empty("t-hangup").pod(PodPlan::new(Node::A, "test", "client")))?;
+    let mesh = MeshPlan::new(built("culvert")?);
+    // For its root only.
+    sandbox.start_ca(&mesh)?;
+    sandbox.stop("ca")?;
+    sandbox.start_agent(&mesh, Node::A)?;
+    sandbox.wait_ready(Node::A)?;
+    // Each pause is twice the one before.
+    let least = LONG_PAUSE_MS * u64::from(patience());
+    command::wait_for("a long pause begins", Duration::from_millis(LONG_PAUSE_MS * 6), || {
+        let (lines, _) = sandbox.agent_log(Node::A, 0)?;
+        let pause = |line: &LogLine| line.field("retry_in_ms").and_then(|text| text.parse::<u64>().ok());
+        Ok(lines.iter().rev().find_map(pause).filter(|pause| *pause >= least).map(drop))
+    })?;
+    sandbox.start_ca(&mesh)?;
+    sandbox.signal_agent(Node::A, Signal::SIGHUP)?;
+    command::wait_for("the certificate comes with SIGHUP", Duration::from_secs(2), || {
+        let (lines, _) = sandbox.agent_log(Node::A, 0)?;
+        Ok(lines.iter().any(|line| line.message() == "certificate ready").then_some(()))
+    })
 }
 
 /// A file that changes takes effect where that can be, and is told where not; a wrong one changes nothing.

@@ -4,7 +4,10 @@
 use std::fmt::Debug;
 use std::fs;
 use std::future::Future;
-use std::net::SocketAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,11 +15,13 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
 use culvert::identity::{self, CaConfig, Identities};
 use culvert::model::{SpiffeId, TrustDomain};
-use culvert_tests::programs::{Failure, HttpResult, Seen, ShortResult};
+use culvert_tests::programs::{Failure, HttpResult, PacedResult, Seen, ShortResult};
 use culvert_tests::sandbox::{Claims, Family, MeshPlan, Node, Place, Plan, PodPlan, Sandbox, built};
 use culvert_tests::{command, patience};
 use h2::client::SendRequest;
 use http::{Method, Request};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rcgen::{CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
@@ -30,6 +35,8 @@ const EXCHANGE: u16 = 7000;
 const HBONE: u16 = 15008;
 const CLIENT: &str = "spiffe://cluster.local/ns/test/sa/client";
 const OUTSIDER: &str = "spiffe://cluster.local/ns/test/sa/outsider";
+/// How long the agent waits for a peer's handshake.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// For anything that must end by itself.
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -62,13 +69,33 @@ type Leaf = (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>);
 
 /// A leaf for `uri`, signed with the CA's own key.
 fn signed(sandbox: &Sandbox, uri: &str, change: impl FnOnce(&mut CertificateParams)) -> Result<Leaf> {
-    let read = |name: &str| fs::read_to_string(sandbox.dir().join("ca").join(name)).with_context(|| name.to_owned());
-    let issuer = Issuer::from_ca_cert_pem(&read("ca-cert.pem")?, KeyPair::from_pem(&read("ca-key.pem")?)?)?;
     let key = KeyPair::generate()?;
     let mut params = leaf(uri)?;
     change(&mut params);
-    let certificate = params.signed_by(&key, &issuer)?;
+    let certificate = params.signed_by(&key, &issuer(sandbox)?)?;
     Ok((vec![certificate.der().clone()], PrivateKeyDer::Pkcs8(key.serialize_der().into())))
+}
+
+/// The CA of the sandbox; it must have run.
+fn issuer(sandbox: &Sandbox) -> Result<Issuer<'static, KeyPair>> {
+    let read = |name: &str| fs::read_to_string(sandbox.dir().join("ca").join(name)).with_context(|| name.to_owned());
+    Ok(Issuer::from_ca_cert_pem(&read("ca-cert.pem")?, KeyPair::from_pem(&read("ca-key.pem")?)?)?)
+}
+
+/// Puts a new certificate and its key where agents with `--cert-dir` look for them, each file whole by renaming.
+fn put_leaf(sandbox: &Sandbox, dir: &Path, namespace: &str, account: &str) -> Result<()> {
+    let folder = dir.join(namespace).join(account);
+    fs::create_dir_all(&folder)?;
+    let key = KeyPair::generate()?;
+    let uri = format!("spiffe://cluster.local/ns/{namespace}/sa/{account}");
+    let certificate = leaf(&uri)?.signed_by(&key, &issuer(sandbox)?)?;
+    for (name, text) in [("key.pem", key.serialize_pem()), ("cert-chain.pem", certificate.pem())] {
+        let fresh = dir.with_extension(name);
+        fs::write(&fresh, text)?;
+        fs::set_permissions(&fresh, fs::Permissions::from_mode(0o600))?;
+        fs::rename(&fresh, folder.join(name))?;
+    }
+    Ok(())
 }
 
 fn self_signed(uri: &str) -> Result<Leaf> {
@@ -278,7 +305,23 @@ fn a_certificate_of_another_pod_is_refused_where_the_operator_says_so() -> Resul
     )
 }
 
-/// [I.9], [I.10]: the server must prove the identity of the pod that was chosen; there is no plaintext instead.
+/// Connections that a node's agent has counted as failed with a flag.
+fn failed(sandbox: &Sandbox, node: Node, flag: &str) -> Result<f64> {
+    let text = sandbox.node_place(node).inside(|| {
+        let mut stream = std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, 15020))?;
+        stream.set_read_timeout(Some(LIMIT * patience()))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: node\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    })?;
+    let label = format!("response_flags=\"{flag}\"");
+    let of = |line: &&str| line.starts_with("istio_tcp_connections_failed_total{") && line.contains(&label);
+    let counts = text.lines().filter(of).map(|line| line.rsplit(' ').next().unwrap_or_default().parse::<f64>());
+    counts.sum::<Result<f64, _>>().with_context(|| text.clone())
+}
+
+/// [I.9], [I.10], [M.2]: the server must prove the identity of the pod that was chosen; there is no plaintext instead.
 #[test]
 fn a_server_must_prove_the_identity_of_its_pod() -> Result<()> {
     let sandbox = mesh("t-server-cert")?;
@@ -295,11 +338,19 @@ fn a_server_must_prove_the_identity_of_its_pod() -> Result<()> {
     let link = sandbox.capture()?;
     let own = "spiffe://cluster.local/ns/test/sa/impostor";
     let cases = [
-        ("another account's certificate", signed(&sandbox, CLIENT, |_| {})?, false),
-        ("a foreign root", self_signed(own)?, false),
-        ("its own certificate", signed(&sandbox, own, |_| {})?, true),
+        ("another account's certificate", signed(&sandbox, CLIENT, |_| {})?, None, ("tls-failure", "TLS_FAILURE")),
+        ("a foreign root", self_signed(own)?, None, ("tls-failure", "TLS_FAILURE")),
+        ("its own certificate", signed(&sandbox, own, |_| {})?, Some(&b""[..]), ("tunnel-lost", "CONNECT")),
+        // The length of a frame that nobody may send.
+        (
+            "its own certificate, and no HTTP/2",
+            signed(&sandbox, own, |_| {})?,
+            Some(&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..]),
+            ("h2-handshake-failure", "H2_HANDSHAKE_FAILURE"),
+        ),
     ];
-    for (what, (chain, key), accepted) in cases {
+    for (what, (chain, key), answers, (reason, flag)) in cases {
+        let accepted = answers.is_some();
         let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_no_client_auth()
@@ -319,7 +370,14 @@ fn a_server_must_prove_the_identity_of_its_pod() -> Result<()> {
                     };
                     // The client speaks HTTP/2 only to a server that it believes.
                     let mut preface = [0; 24];
-                    Ok(tls.read_exact(&mut preface).await.is_ok())
+                    let believed = tls.read_exact(&mut preface).await.is_ok();
+                    if let Some(answer @ [_, ..]) = answers {
+                        tls.write_all(answer).await?;
+                        tls.flush().await?;
+                        // However the client ends it: it is for the client to end.
+                        let _ = tls.read_to_end(&mut Vec::new()).await;
+                    }
+                    Ok(believed)
                 })
             });
             listening.recv()?;
@@ -328,9 +386,11 @@ fn a_server_must_prove_the_identity_of_its_pod() -> Result<()> {
         })?;
         ensure!(shaken == accepted, "{what}: believed: {shaken}");
         ensure!(got.status.is_none() && got.failure != Some(Failure::TimedOut), "{what}: {got:?}");
-        let reason = if accepted { "tunnel-lost" } else { "tls-failure" };
         expect_told(&sandbox, Node::A, &mut log, &[("reason", reason), ("direction", "outbound")])
             .with_context(|| what.to_owned())?;
+        command::wait_for(&format!("{what} is counted as {flag}"), LIMIT, || {
+            Ok((failed(&sandbox, Node::A, flag)? >= 1.0).then_some(()))
+        })?;
     }
     ensure!(!link.contains(b"for-the-impostor")?, "readable on the link");
     Ok(())
@@ -391,8 +451,8 @@ fn garbage_and_abuse_leave_others_unharmed() -> Result<()> {
     let (outsider, far) = (sandbox.pod("test/outsider")?.place.clone(), sandbox.pod("default/far")?.clone());
     let (to, target) = (far.at(Family::V4, HBONE), far.at(Family::V4, HTTP).to_string());
     let (_, mut log) = sandbox.agent_log(Node::B, 0)?;
-    let closed = |bytes: &'static [u8]| {
-        inside(&outsider, || async {
+    let closed_within = |limit: Duration, bytes: &'static [u8]| {
+        inside_for(&outsider, limit, || async {
             let mut tcp = TcpStream::connect(to).await?;
             tcp.write_all(bytes).await?;
             let start = Instant::now();
@@ -401,15 +461,23 @@ fn garbage_and_abuse_leave_others_unharmed() -> Result<()> {
             Ok(start.elapsed())
         })
     };
-    for garbage in [&b"GET / HTTP/1.1\r\nHost: far\r\n\r\n"[..], b"\x16\x03\x01\xff\xff\x00", &[0xff; 70_000]] {
-        let took = closed(garbage);
-        if garbage.starts_with(b"\x16") {
-            // The start of a record that never comes: the handshake's own deadline ends it, which is longer than ours.
-            continue;
-        }
-        ensure!(took? < Duration::from_secs(2), "garbage was listened to");
+    for garbage in [&b"GET / HTTP/1.1\r\nHost: far\r\n\r\n"[..], &[0xff; 70_000]] {
+        let took = closed_within(LIMIT * patience(), garbage)?;
+        ensure!(took < Duration::from_secs(2) * patience(), "garbage was listened to for {took:?}");
         expect_told(&sandbox, Node::B, &mut log, &[("reason", "tls-failure")])?;
     }
+    // Starts of records whose rest never comes, of a possible length and of an impossible one: the handshake's deadline ends
+    // them at the latest, while everything else goes on.
+    let began = Instant::now();
+    let unfinished = inside(&outsider, || async {
+        let mut begun = Vec::new();
+        for start in [b"\x16\x03\x01\x02\x00\x01\x00", b"\x16\x03\x01\xff\xff\x01\x00"] {
+            let mut tcp = TcpStream::connect(to).await?;
+            tcp.write_all(start).await?;
+            begun.push(tcp.into_std()?);
+        }
+        Ok(begun)
+    })?;
     // Behind a good handshake: no HTTP/2.
     let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
     inside(&outsider, || async {
@@ -424,7 +492,7 @@ fn garbage_and_abuse_leave_others_unharmed() -> Result<()> {
     let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
     let (sent, got) = std::thread::scope(|scope| -> Result<_> {
         let abuse = scope.spawn(|| {
-            inside(&outsider, || async {
+            inside_for(&outsider, 6 * LIMIT * patience(), || async {
                 let (chain, key) = leaf;
                 let mut sent = 0;
                 for _ in 0..50 {
@@ -452,7 +520,18 @@ fn garbage_and_abuse_leave_others_unharmed() -> Result<()> {
     sandbox.expect_running("agent-b")?;
     let got: HttpResult = sandbox.http("test/client", far.at(Family::V4, HTTP), "after")?;
     ensure!(got.status == Some(200), "{got:?}");
-    Ok(())
+    for mut tcp in unfinished {
+        tcp.set_nonblocking(false)?;
+        tcp.set_read_timeout(Some(HANDSHAKE_LIMIT * (1 + patience())))?;
+        match tcp.read_to_end(&mut Vec::new()) {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                bail!("an unfinished handshake lasts for {:?}", began.elapsed())
+            }
+            // An end or a reset, perhaps after an alert.
+            _ => println!("an unfinished handshake was ended within {:?}", began.elapsed()),
+        }
+    }
+    expect_told(&sandbox, Node::B, &mut log, &[("reason", "tls-failure"), ("error", "timed out")])
 }
 
 /// One frame of HTTP/2 (RFC 9113 §4.1).
@@ -500,18 +579,27 @@ async fn misuse(to: SocketAddr, leaf: Leaf, first: &[u8], again: &[u8]) -> Resul
 /// that never comes: each ends, or is read no further, in bounded memory, and harms nobody else (CVE-2024-27316 and its kin).
 #[test]
 fn misused_http2_is_bounded() -> Result<()> {
+    /// What the agent may take for all of it.
+    const MOST_KIB: u64 = 32 << 10;
     let sandbox = mesh("t-http2")?;
     let (outsider, far) = (sandbox.pod("test/outsider")?.place.clone(), sandbox.pod("default/far")?.clone());
     let to = far.at(Family::V4, HBONE);
     let agent = sandbox.pid("agent-b")?;
-    let resident = || -> Result<u64> {
+    let memory = |what: &str| -> Result<u64> {
         let status = fs::read_to_string(format!("/proc/{agent}/status"))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+        let line = status.lines().find_map(|line| line.strip_prefix(what)).with_context(|| what.to_owned())?;
         Ok(line.trim().trim_end_matches(" kB").parse()?)
     };
+    let resident = || memory("VmRSS:");
+    // The most that was resident since it was last asked from.
+    let forget_peak = || fs::write(format!("/proc/{agent}/clear_refs"), "5").context("reset the peak");
+    let peak = || memory("VmHWM:");
+    let neighbour = |count: &str| -> Result<ShortResult> {
+        let to = far.at(Family::V4, EXCHANGE).to_string();
+        sandbox.call("test/client", &["short", "--to", &to, "--count", count, "--timeout-ms", "60000"])
+    };
     // The agent has served once, so what that takes is in the first figure.
-    let warm: ShortResult =
-        sandbox.call("test/client", &["short", "--to", &far.at(Family::V4, EXCHANGE).to_string(), "--count", "50"])?;
+    let warm = neighbour("50")?;
     ensure!(warm.ok == 50, "{warm:?}");
     let before = resident()?;
     let headers = |flags: u8, block: &[u8]| frame(1, flags, 1, block);
@@ -536,11 +624,23 @@ fn misused_http2_is_bounded() -> Result<()> {
     ];
     for (what, first, again, expected) in cases {
         let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
-        let got = inside_for(&outsider, 6 * LIMIT * patience(), || async { misuse(to, leaf, &first, &again).await });
-        let got = got.with_context(|| what.to_owned())?;
-        println!("{what}: {got:?}");
+        forget_peak()?;
+        let begin = resident()?;
+        let (got, beside) = std::thread::scope(|scope| -> Result<_> {
+            let misused = scope.spawn(|| {
+                inside_for(&outsider, 6 * LIMIT * patience(), || async { misuse(to, leaf, &first, &again).await })
+            });
+            let beside = neighbour("50")?;
+            Ok((misused.join().map_err(|_| anyhow!("the peer panicked"))??, beside))
+        })
+        .with_context(|| what.to_owned())?;
+        let peak = peak()?;
+        println!("{what}: {got:?}; {begin} KiB before, {peak} KiB at most; beside it {} ms", beside.millis);
         ensure!(expected.contains(&got), "{what}: {got:?}");
+        ensure!(beside.errors.is_empty() && beside.ok == 50, "beside {what}: {beside:?}");
+        ensure!(peak < begin + MOST_KIB, "{what}: {begin} KiB before, {peak} KiB at most");
     }
+    forget_peak()?;
     // Prefaces that come a byte at a time, or not at all: many of them, while others go on.
     let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
     let (slow, got) = std::thread::scope(|scope| -> Result<_> {
@@ -562,15 +662,13 @@ fn misused_http2_is_bounded() -> Result<()> {
                 Ok(start.elapsed())
             })
         });
-        let to = far.at(Family::V4, EXCHANGE).to_string();
-        let got: ShortResult =
-            sandbox.call("test/client", &["short", "--to", &to, "--count", "200", "--timeout-ms", "60000"])?;
+        let got = neighbour("200")?;
         Ok((slow.join().map_err(|_| anyhow!("the peer panicked"))??, got))
     })?;
     ensure!(got.errors.is_empty() && got.ok == 200, "beside slow prefaces: {got:?}");
-    let after = resident()?;
-    println!("{before} KiB before, {after} KiB after; prefaces were waited for {slow:?}");
-    ensure!(after < before + (32 << 10), "{before} KiB before, {after} KiB after");
+    let (after, peak) = (resident()?, peak()?);
+    println!("{before} KiB before, {peak} KiB at most, {after} KiB after; prefaces were waited for {slow:?}");
+    ensure!(peak < before + MOST_KIB, "{before} KiB before, {peak} KiB at most");
     Ok(())
 }
 
@@ -611,6 +709,144 @@ fn a_pod_that_leaves_ends_its_tunnels_after_their_last_stream() -> Result<()> {
         Ok(String::from_utf8(text)?)
     })?;
     ensure!(seen.starts_with("HTTP/1.1 200"), "the open stream: {seen:?}");
+    Ok(())
+}
+
+/// A line there and back on a connection to an exchange server, inside a CONNECT.
+async fn echo(body: &mut h2::SendStream<Bytes>, stream: &mut h2::RecvStream, text: &str) -> Result<()> {
+    body.send_data(Bytes::from(text.to_owned()), false)?;
+    let mut got = Vec::new();
+    while got.len() < text.len() {
+        got.extend_from_slice(&stream.data().await.context("the stream has ended")??);
+    }
+    ensure!(got == text.as_bytes(), "sent {text:?}, got {:?}", String::from_utf8_lossy(&got));
+    Ok(())
+}
+
+/// [H.4]: an agent that is told to end says GOAWAY in its tunnels; what is open in them goes on, and when the last of it has
+/// ended so does the agent.
+#[test]
+fn an_agent_that_ends_says_goaway_and_finishes_what_is_open() -> Result<()> {
+    let mut sandbox = mesh_with("t-goaway", &["--drain-deadline", "60s"])?;
+    let far = sandbox.pod("default/far")?.clone();
+    let (to, target) = (far.at(Family::V4, HBONE), far.at(Family::V4, EXCHANGE).to_string());
+    let leaf = signed(&sandbox, OUTSIDER, |_| {})?;
+    let agent = Pid::from_raw(i32::try_from(sandbox.pid("agent-b")?)?);
+    let place = sandbox.pod("test/outsider")?.place.clone();
+    inside_for(&place, LIMIT * patience(), || async {
+        let send = http2(to, Some(leaf)).await?;
+        let (answer, mut body) = send.clone().ready().await?.send_request(connect(&target)?, false)?;
+        let answer = answer.await?;
+        ensure!(answer.status() == 200, "CONNECT was answered with {}", answer.status());
+        let mut stream = answer.into_body();
+        body.send_data(Bytes::from_static(b"ECHO\n"), false)?;
+        echo(&mut body, &mut stream, "before the signal\n").await?;
+        kill(agent, Signal::SIGTERM)?;
+        // Until GOAWAY: what is asked meanwhile is answered, however. That the connection is not just lost, the open stream
+        // shows.
+        loop {
+            let Ok(mut ready) = send.clone().ready().await else { break };
+            let Ok((answer, mut body)) = ready.send_request(connect(&target)?, false) else { break };
+            match answer.await {
+                Ok(_) => body.send_reset(h2::Reason::CANCEL),
+                Err(error) => ensure!(error.is_go_away(), "a CONNECT after the signal: {error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        for round in 0..20 {
+            echo(&mut body, &mut stream, &format!("round {round} after GOAWAY\n")).await?;
+        }
+        body.send_data(Bytes::new(), true)?;
+        while let Some(data) = stream.data().await {
+            ensure!(data?.is_empty(), "bytes after the end");
+        }
+        Ok(())
+    })?;
+    let status = sandbox.wait_end("agent-b", LIMIT * patience())?;
+    ensure!(status.success(), "{status}");
+    Ok(())
+}
+
+/// [I.5], [I.7], [T.2]: certificates from a folder carry connections, are replaced under way, and one that is not there is
+/// told and waited for; until it comes nothing is sent.
+#[test]
+fn certificates_from_a_folder_serve_rotate_and_are_missed() -> Result<()> {
+    const MARKER: &str = "readable-if-it-leaks";
+    let plan = Plan::empty("t-cert-dir").pod(PodPlan::new(Node::A, "test", "client")).pod(
+        PodPlan::new(Node::B, "default", "far")
+            .http(&[HTTP])
+            .program(&["exchange-serve", &format!("--port={EXCHANGE}")]),
+    );
+    let mut sandbox = Sandbox::build(plan)?;
+    let mut mesh = MeshPlan::new(built("culvert")?);
+    // For its root and its key only; no agent knows of it.
+    sandbox.start_ca(&mesh)?;
+    sandbox.stop("ca")?;
+    let dir = sandbox.dir().join("certificates");
+    fs::create_dir(&dir)?;
+    fs::copy(sandbox.root_certificate(), dir.join("root-cert.pem"))?;
+    put_leaf(&sandbox, &dir, "test", "client")?;
+    put_leaf(&sandbox, &dir, "default", "far")?;
+    mesh.cert_dir = Some(dir.clone());
+    for node in Node::ALL {
+        sandbox.start_agent(&mesh, node)?;
+    }
+    for node in Node::ALL {
+        sandbox.wait_ready(node)?;
+    }
+    let link = sandbox.capture()?;
+    let far = sandbox.pod("default/far")?.clone();
+    let call = |sandbox: &Sandbox| -> Result<HttpResult> {
+        let to = far.at(Family::V4, HTTP).to_string();
+        // A connection waits for its certificate for 5 s.
+        let limit = (8000 * patience()).to_string();
+        sandbox.call("test/client", &["http-get", "--to", &to, "--marker", MARKER, "--timeout-ms", &limit])
+    };
+    let got = call(&sandbox)?;
+    ensure!(got.status == Some(200), "{got:?}");
+    ensure!(link.frames_with_port(HBONE)? > 0, "no tunnel crossed the link");
+
+    // Both ends' are replaced while connections come and go.
+    let (to, until) = (far.at(Family::V4, EXCHANGE).to_string(), sandbox.dir().join("load-end"));
+    let ends = until.to_str().context("a path that is text")?;
+    let pace = ["paced", "--to", &to, "--rate", "50", "--timeout-ms", "20000", "--until", ends];
+    sandbox.start_in_pod("load", "test/client", &pace)?;
+    for _ in 0..2 {
+        for (node, namespace, account) in [(Node::A, "test", "client"), (Node::B, "default", "far")] {
+            let (_, mut log) = sandbox.agent_log(node, 0)?;
+            put_leaf(&sandbox, &dir, namespace, account)?;
+            expect_told(&sandbox, node, &mut log, &[("message", "certificate ready")])?;
+        }
+    }
+    fs::write(&until, "")?;
+    sandbox.wait_end("load", LIMIT * 3 * patience())?;
+    let text = fs::read_to_string(sandbox.log_path("load"))?;
+    let load: PacedResult = serde_json::from_str(text.trim()).with_context(|| text.clone())?;
+    ensure!(load.errors.is_empty() && load.ok > 20, "while certificates were replaced: {load:?}");
+
+    // One identity has nothing any more: what it has serves until it expires, and a new agent has none.
+    let (_, mut log) = sandbox.agent_log(Node::A, 0)?;
+    fs::remove_dir_all(dir.join("test/client"))?;
+    expect_told(
+        &sandbox,
+        Node::A,
+        &mut log,
+        &[("message", "cannot get a certificate"), ("identity", CLIENT), ("error", "test/client/cert-chain.pem")],
+    )?;
+    let got = call(&sandbox)?;
+    ensure!(got.status == Some(200), "with a certificate that is valid: {got:?}");
+    sandbox.signal_agent(Node::A, Signal::SIGKILL)?;
+    sandbox.start_agent(&mesh, Node::A)?;
+    sandbox.wait_ready(Node::A)?;
+    let got = call(&sandbox)?;
+    ensure!(matches!(got.failure, Some(Failure::Refused | Failure::Reset)), "without a certificate: {got:?}");
+    let missing = [("reason", "identity-error"), ("error", "test/client/cert-chain.pem")];
+    expect_told(&sandbox, Node::A, &mut log, &missing)?;
+    put_leaf(&sandbox, &dir, "test", "client")?;
+    let got = call(&sandbox)?;
+    ensure!(got.status == Some(200), "with a certificate again: {got:?}");
+    ensure!(!link.contains(MARKER.as_bytes())?, "readable on the link");
+    ensure!(link.frames_with_port(HTTP)? == 0, "a frame of the server's own port crossed the link");
     Ok(())
 }
 

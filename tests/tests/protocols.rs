@@ -73,15 +73,6 @@ fn set(place: &Place, name: &str, value: &str) -> Result<()> {
     place.inside(|| fs::write(format!("/proc/sys/{name}"), value).with_context(|| format!("write {value} to {name}")))
 }
 
-/// A counter of the kernel's TCP in a place's network namespace, such as `TCPSynRetrans`.
-fn tcp_counter(place: &Place, name: &str) -> Result<u64> {
-    let text = place.inside(|| Ok(fs::read_to_string("/proc/thread-self/net/netstat")?))?;
-    let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
-    let (names, values) = (lines.next().context("TcpExt's names")?, lines.next().context("TcpExt's values")?);
-    let at = names.split(' ').position(|n| n == name).with_context(|| format!("the kernel does not count {name}"))?;
-    values.split(' ').nth(at).context("as many values as names")?.parse().context("a number")
-}
-
 /// Specification §14.2: END_STREAM is a half-close in its direction, and the other goes on.
 #[test]
 fn half_closes_arrive_in_both_directions_and_a_server_may_speak_first() -> Result<()> {
@@ -192,7 +183,7 @@ fn connections_finish_beside_readers_that_never_read() -> Result<()> {
     let place = sandbox.pod("default/far")?.place.clone();
     let mut before = u64::MAX;
     command::wait_for("the six servers are held back", Duration::from_secs(20), || {
-        let sent = tcp_counter(&place, "TCPOrigDataSent")?;
+        let sent = place.tcp_counter("TCPOrigDataSent")?;
         let same = sent == std::mem::replace(&mut before, sent);
         std::thread::sleep(Duration::from_millis(300));
         Ok(same.then_some(()))
@@ -227,7 +218,7 @@ fn a_burst_of_connections_overflows_no_queue_and_retransmits_no_syn() -> Result<
         let mut all = Vec::new();
         for (whose, place) in [("client", &client), ("server", &server)] {
             for name in COUNTERS {
-                all.push((whose, name, tcp_counter(place, name)?));
+                all.push((whose, name, place.tcp_counter(name)?));
             }
         }
         Ok(all)
@@ -423,7 +414,7 @@ fn the_first_connection_loses_no_packet() -> Result<()> {
         println!("first connection to {to}: {} ms", got.millis);
         ensure!(got.millis < 900, "the first connection to {to} took {} ms", got.millis);
         for pod in ["test/client", "default/far"] {
-            let again = tcp_counter(&sandbox.pod(pod)?.place, "TCPSynRetrans")?;
+            let again = sandbox.pod(pod)?.place.tcp_counter("TCPSynRetrans")?;
             ensure!(again == 0, "{again} SYNs were sent again in the namespace of {pod}");
         }
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use culvert_tests::command;
-use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, ServicePlan, built, own_name};
+use culvert_tests::sandbox::{Family, MeshPlan, Node, Place, Plan, PodPlan, Sandbox, ServicePlan, built, own_name};
 use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTraceServiceRequest, ExportTraceServiceResponse,
     trace_service_server::{TraceService, TraceServiceServer},
@@ -162,8 +162,8 @@ fn expected(reporter: &str, flags: &str) -> Labels {
         ("source_canonical_service", "client"),
         ("source_canonical_revision", "v7"),
         ("source_cluster", "Kubernetes"),
-        ("source_region", "unknown"),
-        ("source_zone", "unknown"),
+        ("source_region", Node::REGION),
+        ("source_zone", Node::A.zone()),
         ("destination_workload", "server"),
         ("destination_workload_namespace", "default"),
         ("destination_principal", server),
@@ -172,8 +172,8 @@ fn expected(reporter: &str, flags: &str) -> Labels {
         ("destination_canonical_service", "server"),
         ("destination_canonical_revision", "v2"),
         ("destination_cluster", "Kubernetes"),
-        ("destination_region", "unknown"),
-        ("destination_zone", "unknown"),
+        ("destination_region", Node::REGION),
+        ("destination_zone", Node::B.zone()),
         ("destination_service", "server.default.svc.cluster.local"),
         ("destination_service_name", "server"),
         ("destination_service_namespace", "default"),
@@ -299,10 +299,13 @@ fn a_connection_older_than_enrolment_is_counted_and_its_end_is_told() -> Result<
     Ok(())
 }
 
-/// [M.2]: what policy refuses has DENY, what cannot be reached has CONNECT, on both sides where both know of it.
+/// [M.2]: what policy refuses has DENY, what cannot be reached has CONNECT, on both sides where both know of it; a tunnel's
+/// port that does not answer has NETWORK_POLICY.
 #[test]
 fn refused_and_failed_connections_carry_their_flags() -> Result<()> {
-    let sandbox = mesh("t-flags", &[])?;
+    let mut sandbox = Sandbox::build(plan("t-flags"))?;
+    sandbox.manifests().apply("mesh.yaml", HASTY_MESH)?;
+    sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
     sandbox.manifests().apply(
         "policy.yaml",
         "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {name: strict, namespace: default}\n\
@@ -321,14 +324,32 @@ fn refused_and_failed_connections_carry_their_flags() -> Result<()> {
     let refused = [("pod", "server"), ("answer", "refuse"), ("reason", "strict-requires-mtls")];
     ensure!(scrape.sum("culvert_kernel_verdicts_total", &refused) >= 1.0, "{scrape:?}");
 
+    // What a NetworkPolicy does that forgets the tunnel's port; there is no tunnel yet that would stand.
+    let node = sandbox.node_place(Node::B);
+    nft(node, "table inet no-tunnels {\nchain c {\ntype filter hook forward priority -1\ntcp dport 15008 drop\n}\n}")?;
+    let failed = exchange(&sandbox, CLIENT, to, "echo", 1)?;
+    ensure!(!failed["failure"].is_null(), "{failed}");
+    let dropped = [("reporter", "source"), ("source_workload", "client"), ("response_flags", "NETWORK_POLICY")];
+    let scrape = wait_for(&sandbox, Node::A, "a tunnel's port that does not answer", |scrape| {
+        scrape.sum(FAILED, &dropped) == 1.0
+    })?;
+    ensure!(scrape.sum(CLOSED, &dropped) == 1.0 && scrape.sum(OPENED, &dropped) == 0.0, "{scrape:?}");
+    nft(node, "delete table inet no-tunnels")?;
+    let line = command::wait_for("its line", LIMIT, || {
+        let (lines, _) = sandbox.agent_log(Node::A, 0)?;
+        Ok(lines.into_iter().find(|line| line.field("reason").as_deref() == Some("network-policy")))
+    })?;
+    ensure!(line.field("error").is_some_and(|error| error.contains("NetworkPolicy")), "{line:?}");
+
     // Nobody listens on this port: the server's side cannot connect, and the client's is told so.
     let nobody = sandbox.pod(SERVER)?.at(Family::V4, 7999);
     let failed = exchange(&sandbox, CLIENT, nobody, "echo", 1)?;
     ensure!(!failed["failure"].is_null(), "{failed}");
-    for (node, reporter) in [(Node::A, "source"), (Node::B, "destination")] {
+    // The client's side has opened the one before too.
+    for (node, reporter, opened) in [(Node::A, "source", 2.0), (Node::B, "destination", 1.0)] {
         let of = [("reporter", reporter), ("source_workload", "client"), ("response_flags", "CONNECT")];
         let scrape = wait_for(&sandbox, node, "the failed connection", |scrape| scrape.sum(FAILED, &of) == 1.0)?;
-        ensure!(scrape.sum(CLOSED, &of) == 1.0 && scrape.sum(OPENED, &[of[0], of[1]]) == 1.0, "{scrape:?}");
+        ensure!(scrape.sum(CLOSED, &of) == 1.0 && scrape.sum(OPENED, &[of[0], of[1]]) == opened, "{scrape:?}");
     }
     // To a reserved port through the mesh: the client's side refuses by itself ([K.2]).
     let reserved = sandbox.pod(SERVER)?.at(Family::V4, 15006);
@@ -340,6 +361,23 @@ fn refused_and_failed_connections_carry_their_flags() -> Result<()> {
             && scrape.sum(FAILED, &[("reporter", "source"), ("response_flags", "DENY")]) == 1.0
     })?;
     Ok(())
+}
+
+/// The mesh's configuration with a short time-out of connects.
+const HASTY_MESH: &str = "\
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: istio, namespace: istio-system}
+data:
+  mesh: |-
+    rootNamespace: istio-system
+    trustDomain: cluster.local
+    connectTimeout: 2s
+";
+
+fn nft(place: &Place, rules: &str) -> Result<()> {
+    let mut nft = place.command("nft")?;
+    command::finish(nft.args(["-f", "-"]), Some(&format!("{rules}\n"))).map(drop)
 }
 
 /// However many kinds of connections there are, the label sets are bounded; the rest is counted together.
@@ -370,11 +408,8 @@ fn the_exposition_is_as_documented_and_as_prometheus_wants_it() -> Result<()> {
     exchange(&sandbox, CLIENT, sandbox.pod(SERVER)?.at(Family::V4, 15006), "echo", 1)?;
     let scrape = wait_for(&sandbox, Node::A, "both ends", |scrape| scrape.sum(CLOSED, &[]) == 2.0)?;
     let exposed: BTreeSet<&str> = scrape.0.keys().map(String::as_str).collect();
-    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/metrics.md");
-    let page = fs::read_to_string(&page).with_context(|| format!("read {}", page.display()))?;
-    let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
-    let metric = |name: &&str| ["istio_", "culvert_", "process_"].iter().any(|prefix| name.starts_with(prefix));
-    let documented: BTreeSet<&str> = rows.map(|(name, _)| name).filter(metric).collect();
+    let page = page()?;
+    let documented = documented(&page);
     ensure!(
         exposed == documented,
         "exposed, not documented: {:?}; documented, not exposed: {:?}",
@@ -412,12 +447,75 @@ fn the_exposition_is_as_documented_and_as_prometheus_wants_it() -> Result<()> {
 
 /// `promtool check metrics`: an error where it does not parse, or lints.
 fn promtool(text: &str) -> Result<()> {
+    check(&["check", "metrics"], Some(text))
+}
+
+/// `promtool check rules`, likewise; not every version reads them from its standard input.
+fn check_rules(text: &str) -> Result<()> {
+    let file = tempfile::Builder::new().suffix(".yaml").tempfile()?;
+    fs::write(file.path(), text)?;
+    check(&["check", "rules", file.path().to_str().context("a path that is text")?], None)
+}
+
+fn check(arguments: &[&str], input: Option<&str>) -> Result<()> {
     let program = command::find("promtool").context("`cargo xtask setup` installs it")?;
     let mut promtool = Command::new(program);
-    match command::finish(promtool.args(["check", "metrics"]), Some(text)) {
+    match command::finish(promtool.args(arguments), input) {
         Ok(_) => Ok(()),
         Err(error) => bail!("{error:#}"),
     }
+}
+
+/// The text of docs/metrics.md.
+fn page() -> Result<String> {
+    let page = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/metrics.md");
+    fs::read_to_string(&page).with_context(|| format!("read {}", page.display()))
+}
+
+/// Whether it is one of the agent's.
+fn is_metric(name: &str) -> bool {
+    ["istio_", "culvert_", "process_"].iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// The metrics that the page describes.
+fn documented(page: &str) -> BTreeSet<&str> {
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+    rows.map(|(name, _)| name).filter(|name| is_metric(name)).collect()
+}
+
+/// The page's alerts and queries are understood by Prometheus, and ask for metrics that there are.
+#[test]
+fn the_documented_alerts_and_queries_are_prometheus_own_and_ask_for_what_there_is() -> Result<()> {
+    let page = page()?;
+    let block = |kind: &str| {
+        let (_, rest) = page.split_once(&format!("```{kind}\n")).with_context(|| format!("a block of {kind}"))?;
+        rest.split_once("```").map(|(text, _)| text).with_context(|| format!("the end of the block of {kind}"))
+    };
+    let (alerts, queries) = (block("yaml")?, block("promql")?);
+    check_rules(alerts)?;
+    let mut rules = "groups:\n- name: queries\n  rules:\n".to_owned();
+    let asked = queries.split("# ").skip(1).filter_map(|query| query.split_once('\n'));
+    for (nth, (_, query)) in asked.enumerate() {
+        let lines: Vec<String> = query.lines().map(|line| format!("      {line}\n")).collect();
+        rules += &format!("  - record: query:{nth}\n    expr: |-\n{}", lines.concat());
+    }
+    ensure!(rules.contains("query:3"), "{rules}");
+    check_rules(&rules)?;
+
+    let documented = documented(&page);
+    let expressions = alerts.lines().filter_map(|line| line.trim_start().strip_prefix("expr: ")).chain(queries.lines());
+    let mut used = BTreeSet::new();
+    for expression in expressions.filter(|line| !line.starts_with('#')) {
+        used.extend(words_of(expression).filter(|word| is_metric(word)));
+    }
+    ensure!(used.len() > 10, "{used:?}");
+    let unknown: Vec<_> = used.difference(&documented).collect();
+    ensure!(unknown.is_empty(), "no such metrics: {unknown:?}");
+    Ok(())
+}
+
+fn words_of(text: &str) -> impl Iterator<Item = &str> {
+    text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
 }
 
 /// However fast a pod connects, the log grows at a bounded speed, says how much it leaves out, and metrics count all.

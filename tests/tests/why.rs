@@ -1,5 +1,5 @@
-//! Why a connection was refused, and what can go to STRICT: asked of running agents at their default log level, after real
-//! connections.
+//! Why a connection was refused, and what can go to STRICT: asked of running agents, after real connections; at their default
+//! log level, and at another.
 
 use std::fs;
 use std::process::{Output, Stdio};
@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use culvert_tests::command;
 use culvert_tests::programs::Failure;
-use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, built, own_name};
+use culvert_tests::sandbox::{Family, LogLine, MeshPlan, Node, Plan, PodPlan, Sandbox, built, own_name};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -40,10 +40,12 @@ fn limit() -> Duration {
     Duration::from_secs(10)
 }
 
-fn mesh(test: &str) -> Result<Sandbox> {
+fn mesh(test: &str, agent_arguments: &[&str]) -> Result<Sandbox> {
     let mut sandbox = Sandbox::build(Plan::bookinfo(&own_name(test)))?;
     sandbox.manifests().apply("policies.yaml", POLICIES)?;
-    sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
+    let mut mesh = MeshPlan::new(built("culvert")?);
+    mesh.agent_arguments = agent_arguments.iter().map(|&argument| argument.to_owned()).collect();
+    sandbox.start_mesh(&mesh)?;
     Ok(sandbox)
 }
 
@@ -107,7 +109,7 @@ fn refusal(sandbox: &Sandbox, from: &str, to: &str, reason: &str) -> Result<Valu
 /// and what would allow it; and so is what would happen now, by the same function.
 #[test]
 fn a_refusal_is_told_with_its_rule_and_its_remedy() -> Result<()> {
-    let sandbox = mesh("why")?;
+    let sandbox = mesh("why", &[])?;
     for _ in 0..3 {
         refused(&sandbox, LEGACY, NGINX, 8080)?;
     }
@@ -220,6 +222,29 @@ fn what_was_refused_while_no_agent_ran_is_told_by_the_next_one() -> Result<()> {
     served(&sandbox, client, server, 9080)
 }
 
+/// §3: whatever the log level, which says nothing of the access log either.
+#[test]
+fn a_refusal_is_told_whatever_the_log_level() -> Result<()> {
+    let sandbox = mesh("why-quiet", &["--log-level", "error"])?;
+    refused(&sandbox, LEGACY, NGINX, 8080)?;
+    refused(&sandbox, NGINX, RATINGS, 9080)?;
+    // By the kernel, by the server's agent, and what the client's agent was told.
+    for (from, to, reason, policy) in [
+        (LEGACY, NGINX, "strict-requires-mtls", "strict"),
+        (NGINX, RATINGS, "explicit-deny", "not-nginx"),
+        (NGINX, RATINGS, "refused-by-peer", ""),
+    ] {
+        let told = refusal(&sandbox, from, to, reason)?;
+        ensure!(told["policy"]["name"].as_str().unwrap_or_default() == policy, "{told}");
+        ensure!(!remedies(&told).is_empty() && told["count"].as_u64() >= Some(1), "{told}");
+    }
+    let (lines, _) = sandbox.agent_log(Node::A, 0)?;
+    let level_counts = |line: &&LogLine| line.field("scope").as_deref() != Some("access");
+    let other = lines.iter().filter(level_counts).find(|line| line.field("level").as_deref() != Some("ERROR"));
+    ensure!(other.is_none(), "{other:?}");
+    Ok(())
+}
+
 /// The row of a workload in the report of node b.
 fn readiness(sandbox: &Sandbox, workload: &str) -> Result<Value> {
     let all = json_of(sandbox, Node::B, &["report", "strict", "-n", "default"])?;
@@ -231,7 +256,7 @@ fn readiness(sandbox: &Sandbox, workload: &str) -> Result<Value> {
 /// is ready, with manifests that are accepted, and do what they say.
 #[test]
 fn the_way_to_strict_is_shown_by_what_was_seen() -> Result<()> {
-    let sandbox = mesh("strict")?;
+    let sandbox = mesh("strict", &[])?;
     served(&sandbox, NGINX, DETAILS, 9080)?;
     served(&sandbox, LEGACY, DETAILS, 9080)?;
     let blocked = command::wait_for("details is reported as blocked", limit(), || {

@@ -15,10 +15,11 @@ use tokio::{net::TcpStream, time::Instant};
 use tracing::{debug, warn};
 
 use super::{
-    Context, ServedPod, canonical,
+    Context, ServedPod,
+    baggage::baggage,
+    canonical,
     copy::{self, CopyOutcome, ResetOnClose},
     keepalive,
-    outbound::baggage,
     report::{Flag, Outcome, Story, note_dialled},
     reset_on_close, workload_at,
 };

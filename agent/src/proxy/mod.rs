@@ -31,6 +31,7 @@ use crate::{
     tunnel,
 };
 
+mod baggage;
 pub mod copy;
 pub mod inbound;
 pub mod outbound;

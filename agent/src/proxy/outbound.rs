@@ -7,7 +7,9 @@ use tokio::{net::TcpStream, time::Instant};
 use tracing::debug;
 
 use super::{
-    Context, ServedPod, canonical,
+    Context, ServedPod,
+    baggage::baggage,
+    canonical,
     copy::{self, ResetOnClose},
     inbound::{Subject, watched},
     keepalive,
@@ -17,7 +19,7 @@ use crate::{
     identity::Unavailable,
     model::ObjectRef,
     policy::{Choice, Route, Snapshot, Workload},
-    telemetry::{access::Direction, open::Carried, trace::Trace, traffic},
+    telemetry::{access::Direction, open::Carried, trace::Trace},
     tunnel::{Authority, Charge, Connect, Host, OpenError, PoolKey, Stream, headers},
 };
 
@@ -278,16 +280,4 @@ fn nobody_there(error: &OpenError) -> bool {
         | OpenError::BadRequest(_)
         | OpenError::Closed => false,
     }
-}
-
-/// Telemetry for the other side (specification §14.2); unknown values are left out.
-pub(super) fn baggage(workload: &Workload, cluster: &str) -> String {
-    let (name, version) = traffic::canonical(workload);
-    headers::baggage([
-        ("k8s.cluster.name", cluster),
-        ("k8s.namespace.name", &workload.object.namespace),
-        ("k8s.pod.name", &workload.object.name),
-        ("service.name", name),
-        ("service.version", version),
-    ])
 }

@@ -433,3 +433,72 @@ fn end<'a>(
         cluster: workload.map(|_| cluster as &dyn fmt::Display),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// [M.2]: every kind of failure, with the word that the log has for it and the flag of the metrics.
+    #[test]
+    fn every_failure_has_its_word_and_its_flag() {
+        use traffic::Flag as Metric;
+        let rows = [
+            (Flag::Connect, "connect", Metric::Connect),
+            (Flag::NetworkPolicy, "network-policy", Metric::NetworkPolicy),
+            (Flag::TlsFailure, "tls-failure", Metric::TlsFailure),
+            (Flag::H2HandshakeFailure, "h2-handshake-failure", Metric::H2HandshakeFailure),
+            (Flag::IdentityError, "identity-error", Metric::IdentityError),
+            (Flag::Refused, "refused-by-peer", Metric::Connect),
+            (Flag::Denied, "refused-by-peer", Metric::Deny),
+            (Flag::Reset, "reset", Metric::None),
+            (Flag::TunnelLost, "tunnel-lost", Metric::Connect),
+            (Flag::Limit(Limit::Connections), "connection-limit", Metric::Deny),
+            (Flag::Limit(Limit::Memory), "memory-limit", Metric::Deny),
+            (Flag::Limit(Limit::Handshakes), "handshake-limit", Metric::Deny),
+            (Flag::Limit(Limit::OpenFiles), "open-files-limit", Metric::Deny),
+            (Flag::Drained, "drained", Metric::None),
+            (Flag::NoRoute(RouteRefusal::NoSuchServicePort), "no-such-service-port", Metric::Connect),
+            (Flag::NoRoute(RouteRefusal::NoEndpoint), "no-endpoint", Metric::Connect),
+            (Flag::NoRoute(RouteRefusal::Loop), "loop", Metric::Deny),
+            (Flag::NoRoute(RouteRefusal::AmbiguousAddress), "ambiguous-address", Metric::Connect),
+            (Flag::NoRoute(RouteRefusal::NotInRegistry), "not-in-registry", Metric::Deny),
+            (Flag::UnknownWorkload, "unknown-workload", Metric::Connect),
+        ];
+        for (flag, word, metric) in rows {
+            assert_eq!((flag.as_str(), flag.response_flag()), (word, metric), "{flag:?}");
+            assert_eq!(Outcome::failed(flag, "").response_flag(), metric, "{flag:?}");
+        }
+        assert_eq!(Outcome::Complete("tunnelled").response_flag(), Metric::None);
+        let denied = Outcome::Denied { reason: "explicit-deny", detail: String::new(), by: None };
+        assert_eq!(denied.response_flag(), Metric::Deny);
+        // What no row has, nothing produces: there is no revocation of certificates to look at.
+        let made: Vec<_> = rows.iter().map(|(.., metric)| *metric).collect();
+        let missing: Vec<_> = Metric::ALL.into_iter().filter(|flag| !made.contains(flag)).collect();
+        assert_eq!(missing, [Metric::CertRevoked]);
+    }
+
+    /// [M.2]: what keeps a tunnel from opening.
+    #[test]
+    fn a_tunnel_that_does_not_open_has_the_flag_of_its_reason() {
+        let unavailable =
+            crate::identity::Unavailable::NotWanted("spiffe://cluster.local/ns/a/sa/b".parse().expect("valid"));
+        let text = || "why".into();
+        for (error, flag) in [
+            (OpenError::ConnectTimeout, Flag::NetworkPolicy),
+            (OpenError::Connect(Arc::new(unavailable.into())), Flag::IdentityError),
+            (OpenError::Connect(Arc::new(anyhow::anyhow!("refused"))), Flag::Connect),
+            (OpenError::Closed, Flag::Connect),
+            (OpenError::HandshakeTimeout, Flag::TlsFailure),
+            (OpenError::Tls(text()), Flag::TlsFailure),
+            (OpenError::Protocol(text()), Flag::H2HandshakeFailure),
+            (OpenError::BadRequest("baggage"), Flag::H2HandshakeFailure),
+            (OpenError::Aborted(text()), Flag::TunnelLost),
+            (OpenError::Lost(text()), Flag::TunnelLost),
+            (OpenError::Reset(8), Flag::Reset),
+            (OpenError::Refused { status: 401, reason: None }, Flag::Denied),
+            (OpenError::Refused { status: 503, reason: None }, Flag::Refused),
+        ] {
+            assert_eq!(Outcome::of_open(&error), Outcome::failed(flag, &error), "{error}");
+        }
+    }
+}

@@ -106,6 +106,7 @@ const IPPROTO_UDPLITE: i32 = 136;
 const IPPROTO_SCTP: i32 = 132;
 const IPPROTO_MPTCP: i32 = 262;
 const IP_TRANSPARENT: i32 = 19;
+const IPV6_TRANSPARENT: i32 = 75;
 const TCP_FASTOPEN_CONNECT: i32 = 30;
 
 pub(super) fn run(attack: &Attack) -> AttackResult {
@@ -137,7 +138,10 @@ fn go(attack: &Attack) -> io::Result<&'static str> {
         }
         Way::Transparent => {
             let socket = stream()?;
-            socket.set(libc::SOL_IP, IP_TRANSPARENT, 1)?;
+            match to {
+                SocketAddr::V4(_) => socket.set(libc::SOL_IP, IP_TRANSPARENT, 1)?,
+                SocketAddr::V6(_) => socket.set(libc::SOL_IPV6, IPV6_TRANSPARENT, 1)?,
+            }
             socket.bind(SocketAddr::new(attack.from.unwrap_or(Ipv4Addr::UNSPECIFIED.into()), 0))?;
             talk(attack, socket.connected(to, attack.limit)?)
         }
@@ -244,10 +248,17 @@ fn forge(attack: &Attack) -> io::Result<&'static str> {
             let options = [&[6u8, 0, 1, 4, 0, 0, 0, 0][..], &body].concat();
             ipv6(source, attack.to.ip(), 60, &options)?
         }
+        IpAddr::V6(_) if attack.way == Way::FragmentSyn => {
+            // The first of several (RFC 8200 §4.5).
+            let fragment = [&[6u8, 0, 0, 1, 0, 0, 0, 7][..], &body].concat();
+            ipv6(source, attack.to.ip(), 44, &fragment)?
+        }
         IpAddr::V6(_) => ipv6(source, attack.to.ip(), protocol, &body)?,
     };
     if matches!(attack.way, Way::RawSyn | Way::RawSctp | Way::RawUdpLite | Way::IpInIp) {
-        let socket = Socket::new(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
+        let family = if attack.to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        // What is sent by it begins with the header of its family.
+        let socket = Socket::new(family, libc::SOCK_RAW, libc::IPPROTO_RAW)?;
         socket.send_to(&packet, 0, SocketAddr::new(attack.to.ip(), 0))?;
         return Ok("sent");
     }

@@ -45,6 +45,10 @@ pub struct PacedResult {
     pub failures: BTreeMap<String, u64>,
     /// When the first one failed, milliseconds since 1970.
     pub first_error_ms: Option<u64>,
+    /// When the last of those began that failed, milliseconds since 1970.
+    pub last_failed_begin_ms: Option<u64>,
+    /// For how long connections were begun, milliseconds.
+    pub lasted_ms: u64,
     /// From the moment that a connection was due to its first answer, microseconds: half of them were faster.
     pub p50_us: u64,
     /// 99 of 100 were faster.
@@ -60,7 +64,8 @@ struct Tally {
 }
 
 impl Tally {
-    fn count(&mut self, ended: Result<u64, (&'static str, io::Error)>) {
+    /// The end of a connection that began at `begin_ms`.
+    fn count(&mut self, begin_ms: u64, ended: Result<u64, (&'static str, io::Error)>) {
         match ended {
             Ok(micros) => {
                 self.result.ok += 1;
@@ -70,6 +75,7 @@ impl Tally {
                 *self.result.errors.entry(format!("{step}: {error}")).or_insert(0) += 1;
                 *self.result.failures.entry(Failure::of(&error).to_string()).or_insert(0) += 1;
                 self.result.first_error_ms.get_or_insert_with(now_ms);
+                self.result.last_failed_begin_ms = self.result.last_failed_begin_ms.max(Some(begin_ms));
             }
         }
     }
@@ -81,28 +87,30 @@ pub(super) fn run(pace: Pace, until: &Path) -> Result<PacedResult> {
     let under_way = AtomicUsize::new(0);
     let (begun, every) = (Instant::now(), Duration::from_secs(1) / pace.rate.max(1));
     let (shared, moving) = (&tally, &under_way);
-    thread::scope(|scope| -> io::Result<()> {
+    let lasted = thread::scope(|scope| -> io::Result<Duration> {
         for number in 0u32.. {
             let due = begun + every * number;
             thread::sleep(due.saturating_duration_since(Instant::now()));
             if number.is_multiple_of(pace.rate.div_ceil(10)) && until.exists() {
-                return Ok(());
+                return Ok(begun.elapsed());
             }
             if moving.load(Ordering::Relaxed) >= MOST {
                 let full = io::Error::new(io::ErrorKind::TimedOut, format!("{MOST} connections are under way"));
-                locked(shared).count(Err(("start", full)));
+                locked(shared).count(now_ms(), Err(("start", full)));
                 continue;
             }
             moving.fetch_add(1, Ordering::Relaxed);
             thread::Builder::new().stack_size(STACK).spawn_scoped(scope, move || {
+                let begin_ms = now_ms();
                 let ended = one(pace, due);
                 moving.fetch_sub(1, Ordering::Relaxed);
-                locked(shared).count(ended);
+                locked(shared).count(begin_ms, ended);
             })?;
         }
-        Ok(())
+        Ok(begun.elapsed())
     })?;
     let Tally { mut result, mut answers } = tally.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    result.lasted_ms = u64::try_from(lasted.as_millis()).unwrap_or(u64::MAX);
     answers.sort_unstable();
     let at = |share: usize| answers.get((answers.len() * share / 100).min(answers.len().saturating_sub(1))).copied();
     (result.p50_us, result.p99_us, result.max_us) = (at(50).unwrap_or(0), at(99).unwrap_or(0), at(100).unwrap_or(0));

@@ -140,9 +140,11 @@ fn namespaces(plan: &Plan) -> Result<String> {
 fn nodes(plan: &Plan) -> Result<String> {
     let mut out = String::new();
     for node in Node::ALL {
+        let (region, zone) = (Node::REGION, node.zone());
         write!(
             out,
-            "---\napiVersion: v1\nkind: Node\nmetadata:\n  name: {node}\n  uid: {}\n  labels:\n    kubernetes.io/hostname: {node}\n\
+            "---\napiVersion: v1\nkind: Node\nmetadata:\n  name: {node}\n  uid: {}\n  labels:\n    kubernetes.io/hostname: {node}\n    \
+             topology.kubernetes.io/region: {region}\n    topology.kubernetes.io/zone: {zone}\n\
              spec:\n  podCIDR: {}/24\n  podCIDRs: [\"{}/24\", \"{}/64\"]\n\
              status:\n  addresses:\n  - {{type: InternalIP, address: {}}}\n  - {{type: InternalIP, address: \"{}\"}}\n  - {{type: Hostname, address: {node}}}\n",
             plan.uid(&format!("node/{node}")),

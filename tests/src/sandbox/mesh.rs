@@ -32,6 +32,8 @@ pub struct MeshPlan {
     pub cert_ttl: Option<String>,
     /// Whether agents log text, which is their default; [`Sandbox::agent_log`] reads JSON only.
     pub text_log: bool,
+    /// Where agents have certificates from instead of the CA.
+    pub cert_dir: Option<PathBuf>,
     /// Further arguments of every agent.
     pub agent_arguments: Vec<String>,
     /// Further arguments of the CA.
@@ -45,6 +47,7 @@ impl MeshPlan {
             binary: binary.into(),
             cert_ttl: None,
             text_log: false,
+            cert_dir: None,
             agent_arguments: Vec::new(),
             ca_arguments: Vec::new(),
         }
@@ -151,13 +154,17 @@ impl Sandbox {
             .arg(self.kubelet_place(node)?.cgroup)
             .arg("--pin-dir")
             .arg(&pins)
-            .args(["--ca-address", &ca_address().to_string()])
-            .arg("--ca-root")
-            .arg(self.root_certificate())
-            .arg("--ca-token")
-            .arg(&token)
-            .args(["--log-format", if mesh.text_log { "text" } else { "json" }])
-            .args(&mesh.agent_arguments);
+            .args(["--log-format", if mesh.text_log { "text" } else { "json" }]);
+        match &mesh.cert_dir {
+            Some(dir) => agent.arg("--cert-dir").arg(dir),
+            None => agent
+                .args(["--ca-address", &ca_address().to_string()])
+                .arg("--ca-root")
+                .arg(self.root_certificate())
+                .arg("--ca-token")
+                .arg(&token),
+        };
+        agent.args(&mesh.agent_arguments);
         self.start(name, agent)
     }
 

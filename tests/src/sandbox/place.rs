@@ -1,6 +1,6 @@
 //! Where a process of the sandbox runs: a control group and a network namespace, entered before the program starts.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -66,6 +66,19 @@ impl Place {
                 .join()
                 .map_err(|_| anyhow!("a thread inside {} panicked", self.netns))?
         })
+    }
+
+    /// A counter of the kernel's TCP in the network namespace, such as `TCPSynRetrans`.
+    ///
+    /// # Errors
+    /// The kernel has none of that name.
+    pub fn tcp_counter(&self, name: &str) -> Result<u64> {
+        let text = self.inside(|| Ok(fs::read_to_string("/proc/thread-self/net/netstat")?))?;
+        let mut lines = text.lines().filter(|line| line.starts_with("TcpExt:"));
+        let (names, values) = (lines.next().context("TcpExt's names")?, lines.next().context("TcpExt's values")?);
+        let at =
+            names.split(' ').position(|n| n == name).with_context(|| format!("the kernel does not count {name}"))?;
+        values.split(' ').nth(at).context("as many values as names")?.parse().context("a number")
     }
 
     fn open_netns(&self) -> Result<File> {

@@ -23,6 +23,16 @@ pub enum Node {
 impl Node {
     /// Both nodes.
     pub const ALL: [Self; 2] = [Self::A, Self::B];
+    /// The region of both, as their labels say.
+    pub const REGION: &'static str = "sandbox";
+
+    /// Its zone, as its labels say.
+    pub fn zone(self) -> &'static str {
+        match self {
+            Self::A => "sandbox-1",
+            Self::B => "sandbox-2",
+        }
+    }
 
     /// Its name in Kubernetes, and the name of its directory in the cgroup tree.
     pub fn name(self) -> &'static str {
