@@ -1756,7 +1756,7 @@ struct Seer {
     passed: Passed,
     snapshot: Snapshot,
     pod: Arc<ServedPod>,
-    _writer: access::Writer,
+    _writer: culvert::telemetry::lines::Writer,
 }
 
 impl Seer {

@@ -5,7 +5,7 @@
 //! programs have noted of each.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap},
     fs,
     os::fd::BorrowedFd,
     path::Path,
@@ -47,12 +47,12 @@ pub(super) fn older(diag: &mut SockDiag, open: &[Socket]) -> anyhow::Result<Vec<
 const NAMING: Duration = Duration::from_millis(250);
 
 /// A look at one pod after another.
-pub(super) struct Look<'a> {
+pub(super) struct Look<'a, 'p> {
     query: Query<'a>,
     older: &'a Older,
     proof: Proof,
-    suspects: Vec<Suspects<'a>>,
-    refused: Vec<Refused<'a>>,
+    suspects: Vec<Suspects<'p>>,
+    refused: Vec<Refused<'p>>,
 }
 
 /// Sockets of a pod that were refused when they were established, and are to be ended.
@@ -68,7 +68,7 @@ struct Suspects<'a> {
     sockets: Vec<Socket>,
 }
 
-impl<'a> Look<'a> {
+impl<'a, 'p> Look<'a, 'p> {
     /// `storage` is the map of what the kernel programs have noted of each socket.
     pub(super) fn new(storage: BorrowedFd<'a>, older: &'a Older) -> Self {
         let query = Query { states: STATES, bytes: false, storage: Some(storage) };
@@ -76,7 +76,7 @@ impl<'a> Look<'a> {
     }
 
     /// Looks at one pod. `names` are its namespace and name.
-    pub(super) fn at(&mut self, pod: &'a ServedPod, names: (&'a str, &'a str)) {
+    pub(super) fn at(&mut self, pod: &'p ServedPod, names: (&'p str, &'p str)) {
         let listed = SockDiag::open(&pod.netns).and_then(|mut diag| diag.list(&self.query));
         let Some(listed) = self.done(listed, names) else { return };
         let (mut sockets, mut refused) = (Vec::new(), Vec::new());
@@ -104,7 +104,7 @@ impl<'a> Look<'a> {
 
     /// What nothing accounts for is looked for a second time: a socket that was just ending is no stray. Whose the others
     /// are is found by one walk over all processes.
-    pub(super) fn finish(mut self) -> (Proof, Vec<Refused<'a>>) {
+    pub(super) fn finish(mut self) -> (Proof, Vec<Refused<'p>>) {
         let mut strays = Vec::new();
         let suspects = std::mem::take(&mut self.suspects);
         // The agent's own, by descriptor: what it accepted and nobody noted.

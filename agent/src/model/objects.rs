@@ -53,6 +53,12 @@ impl<K: Ord, T> FromIterator<(K, Arc<T>)> for Objects<K, T> {
     }
 }
 
+impl<K: Ord, T, const N: usize> From<[(K, Arc<T>); N]> for Objects<K, T> {
+    fn from(entries: [(K, Arc<T>); N]) -> Self {
+        entries.into_iter().collect()
+    }
+}
+
 impl<'a, K, T> IntoIterator for &'a Objects<K, T> {
     type Item = (&'a K, &'a Arc<T>);
     type IntoIter = btree_map::Iter<'a, K, Arc<T>>;
@@ -68,7 +74,7 @@ mod tests {
 
     #[test]
     fn copies_are_one_until_one_of_them_changes() {
-        let mut objects: Objects<u8, u8> = [(1, Arc::new(1))].into_iter().collect();
+        let mut objects: Objects<u8, u8> = [(1, Arc::new(1))].into();
         let before = objects.clone();
         assert!(objects.same(&before) && objects == before);
         objects.insert(2, Arc::new(2));
