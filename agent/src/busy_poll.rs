@@ -141,6 +141,7 @@ pub fn hook(builder: &mut Builder) -> &mut Builder {
 
 /// Lets this thread, which is to run `runtime`, poll for at most `limit` from now on. The task that is returned is part of
 /// it, and ends with the runtime.
+#[expect(clippy::disallowed_methods, reason = "the runtime owns it, and who dropped the handle would end nothing")]
 pub fn start(runtime: &Runtime, limit: Duration) -> JoinHandle<()> {
     POLLER.with(|poller| poller.limit.set(limit));
     // Of the runtime, and not of its set of local tasks: to wake one of those the kernel is asked.

@@ -397,13 +397,15 @@ impl Passed {
         }
         let mut diag = SockDiag::open(&pod.netns)?;
         let own = snapshot.workload(&pod.uid).map(Arc::as_ref);
-        sockets.iter().fold(Ok(()), |result, (id, value)| {
+        let mut result = Ok(());
+        for (id, value) in sockets {
             let reason = Reason::from_u8(value.reason).unwrap_or(Reason::KernelCapacity);
             let verdict = Verdict { answer: Answer::Refuse, reason, rule: value.rule, generation: value.generation };
             let (reason, detail) = (reason.as_str(), snapshot.explain(&verdict));
             let policy = snapshot.rule(RuleId(value.rule)).map(Into::into);
-            result.and(self.close(own, &mut diag, id, Forbidden { reason, detail, policy }).map(drop))
-        })
+            result = result.and(self.close(own, &mut diag, id, Forbidden { reason, detail, policy }).map(drop));
+        }
+        result
     }
 
     fn track(&mut self, socket: &Socket, flow: Flow, facts: Facts, value: Option<SocketValue>) {

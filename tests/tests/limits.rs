@@ -241,7 +241,9 @@ fn open_connections_do_not_grow() -> Result<()> {
             || {
                 let mut now = threads_of(&scene.sandbox, agent)?;
                 for name in before {
-                    now.iter().position(|other| other == name).map(|at| now.swap_remove(at));
+                    if let Some(at) = now.iter().position(|other| other == name) {
+                        now.swap_remove(at);
+                    }
                 }
                 Ok(now.is_empty().then_some(()))
             },

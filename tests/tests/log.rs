@@ -7,7 +7,7 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, built};
+use culvert_tests::sandbox::{Family, MeshPlan, Node, Plan, PodPlan, Sandbox, agent_process, built};
 use culvert_tests::{command, patience};
 
 const HTTP: u16 = 9080;
@@ -31,14 +31,13 @@ fn a_log_that_nobody_reads_stops_nothing() -> Result<()> {
         .pod(PodPlan::new(Node::A, "test", "client"))
         .pod(PodPlan::new(Node::B, "default", "far").http(&[HTTP]));
     let mut sandbox = Sandbox::build(plan)?;
-    let pipe = sandbox.dir().join("stderr");
-    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).context("make a pipe")?;
-    // Open for reading too, so that it is never closed; but nobody reads.
+    // Open for reading too, so that it is never closed; but nobody reads. Each agent has its own, by its process's number.
     let agent = sandbox.dir().join("culvert-with-a-pipe");
-    let (binary, pipe_name) = (built("culvert")?, pipe.display());
+    let (binary, pipes) = (built("culvert")?, sandbox.dir().join("stderr"));
     let script = format!(
-        "#!/bin/sh\ncase $1 in agent) exec {0} \"$@\" 2<>{pipe_name} ;; *) exec {0} \"$@\" ;; esac\n",
-        binary.display()
+        "#!/bin/sh\n[ \"$1\" = agent ] || exec {0} \"$@\"\nmkfifo {1}-$$ && exec {0} \"$@\" 2<>{1}-$$\n",
+        binary.display(),
+        pipes.display()
     );
     fs::write(&agent, script)?;
     fs::set_permissions(&agent, fs::Permissions::from_mode(0o755))?;
@@ -61,23 +60,22 @@ fn a_log_that_nobody_reads_stops_nothing() -> Result<()> {
         ensure!(silence < 5.0, "a worker of {node} has been silent for {silence} s");
     }
 
-    let mut reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&pipe)?;
+    let pipe = format!("{}-{}", pipes.display(), sandbox.pid(&agent_process(Node::A))?);
+    let mut reader = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(pipe)?;
     let (mut text, mut some) = (Vec::new(), vec![0; 64 << 10]);
-    command::wait_for("what was lost is told", LIMIT * patience(), || {
-        loop {
-            match reader.read(&mut some) {
-                Ok(0) => break,
-                Ok(read) => text.extend_from_slice(&some[..read]),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error).context("read the pipe"),
-            }
+    let told = command::wait_for("what was lost is told", LIMIT * patience(), || {
+        match reader.read(&mut some) {
+            Ok(read) => text.extend_from_slice(&some[..read]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error).context("read the pipe"),
         }
-        Ok(String::from_utf8_lossy(&text).contains("lines of the log were dropped").then_some(()))
+        // The last line may be only half written.
+        let (lines, _) = text.split_at(text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1));
+        let mut lines = lines.split(|byte| *byte == b'\n').map(String::from_utf8_lossy);
+        Ok(lines.find(|line| line.contains("lines of the log were dropped")).map(|line| line.into_owned()))
     })?;
-    for line in String::from_utf8_lossy(&text).lines().filter(|line| line.contains("lines of the log were dropped")) {
-        let line: serde_json::Value = serde_json::from_str(line).context("lines are whole")?;
-        ensure!(line["dropped"].as_u64() > Some(0), "{line}");
-    }
+    let told: serde_json::Value = serde_json::from_str(&told).with_context(|| format!("lines are whole: {told}"))?;
+    ensure!(told["dropped"].as_u64() > Some(0), "{told}");
     Ok(())
 }
 

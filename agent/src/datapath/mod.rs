@@ -1165,6 +1165,6 @@ mod tests {
         }
         assert_eq!(buckets(&[]).expect("they fit"), 1);
         assert_eq!(buckets(&[80, 443, 8080, 9090]).expect("they fit"), 1);
-        assert!(buckets(&vec![80; BUCKET_PORTS + 1]).is_err());
+        assert!(buckets(&[80; BUCKET_PORTS + 1]).is_err());
     }
 }

@@ -59,7 +59,10 @@ impl Older {
     pub(super) fn keep(&mut self, is_there: impl Fn(NetnsCookie) -> bool) -> anyhow::Result<()> {
         let gone = |key: &OlderKey| !is_there(NetnsCookie(key.netns_cookie));
         let gone: Vec<OlderKey> = self.map.keys().filter_map(Result::ok).filter(gone).collect();
-        gone.iter()
-            .fold(Ok(()), |result, key| result.and(ignore_missing(self.map.remove(key)).context("remove from OLDER")))
+        let mut result = Ok(());
+        for key in gone {
+            result = result.and(ignore_missing(self.map.remove(&key)).context("remove from OLDER"));
+        }
+        result
     }
 }
