@@ -60,11 +60,9 @@ mod tests {
         (web.workload_name, web.labels) = (workload.into(), Arc::new(labels(own)));
         let node = Node { labels: labels(of_node), ..Node::default() };
         let uid = web.uid.clone();
-        let cluster = Cluster {
-            nodes: [(web.node.clone(), Arc::new(node))].into(),
-            pods: [(uid.clone(), Arc::new(web))].into(),
-            ..Cluster::default()
-        };
+        let mut cluster = Cluster::default();
+        cluster.nodes.insert(web.node.clone(), Arc::new(node));
+        cluster.pods.insert(uid.clone(), Arc::new(web));
         let snapshot = policy::compile(&cluster, &policy::Options::default(), None);
         baggage(snapshot.workload(&uid).expect("it was compiled"), "c1")
     }
