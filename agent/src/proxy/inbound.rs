@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     identity::{self, Refusal, Unavailable},
-    limits::Place,
+    limits::{Host, Place},
     model::SpiffeId,
     policy::{self, Client, Connection, Snapshot, Verdict, Workload},
     telemetry::{
@@ -57,8 +57,10 @@ pub async fn tunnel(
         return reset_on_close(&socket);
     }
     let story = || Story::of_tunnel(remote, local);
-    let waiting = match context.limits.handshake(remote.ip()) {
-        Ok(waiting) => waiting,
+    context.make_room(&pod, &socket);
+    // One for as long as the tunnel lasts, the other until something is asked for in it.
+    let (_place, waiting) = match pod.load.tunnel(host_at(&context.snapshot(), remote.ip()), socket.as_raw_fd()) {
+        Ok(admitted) => admitted,
         Err(limit) => {
             reset_on_close(&socket);
             let mut refused = story();
@@ -165,7 +167,7 @@ pub(crate) fn stream(
         let admitted = Box::pin(judge(&context, &pod, incoming, local, remote, &proved, &mut story)).await;
         drop(proved);
         let outcome = match admitted {
-            Ok(Admitted { subject, word, generation, _place, leg, client: Tunnelled { stream, charge } }) => {
+            Ok(Admitted { subject, word, generation, place: _place, leg, client: Tunnelled { stream, charge } }) => {
                 let copied = pin!(copy::bidirectional(leg, stream, &story.counters));
                 let told = |ended| Outcome::of_copy(ended, word, "the server", "the client");
                 watched(&context, &pod, &subject, generation, copied, told).await.or_limited(&charge)
@@ -183,7 +185,7 @@ struct Admitted<C> {
     word: &'static str,
     /// The verdict's.
     generation: u32,
-    _place: Place,
+    place: Place,
     leg: ResetOnClose,
     client: C,
 }
@@ -269,7 +271,7 @@ async fn judge(
         Err(Unavailable::NotWanted(_)) if !own.enrollment.enrolled => {}
         Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::IdentityError, error)),
     }
-    let place = match pod.load.inbound(remote.ip(), None) {
+    let place = match pod.load.inbound(host_at(&snapshot, remote.ip())) {
         Ok(place) => place,
         Err(limit) => return refuse(incoming, 503, Outcome::limited(limit)),
     };
@@ -284,20 +286,29 @@ async fn judge(
         Ok(leg) => leg,
         Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::Connect, error)),
     };
+    context.make_room(pod, leg.get());
+    if let Err(limit) = place.may_have(leg.get().as_raw_fd()) {
+        return refuse(incoming, 503, Outcome::limited(limit));
+    }
     let mut stream = match incoming.accept(Some(&baggage(own, &context.names.cluster))) {
         Ok(stream) => stream,
         Err(error) => return Err(Outcome::failed(Flag::Reset, format_args!("the client gave up: {error:?}"))),
     };
-    let charge = Arc::new(pod.load.charge());
+    let charge = Arc::new(place.charge());
     stream.charge(charge.clone());
     Ok(Admitted {
         subject,
         word: verdict.reason.as_str(),
         generation: verdict.generation,
-        _place: place,
+        place,
         leg,
         client: Tunnelled { stream, charge },
     })
+}
+
+/// Whom a connection from there counts for.
+fn host_at(snapshot: &Snapshot, ip: IpAddr) -> Host {
+    Host::at(ip, workload_at(snapshot, ip).is_some())
 }
 
 fn tell_source(story: &mut Story, snapshot: &Snapshot, remote: SocketAddr, proved: SpiffeId) {
@@ -412,8 +423,9 @@ pub async fn plaintext(
     }
     let mut story = Story::new(Direction::Inbound, remote, local);
     let outcome = match Box::pin(judge_plaintext(&context, &pod, socket, local, remote, &mut story)).await {
-        Ok(Admitted { subject, word, generation, _place, leg, client }) => {
-            let copied = pin!(copy::bidirectional_plain(leg, client, &story.counters));
+        Ok(Admitted { subject, word, generation, place, leg, client }) => {
+            let charge = place.charge();
+            let copied = pin!(copy::bidirectional_plain(leg, client, &story.counters, &charge));
             let told = |ended| Outcome::of_copy(ended, word, "the server", "the client");
             watched(&context, &pod, &subject, generation, copied, told).await
         }
@@ -445,13 +457,15 @@ async fn judge_plaintext(
         return Err(Outcome::denied(&verdict));
     }
     story.plaintext(context);
-    let place = pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())).map_err(Outcome::limited)?;
+    let place = pod.load.inbound(host_at(&snapshot, remote.ip())).map_err(Outcome::limited)?;
+    context.make_room(pod, socket.get());
+    place.may_have(socket.get().as_raw_fd()).map_err(Outcome::limited)?;
     let leg = context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await;
     Ok(Admitted {
         subject,
         word: verdict.reason.as_str(),
         generation: verdict.generation,
-        _place: place,
+        place,
         leg: leg.map_err(|error| Outcome::failed(Flag::Connect, error))?,
         client: socket,
     })
