@@ -277,16 +277,17 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
             let (snapshot, identities, log) = (snapshot.clone(), identities.clone(), log.clone());
             let (names, drained, open) = (names.clone(), drain.clone(), registry.shard());
             let (tally, tracer, limiter) = (tallies.tally(), tracer.clone(), limit.limiter());
-            let (pods_limits, refuse_mismatch) = (limits.clone(), config.refuse_mismatch);
+            let (workers, refuse_mismatch) = (config.workers as usize, config.refuse_mismatch);
             Worker::start(number, drain.clone(), config.busy_poll, move || {
                 let tunnels = tunnel::Config::default();
+                // Each worker has a pool.
+                let tunnels = tunnel::Config { max_idle: tunnels.max_idle.div_ceil(workers), ..tunnels };
                 Ok(Context {
                     snapshot,
                     identities,
                     pool: tunnel::Pool::counted(tunnels, tally.clone()),
                     tunnel: tunnels,
                     refuse_mismatch,
-                    limits: pods_limits,
                     sockets: sockets.into(),
                     open,
                     tally,

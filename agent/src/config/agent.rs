@@ -193,20 +193,23 @@ pub const SETTINGS: &[Setting] = &[
         name: "max-connections-per-pod",
         value: "N",
         default: Some("16384"),
-        help: "Connections that a pod may have open; also those to a pod, counted for each client address",
+        help: "Connections that a pod may have open; also those to a pod, counted for each client: an address, or in IPv6 a /64, \
+               unless a pod of the mesh is known by the address",
     },
     Setting {
         name: "max-memory-per-pod",
         value: "SIZE",
         default: Some("256MiB"),
-        help: "Memory for a pod: 8 KiB for each connection, and what arrived in tunnels and the other side does not read; above it \
-               new connections are refused, and those that hold more than 64 KiB are reset when they get more",
+        help: "Memory for a pod: 8 KiB for each connection, 16 KiB for each tunnel, and what arrived and the other side does not \
+               read; above it new connections are refused, and those in tunnels that hold more than 64 KiB are reset when \
+               they get more; one client of a pod gets no more of it than it leaves to others",
     },
     Setting {
         name: "max-handshakes-per-peer",
         value: "N",
         default: Some("256"),
-        help: "Tunnels from one address in which nothing has been asked for yet",
+        help: "Tunnels from one client in which nothing has been asked for yet; to one pod five times as many, of all clients, the \
+               last fifth for pods that have none",
     },
     Setting {
         name: "max-open-files",

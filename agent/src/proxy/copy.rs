@@ -29,7 +29,8 @@ use crate::{
 
 /// Most bytes read from a socket at once.
 const CHUNK: usize = 128 << 10;
-/// Reads below this are copied out, so that a few bytes that wait for a slow socket do not hold a whole buffer.
+/// Reads up to this are copied out, so that a few bytes that wait for a slow socket do not hold a whole buffer; and most
+/// that is read from one socket for another once half of the memory is used that there is for the pod.
 const SMALL: usize = 4 << 10;
 /// Most chunks handed to the kernel in one call.
 const VECTORS: usize = 32;
@@ -159,15 +160,23 @@ pub async fn bidirectional(socket: ResetOnClose, stream: tunnel::Stream, counter
     }
 }
 
-/// Copies between two sockets until both directions have ended or one side was cut off.
-pub async fn bidirectional_plain(a: ResetOnClose, b: ResetOnClose, counters: &Counters) -> CopyOutcome {
+/// Copies between two sockets until both directions have ended or one side was cut off. What lies between them counts in
+/// `charge`; nothing is cut for it, since TCP can hold the sender back.
+pub async fn bidirectional_plain(
+    a: ResetOnClose,
+    b: ResetOnClose,
+    counters: &Counters,
+    charge: &tunnel::Charge,
+) -> CopyOutcome {
     let copied = {
         let (mut forward, mut backward) = (BetweenSockets::default(), BetweenSockets::default());
         let (mut a_failed, mut b_failed) = (pin!(socket_error(&a.0)), pin!(socket_error(&b.0)));
         poll_fn(|cx| {
             busy_poll::worked();
-            let forward = forward.poll(cx, (&a.0, near), (&b.0, far), &counters.forward);
-            let both = join(forward, || backward.poll(cx, (&b.0, far), (&a.0, near), &counters.backward));
+            let most = if charge.may_grow() { CHUNK } else { SMALL };
+            let one = forward.poll(cx, (&a.0, near), (&b.0, far), most, &counters.forward);
+            let both = join(one, || backward.poll(cx, (&b.0, far), (&a.0, near), most, &counters.backward));
+            charge.hold(forward.bytes.len() + backward.bytes.len());
             if both.is_pending() {
                 if let Poll::Ready(cause) = a_failed.as_mut().poll(cx) {
                     return Poll::Ready(Err(near(cause)));
@@ -312,6 +321,7 @@ impl OutOfTunnel {
                     Ok(written) => {
                         count.fetch_add(written as u64, Ordering::Relaxed);
                         advance(&mut self.chunks, written);
+                        from.passed_on(written);
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                     Err(error) => return Poll::Ready(Err(near(error))),
@@ -344,6 +354,8 @@ fn write(socket: &TcpStream, chunks: &VecDeque<Bytes>) -> io::Result<usize> {
 struct BetweenSockets {
     /// Taken from the one, not yet by the other.
     bytes: Bytes,
+    /// They are alone in their memory.
+    alone: bool,
     done: bool,
 }
 
@@ -356,21 +368,28 @@ impl BetweenSockets {
         cx: &mut Context<'_>,
         (from, read_failed): Named<'_>,
         (to, write_failed): Named<'_>,
+        most: usize,
         count: &AtomicU64,
     ) -> Progress {
         while !self.done {
             if self.bytes.is_empty() {
                 ready!(from.poll_read_ready(cx)).map_err(read_failed)?;
-                match read_chunk(from, CHUNK).map_err(read_failed)? {
+                match read_chunk(from, most).map_err(read_failed)? {
                     Read::Nothing => {}
                     Read::Eof => {
                         shut_down(to).map_err(write_failed)?;
                         self.done = true;
                     }
-                    Read::Bytes(bytes) => self.bytes = bytes,
+                    Read::Bytes(bytes) => (self.bytes, self.alone) = (bytes, false),
                 }
             } else {
-                ready!(to.poll_write_ready(cx)).map_err(write_failed)?;
+                match to.poll_write_ready(cx) {
+                    Poll::Ready(ready) => ready.map_err(write_failed)?,
+                    Poll::Pending => {
+                        self.settle();
+                        return Poll::Pending;
+                    }
+                }
                 match to.try_write(&self.bytes) {
                     Ok(written) => {
                         count.fetch_add(written as u64, Ordering::Relaxed);
@@ -387,6 +406,14 @@ impl BetweenSockets {
             }
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// What has to wait holds no more memory than twice its bytes.
+    fn settle(&mut self) {
+        if !self.alone && self.bytes.len() < CHUNK / 2 {
+            self.bytes = Bytes::copy_from_slice(&self.bytes);
+            self.alone = true;
+        }
     }
 }
 
@@ -407,7 +434,7 @@ fn read_chunk(socket: &TcpStream, most: usize) -> io::Result<Read> {
     ARENA.with_borrow_mut(|arena| {
         let most = most.min(CHUNK);
         if arena.capacity() < most {
-            arena.reserve(4 * CHUNK);
+            arena.reserve(CHUNK);
         }
         let read = match socket.try_read_buf(&mut (&mut *arena).limit(most)) {
             Ok(0) => return Ok(Read::Eof),
@@ -418,7 +445,7 @@ fn read_chunk(socket: &TcpStream, most: usize) -> io::Result<Read> {
         if read < most {
             mark_empty(socket);
         }
-        Ok(Read::Bytes(if read < SMALL {
+        Ok(Read::Bytes(if read <= SMALL {
             let bytes = Bytes::copy_from_slice(arena);
             arena.clear();
             bytes

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     identity::{self, Refusal, Unavailable},
-    limits::Place,
+    limits::{Host, Place},
     model::SpiffeId,
     policy::{self, Client, Connection, Snapshot, Verdict, Workload},
     telemetry::{
@@ -58,8 +58,10 @@ pub async fn tunnel(
         return reset_on_close(&socket);
     }
     let story = || Story::of_tunnel(remote, local);
-    let waiting = match context.limits.handshake(remote.ip()) {
-        Ok(waiting) => waiting,
+    context.make_room(&pod, &socket);
+    // One for as long as the tunnel lasts, the other until something is asked for in it.
+    let (_place, waiting) = match pod.load.tunnel(host_at(&context.snapshot(), remote.ip()), socket.as_raw_fd()) {
+        Ok(admitted) => admitted,
         Err(limit) => {
             reset_on_close(&socket);
             let mut refused = story();
@@ -167,7 +169,7 @@ pub(crate) fn stream(
         let admitted = Box::pin(judge(&context, &pod, incoming, local, remote, &proved, &mut story)).await;
         drop(proved);
         let outcome = match admitted {
-            Ok(Admitted { subject, word, generation, _place, leg, client: Tunnelled { stream, charge } }) => {
+            Ok(Admitted { subject, word, generation, place: _place, leg, client: Tunnelled { stream, charge } }) => {
                 let copied = pin!(copy::bidirectional(leg, stream, &story.counters));
                 let told = |ended| Outcome::of_copy(ended, word, "the server", "the client");
                 watched(&context, &pod, &subject, generation, copied, told).await.or_limited(&charge)
@@ -185,7 +187,7 @@ struct Admitted<C> {
     word: &'static str,
     /// The verdict's.
     generation: u32,
-    _place: Place,
+    place: Place,
     leg: ResetOnClose,
     client: C,
 }
@@ -227,7 +229,7 @@ async fn judge(
         Some(own) => Some(own),
         None => {
             // Whoever waits has a place, of which there are only so many.
-            place = match pod.load.inbound(remote.ip(), None) {
+            place = match pod.load.inbound(host_at(&context.snapshot(), remote.ip())) {
                 Ok(place) => Some(place),
                 Err(limit) => return refuse(incoming, 503, Outcome::limited(limit)),
             };
@@ -286,7 +288,7 @@ async fn judge(
         Err(Unavailable::NotWanted(_)) if !own.enrollment.enrolled => {}
         Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::IdentityError, error)),
     }
-    let place = match place.map_or_else(|| pod.load.inbound(remote.ip(), None), Ok) {
+    let place = match place.map_or_else(|| pod.load.inbound(host_at(&snapshot, remote.ip())), Ok) {
         Ok(place) => place,
         Err(limit) => return refuse(incoming, 503, Outcome::limited(limit)),
     };
@@ -301,17 +303,21 @@ async fn judge(
         Ok(leg) => leg,
         Err(error) => return refuse(incoming, 503, Outcome::failed(Flag::Connect, error)),
     };
+    context.make_room(pod, leg.get());
+    if let Err(limit) = place.may_have(leg.get().as_raw_fd()) {
+        return refuse(incoming, 503, Outcome::limited(limit));
+    }
     let mut stream = match incoming.accept(Some(&baggage(&own, &context.names.cluster))) {
         Ok(stream) => stream,
         Err(error) => return Err(gave_up(&error)),
     };
-    let charge = Arc::new(pod.load.charge());
+    let charge = Arc::new(place.charge());
     stream.charge(charge.clone());
     Ok(Admitted {
         subject,
         word: verdict.reason.as_str(),
         generation: verdict.generation,
-        _place: place,
+        place,
         leg,
         client: Tunnelled { stream, charge },
     })
@@ -319,6 +325,11 @@ async fn judge(
 
 fn gave_up(cut: &tunnel::StreamError) -> Outcome {
     Outcome::failed(Flag::Reset, format_args!("the client gave up: {cut:?}"))
+}
+
+/// Whom a connection from there counts for.
+fn host_at(snapshot: &Snapshot, ip: IpAddr) -> Host {
+    Host::at(ip, workload_at(snapshot, ip).is_some())
 }
 
 fn tell_source(story: &mut Story, snapshot: &Snapshot, remote: SocketAddr, proved: SpiffeId) {
@@ -433,8 +444,9 @@ pub async fn plaintext(
     }
     let mut story = Story::new(Direction::Inbound, remote, local);
     let outcome = match Box::pin(judge_plaintext(&context, &pod, socket, local, remote, &mut story)).await {
-        Ok(Admitted { subject, word, generation, _place, leg, client }) => {
-            let copied = pin!(copy::bidirectional_plain(leg, client, &story.counters));
+        Ok(Admitted { subject, word, generation, place, leg, client }) => {
+            let charge = place.charge();
+            let copied = pin!(copy::bidirectional_plain(leg, client, &story.counters, &charge));
             let told = |ended| Outcome::of_copy(ended, word, "the server", "the client");
             watched(&context, &pod, &subject, generation, copied, told).await
         }
@@ -456,7 +468,7 @@ async fn judge_plaintext(
         Some(own) => Some(own),
         None => {
             // Whoever waits has a place, of which there are only so many.
-            place = Some(pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())).map_err(Outcome::limited)?);
+            place = Some(pod.load.inbound(host_at(&context.snapshot(), remote.ip())).map_err(Outcome::limited)?);
             context.own_soon(&pod.uid).await
         }
     };
@@ -477,14 +489,16 @@ async fn judge_plaintext(
     story.plaintext(context);
     let place = match place {
         Some(place) => place,
-        None => pod.load.inbound(remote.ip(), Some(socket.get().as_raw_fd())).map_err(Outcome::limited)?,
+        None => pod.load.inbound(host_at(&snapshot, remote.ip())).map_err(Outcome::limited)?,
     };
+    context.make_room(pod, socket.get());
+    place.may_have(socket.get().as_raw_fd()).map_err(Outcome::limited)?;
     let leg = context.leg(pod, remote, local, snapshot.mesh.connect_timeout).await;
     Ok(Admitted {
         subject,
         word: verdict.reason.as_str(),
         generation: verdict.generation,
-        _place: place,
+        place,
         leg: leg.map_err(|error| Outcome::failed(Flag::Connect, error))?,
         client: socket,
     })

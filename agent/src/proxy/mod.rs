@@ -23,7 +23,7 @@ use crate::{
     datapath::{Leg, NetnsCookie, Sockets},
     drain,
     identity::Identities,
-    limits::{Limits, Load},
+    limits::Load,
     model::PodUid,
     netns::NetnsHandle,
     policy::{Occupant, Snapshot, Workload},
@@ -73,8 +73,6 @@ pub struct Context {
     pub tunnel: tunnel::Config,
     /// Refuses tunnels from the address of a pod that has another identity than the peer proves ([I.11]).
     pub refuse_mismatch: bool,
-    /// What pods and peers may take.
-    pub limits: Arc<Limits>,
     /// This worker's view of the kernel's maps.
     pub sockets: RefCell<Sockets>,
     /// Where this worker's open connections are entered.
@@ -118,6 +116,13 @@ impl Context {
             }
         })
         .await
+    }
+
+    /// Gives up what can be had again if `socket`, which is for the pod, has got one of the last descriptors.
+    fn make_room(&self, pod: &ServedPod, socket: &TcpStream) {
+        if pod.load.is_scarce(socket.as_raw_fd()) {
+            self.pool.shed();
+        }
     }
 
     /// Resolves when open connections must be cut: the drain's deadline ([H.4]).

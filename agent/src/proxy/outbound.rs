@@ -42,6 +42,7 @@ pub async fn serve(context: Rc<Context>, pod: Arc<ServedPod>, socket: TcpStream,
     };
     let client = canonical(client);
     let mut story = Story::new(Direction::Outbound, client, dst);
+    context.make_room(&pod, socket.get());
     let outcome = match pod.load.outbound(socket.get().as_raw_fd()) {
         Ok(_place) => match Box::pin(reach(&context, &pod, client, dst, &mut story)).await {
             Ok(far) => carry(&context, &pod, socket, far, &story).await,
@@ -83,13 +84,17 @@ async fn carry(context: &Context, pod: &ServedPod, client: ResetOnClose, far: Fa
             }
             () = context.cut() => drained(),
         },
-        Far::Plaintext(server) => tokio::select! {
-            ended = copy::bidirectional_plain(client, server, &story.counters) => told(ended),
-            () = context.cut() => drained(),
-        },
+        Far::Plaintext(server) => {
+            let charge = pod.load.charge();
+            tokio::select! {
+                ended = copy::bidirectional_plain(client, server, &story.counters, &charge) => told(ended),
+                () = context.cut() => drained(),
+            }
+        }
         Far::Itself(itself) => {
             let Itself { server, subject, generation } = *itself;
-            let mut copied = Box::pin(copy::bidirectional_plain(client, server, &story.counters));
+            let charge = pod.load.charge();
+            let mut copied = Box::pin(copy::bidirectional_plain(client, server, &story.counters, &charge));
             Box::pin(watched(context, pod, &subject, generation, copied.as_mut(), told)).await
         }
     }
@@ -248,7 +253,7 @@ async fn open(
     }
     let mut pause = TUNNEL_PAUSE;
     loop {
-        match context.pool.open(&key, &request, dial).await {
+        match context.pool.open_for(pod.load.account(), &key, &request, dial).await {
             // The pod is just being enrolled or leaving, or its agent is just being replaced.
             Err(error) if nobody_there(&error) && Instant::now() + pause < until => {
                 tokio::time::sleep(pause).await;

@@ -27,5 +27,11 @@ pub use self::{
     stream::{ReadHalf, Stream, StreamError, WriteHalf, code},
 };
 
+/// What a tunnel costs beside what its streams hold, in bytes, roughly: our part and the kernel's part of its socket.
+pub const TUNNEL_BYTES: usize = 16 << 10;
+
+/// Tunnels of one source in which there is nothing that are kept, at most; they stand for five minutes.
+pub const IDLE_TUNNELS: usize = 512;
+
 /// Answer header of a refused CONNECT: a word on why, for the log of the other side ([`OpenError::Refused`]).
 pub const REASON_HEADER: &str = "x-culvert-reason";

@@ -22,8 +22,8 @@ use tokio::{
 use tracing::debug;
 
 use super::{
-    Authority, Stream,
-    hbone::client::{Connection, Failure, Slot},
+    Account, Authority, Charge, IDLE_TUNNELS, Stream, TUNNEL_BYTES,
+    hbone::client::{Connection, Failure, Idle, Slot},
 };
 use crate::{
     model::SpiffeId,
@@ -48,6 +48,9 @@ pub struct Config {
     pub ping_timeout: Duration,
     /// A pooled connection without streams is dropped after this.
     pub idle_timeout: Duration,
+    /// Pooled connections without streams that are kept for one source address; then the one goes that has had none for
+    /// longest.
+    pub max_idle: usize,
 }
 
 impl Default for Config {
@@ -59,9 +62,13 @@ impl Default for Config {
             ping_interval: Duration::from_secs(10),
             ping_timeout: Duration::from_secs(20),
             idle_timeout: Duration::from_secs(5 * 60),
+            max_idle: IDLE_TUNNELS,
         }
     }
 }
+
+/// Idle connections that a source keeps where descriptors are scarce.
+const KEPT_WHEN_SCARCE: usize = 4;
 
 /// Connections that one request waits for before it gives up: room for 6400 requests that begin at once.
 const MAX_ROUNDS: u32 = 64;
@@ -158,6 +165,8 @@ pub struct Pool {
 struct Inner {
     config: Config,
     entries: RefCell<HashMap<PoolKey, Entry>>,
+    /// By source address.
+    idle: RefCell<HashMap<IpAddr, Weak<Idle>>>,
     tasks: RefCell<JoinSet<()>>,
     closed: Cell<bool>,
     tally: Arc<Tally>,
@@ -180,8 +189,8 @@ impl Pool {
 
     /// An empty pool that counts its handshakes and connections in `tally`.
     pub fn counted(config: Config, tally: Arc<Tally>) -> Self {
-        let (entries, tasks) = (RefCell::default(), RefCell::default());
-        Self { inner: Rc::new(Inner { config, entries, tasks, closed: Cell::new(false), tally }) }
+        let (entries, idle, tasks) = (RefCell::default(), RefCell::default(), RefCell::default());
+        Self { inner: Rc::new(Inner { config, entries, idle, tasks, closed: Cell::new(false), tally }) }
     }
 
     /// Opens a stream through a connection of `key`, dialling if none has room.
@@ -196,9 +205,39 @@ impl Pool {
     where
         F: Future<Output = anyhow::Result<(TcpStream, Arc<ClientConfig>)>> + 'static,
     {
+        self.open_counted(None, key, request, dial).await
+    }
+
+    /// As [`open`](Self::open); what a connection costs that is dialled counts for `owner` for as long as it stands.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub async fn open_for<F>(
+        &self,
+        owner: &Arc<Account>,
+        key: &PoolKey,
+        request: &Connect,
+        dial: impl Fn() -> F,
+    ) -> Result<Stream, OpenError>
+    where
+        F: Future<Output = anyhow::Result<(TcpStream, Arc<ClientConfig>)>> + 'static,
+    {
+        self.open_counted(Some(owner), key, request, dial).await
+    }
+
+    async fn open_counted<F>(
+        &self,
+        owner: Option<&Arc<Account>>,
+        key: &PoolKey,
+        request: &Connect,
+        dial: impl Fn() -> F,
+    ) -> Result<Stream, OpenError>
+    where
+        F: Future<Output = anyhow::Result<(TcpStream, Arc<ClientConfig>)>> + 'static,
+    {
         let mut refused: Option<Rc<Connection>> = None;
         loop {
-            let slot = self.inner.reserve(key, refused.as_ref(), &dial).await?;
+            let slot = self.inner.reserve(owner, key, refused.as_ref(), &dial).await?;
             let connection = slot.connection().clone();
             match slot.open(request).await {
                 Ok(stream) => return Ok(stream),
@@ -214,6 +253,14 @@ impl Pool {
     /// How many connections stand, for telemetry and tests.
     pub fn connections(&self) -> usize {
         self.inner.entries.borrow().values().flat_map(|e| &e.connections).filter(|c| !c.retired()).count()
+    }
+
+    /// Closes idle connections but for a few of each source: descriptors are scarce, and a connection can be dialled again.
+    pub fn shed(&self) {
+        let sources: Vec<_> = self.inner.idle.borrow().values().filter_map(Weak::upgrade).collect();
+        for idle in sources {
+            idle.keep(KEPT_WHEN_SCARCE);
+        }
     }
 
     /// Opens nothing further, lets open streams finish until `deadline`, then cuts them off ([H.4]).
@@ -233,6 +280,7 @@ impl Pool {
 impl Inner {
     async fn reserve<F>(
         self: &Rc<Self>,
+        owner: Option<&Arc<Account>>,
         key: &PoolKey,
         not: Option<&Rc<Connection>>,
         dial: &impl Fn() -> F,
@@ -260,7 +308,7 @@ impl Inner {
                 // Its task has panicked: nobody else will ever say that the dial has ended.
                 entry.dial.take_if(|dial| dial.has_changed().is_err());
                 let dialling = if settling.is_none() {
-                    Some(entry.dial.get_or_insert_with(|| self.dial(key, dial())).clone())
+                    Some(entry.dial.get_or_insert_with(|| self.dial(owner, key, dial())).clone())
                 } else {
                     None
                 };
@@ -284,12 +332,14 @@ impl Inner {
     }
 
     /// Starts the task that dials, then drives the connection to its end.
-    fn dial<F>(self: &Rc<Self>, key: &PoolKey, dial: F) -> DialResult
+    fn dial<F>(self: &Rc<Self>, owner: Option<&Arc<Account>>, key: &PoolKey, dial: F) -> DialResult
     where
         F: Future<Output = anyhow::Result<(TcpStream, Arc<ClientConfig>)>> + 'static,
     {
         let (done, result) = watch::channel(None);
-        let task = Self::run(Rc::downgrade(self), self.config, self.tally.clone(), key.clone(), dial, done);
+        let (cost, idle) = (owner.map(|owner| Charge::of(owner.clone(), TUNNEL_BYTES)), self.idle_of(key.source_ip));
+        let (pool, tally) = (Rc::downgrade(self), self.tally.clone());
+        let task = Self::run(pool, self.config, tally, key.clone(), (idle, cost), dial, done);
         let mut tasks = self.tasks.borrow_mut();
         while let Some(ended) = tasks.try_join_next() {
             panics::ended("tunnel", ended);
@@ -298,11 +348,24 @@ impl Inner {
         result
     }
 
+    /// The idle connections of a source.
+    fn idle_of(&self, source: IpAddr) -> Rc<Idle> {
+        let mut all = self.idle.borrow_mut();
+        if let Some(idle) = all.get(&source).and_then(Weak::upgrade) {
+            return idle;
+        }
+        all.retain(|_, idle| idle.strong_count() > 0);
+        let idle = Rc::new(Idle::new(self.config.max_idle));
+        all.insert(source, Rc::downgrade(&idle));
+        idle
+    }
+
     async fn run<F>(
         pool: Weak<Self>,
         config: Config,
         tally: Arc<Tally>,
         key: PoolKey,
+        (idle, _cost): (Rc<Idle>, Option<Charge>),
         dial: F,
         done: watch::Sender<Option<Result<(), OpenError>>>,
     ) where
@@ -313,7 +376,7 @@ impl Inner {
                 .await
                 .map_err(|_| OpenError::ConnectTimeout)?
                 .map_err(connect_error)?;
-            Connection::establish(tcp, tls, key.destination, config).await
+            Connection::establish(tcp, tls, key.destination, idle, config).await
         };
         let established = established.await;
         if let Some(result) = handshake(established.as_ref().err()) {
@@ -377,4 +440,78 @@ fn connect_error(error: anyhow::Error) -> OpenError {
     let timed_out =
         error.chain().any(|e| e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::TimedOut));
     if timed_out { OpenError::ConnectTimeout } else { OpenError::Connect(Arc::new(error)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::testing::*, *};
+
+    fn account() -> Arc<Account> {
+        Arc::new(Account::new(Arc::new(usize::MAX.into())))
+    }
+
+    /// A pod that talks to everybody once does not leave a tunnel to everybody behind.
+    #[test]
+    fn the_connection_that_has_been_idle_for_longest_goes_first() {
+        local(async {
+            let tls = tls();
+            let mut servers = Vec::new();
+            for _ in 0..5 {
+                servers.push(Server::start(&tls, Config::default(), echo).await);
+            }
+            let pool = Pool::new(Config { max_idle: 2, ..Config::default() });
+            let account = account();
+            let to = async |at: usize| {
+                let addr = servers[at].addr;
+                let opened = pool.open_for(&account, &key(addr), &connect(), || dial(addr, tls.client.clone())).await;
+                opened.expect("open")
+            };
+            let used = to(0).await;
+            for at in [1, 2] {
+                drop(to(at).await);
+            }
+            // Now it is 2 that was used longer ago.
+            drop(to(1).await);
+            assert_eq!((pool.connections(), account.used()), (3, 3 * TUNNEL_BYTES));
+            let last = to(3).await;
+            assert_eq!(pool.connections(), 4, "what is in use is not idle");
+            drop(last);
+            assert_eq!(pool.connections(), 3);
+            until(|| servers[2].ends.borrow().len() == 1 && account.used() == 3 * TUNNEL_BYTES).await;
+            // Another source has its own.
+            let other = PoolKey { source_ip: [127, 0, 0, 2].into(), ..key(servers[4].addr) };
+            for key in [&other, &PoolKey { destination: servers[3].addr, ..other.clone() }] {
+                drop(pool.open(key, &connect(), || dial(key.destination, tls.client.clone())).await.expect("open"));
+            }
+            assert_eq!(pool.connections(), 5);
+            for (at, accepted) in [(0, 1), (1, 1), (3, 2), (2, 2)] {
+                drop(to(at).await);
+                assert_eq!(servers[at].accepted.get(), accepted, "server {at}");
+            }
+            drop(used);
+            assert_eq!(pool.connections(), 4);
+            pool.drain(Instant::now()).await;
+            assert_eq!(account.used(), 0);
+        });
+    }
+
+    #[test]
+    fn idle_connections_are_given_up_when_descriptors_are_scarce() {
+        local(async {
+            let tls = tls();
+            let pool = Pool::new(Config::default());
+            let mut servers = Vec::new();
+            for _ in 0..KEPT_WHEN_SCARCE + 3 {
+                let server = Server::start(&tls, Config::default(), echo).await;
+                drop(open(&pool, server.addr, &tls.client).await.expect("open"));
+                servers.push(server);
+            }
+            let used = open(&pool, servers[0].addr, &tls.client).await.expect("open");
+            pool.shed();
+            assert_eq!(pool.connections(), KEPT_WHEN_SCARCE + 1);
+            until(|| servers.iter().map(|server| server.ends.borrow().len()).sum::<usize>() == 2).await;
+            assert!(servers[0].ends.borrow().is_empty(), "what is in use is not touched");
+            drop(used);
+        });
+    }
 }

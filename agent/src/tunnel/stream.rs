@@ -133,13 +133,23 @@ impl ReadHalf {
     /// # Errors
     /// [`StreamError`] if the stream was cut off; what came before has been delivered.
     pub async fn read(&mut self) -> Result<Option<Bytes>, StreamError> {
-        poll_fn(|cx| self.poll_read(cx)).await
+        let bytes = poll_fn(|cx| self.poll_read(cx)).await?;
+        self.passed_on(bytes.as_ref().map_or(0, Bytes::len));
+        Ok(bytes)
     }
 
-    /// See [`read`](Self::read). Taking bytes gives the peer window for as many.
+    /// See [`read`](Self::read). What is given counts as held for the stream's owner until it was
+    /// [passed on](Self::passed_on).
     pub fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, StreamError>> {
         match &mut self.0 {
             Read::Hbone(half) => half.poll_read(cx),
+        }
+    }
+
+    /// `n` bytes of what [`poll_read`](Self::poll_read) gave are held no more: the peer gets window for as many.
+    pub fn passed_on(&mut self, n: usize) {
+        match &mut self.0 {
+            Read::Hbone(half) => half.passed_on(n),
         }
     }
 

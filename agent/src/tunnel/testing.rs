@@ -19,11 +19,11 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::watch,
     task::{JoinSet, LocalSet},
-    time::Instant,
+    time::{Instant, sleep},
 };
 
 use super::{
-    Config, Connect, OpenError, Pool, PoolKey, Stream,
+    Account, Charge, Config, Connect, OpenError, Pool, PoolKey, Stream,
     server::{Incoming, ServeError, serve},
 };
 
@@ -160,6 +160,20 @@ impl Server {
     pub(crate) fn undrain(&self) {
         self.drain.send_replace(None);
     }
+}
+
+/// Waits until `condition` holds.
+pub(crate) async fn until(mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < Duration::from_secs(40), "it never comes true");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A connection's part of an account that is never full.
+pub(crate) fn charge() -> Charge {
+    Charge::new(Arc::new(Account::new(Arc::new(usize::MAX.into()))))
 }
 
 /// Accepts every stream and sends back what comes.

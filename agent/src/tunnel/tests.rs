@@ -644,11 +644,12 @@ fn a_dropped_copy_resets_both_sides() {
         let (a, b) = tokio::join!(TcpStream::connect(addr), listener.accept());
         let (c, d) = tokio::join!(TcpStream::connect(addr), listener.accept());
         let (mut a, mut d) = (a.expect("connect"), d.expect("accept").0);
-        let counters = Counters::default();
+        let (counters, charge) = (Counters::default(), charge());
         let copied = copy::bidirectional_plain(
             ResetOnClose::new(b.expect("accept").0),
             ResetOnClose::new(c.expect("connect")),
             &counters,
+            &charge,
         );
         assert!(timeout(Duration::from_millis(20), copied).await.is_err());
         for socket in [&mut a, &mut d] {
@@ -667,11 +668,12 @@ fn a_plain_copy_passes_bytes_and_half_close() {
         let (a, b) = tokio::join!(TcpStream::connect(addr), listener.accept());
         let (c, d) = tokio::join!(TcpStream::connect(addr), listener.accept());
         let (mut a, mut d) = (a.expect("connect"), d.expect("accept").0);
-        let counters = Counters::default();
+        let (counters, charge) = (Counters::default(), charge());
         let copied = copy::bidirectional_plain(
             ResetOnClose::new(b.expect("accept").0),
             ResetOnClose::new(c.expect("connect")),
             &counters,
+            &charge,
         );
         let ends = async {
             send_pattern(&mut a, TOTAL).await;
@@ -904,15 +906,6 @@ fn fast() -> Config {
         ping_timeout: Duration::from_millis(1500),
         idle_timeout: Duration::from_secs(2),
         ..Config::default()
-    }
-}
-
-/// Waits until `condition` holds.
-async fn until(mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(20), "it never comes true");
-        sleep(Duration::from_millis(5)).await;
     }
 }
 

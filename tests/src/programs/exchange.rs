@@ -198,13 +198,14 @@ fn attempt(to: SocketAddr, verb: Verb, bytes: u64, limit: Duration) -> io::Resul
 }
 
 pub(super) fn stall(to: SocketAddr, count: u32) -> Result<()> {
-    let mut held = Vec::new();
-    for _ in 0..count {
+    let one = || -> io::Result<TcpStream> {
         let stream = dial(to, Duration::from_secs(10))?;
         (&stream).write_all(b"POUR\n")?;
-        held.push(stream);
-    }
-    print(&serde_json::json!({ "held": held.len() }))?;
+        Ok(stream)
+    };
+    let tried: Vec<_> = (0..count).map(|_| one()).collect();
+    let held: Vec<_> = tried.into_iter().flatten().collect();
+    print(&serde_json::json!({ "held": held.len(), "refused": count as usize - held.len() }))?;
     loop {
         thread::park();
     }

@@ -1,11 +1,12 @@
 //! The client end of one HBONE connection: handshakes, CONNECT, and the driver that keeps it alive.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
     fmt,
     future::{Future, poll_fn},
     net::SocketAddr,
-    rc::Rc,
+    rc::{Rc, Weak},
     sync::Arc,
 };
 
@@ -28,6 +29,43 @@ use super::{
 };
 use crate::tunnel::{Config, Connect, OpenError, REASON_HEADER, Stream, StreamError};
 
+/// The connections of one source in a pool that have no streams.
+pub(in crate::tunnel) struct Idle {
+    most: usize,
+    /// By the order in which they lost their last stream, or were made.
+    waiting: RefCell<BTreeMap<u64, Weak<Connection>>>,
+    next: Cell<u64>,
+}
+
+impl Idle {
+    /// None yet, of which up to `most` are kept.
+    pub(in crate::tunnel) fn new(most: usize) -> Self {
+        Self { most, waiting: RefCell::default(), next: Cell::new(0) }
+    }
+
+    fn enter(&self, connection: &Rc<Connection>) {
+        let number = self.next.replace(self.next.get() + 1);
+        connection.idle_at.set(Some(number));
+        self.waiting.borrow_mut().insert(number, Rc::downgrade(connection));
+    }
+
+    /// Retires those that have been idle for longest until there are `most`.
+    pub(in crate::tunnel) fn keep(&self, most: usize) {
+        while self.waiting.borrow().len() > most {
+            let Some((_, oldest)) = self.waiting.borrow_mut().pop_first() else { return };
+            if let Some(oldest) = oldest.upgrade() {
+                oldest.retire();
+            }
+        }
+    }
+
+    fn leave(&self, connection: &Connection) {
+        if let Some(number) = connection.idle_at.take() {
+            self.waiting.borrow_mut().remove(&number);
+        }
+    }
+}
+
 /// One connection of a pool: a place to reserve [`Slot`]s.
 pub(in crate::tunnel) struct Connection {
     core: Shared,
@@ -36,6 +74,9 @@ pub(in crate::tunnel) struct Connection {
     active: Cell<usize>,
     limit: Cell<usize>,
     settled: watch::Sender<bool>,
+    idle: Rc<Idle>,
+    /// Its place there.
+    idle_at: Cell<Option<u64>>,
     /// A slot was given back, or the connection retired.
     changed: Notify,
 }
@@ -46,6 +87,10 @@ pub(in crate::tunnel) struct Slot(Rc<Connection>);
 impl Drop for Slot {
     fn drop(&mut self) {
         self.0.active.set(self.0.active.get() - 1);
+        if self.0.active.get() == 0 && !self.0.retired() {
+            self.0.idle.enter(&self.0);
+            self.0.idle.keep(self.0.idle.most);
+        }
         self.0.changed.notify_one();
     }
 }
@@ -81,6 +126,7 @@ impl Connection {
         tcp: TcpStream,
         tls: Arc<ClientConfig>,
         peer: SocketAddr,
+        idle: Rc<Idle>,
         config: Config,
     ) -> Result<(Rc<Self>, impl Future<Output = ()> + use<>), OpenError> {
         let name = ServerName::IpAddress(peer.ip().to_canonical().into());
@@ -99,8 +145,11 @@ impl Connection {
             active: Cell::new(0),
             limit: Cell::new(1),
             settled: watch::Sender::new(false),
+            idle,
+            idle_at: Cell::new(None),
             changed: Notify::new(),
         });
+        connection.idle.enter(&connection);
         let driver = Driver::new(tcp, core, &config);
         Ok((connection.clone(), connection.drive(driver, config)))
     }
@@ -147,6 +196,7 @@ impl Connection {
     /// No further streams; those that are open go on.
     pub(in crate::tunnel) fn retire(&self) {
         self.retired.set(true);
+        self.idle.leave(self);
         self.changed.notify_one();
     }
 
@@ -161,6 +211,7 @@ impl Connection {
             return None;
         }
         self.active.set(self.active.get() + 1);
+        self.idle.leave(self);
         self.changed.notify_one();
         Some(Slot(self.clone()))
     }

@@ -520,21 +520,29 @@ impl Core {
                 }
             };
         };
-        if entry.read == Side::Open {
-            entry.unreleased += bytes.len() as u32;
-            if entry.unreleased >= entry.max_window / 2 {
-                let mut increment = std::mem::take(&mut entry.unreleased);
-                // The reader has caught up: a larger window might have kept it busy.
-                let may_grow = entry.charge.as_ref().is_none_or(|charge| charge.may_grow());
-                if entry.queued == 0 && entry.max_window < MAX_STREAM_WINDOW && may_grow {
-                    increment += entry.max_window;
-                    entry.max_window *= 2;
-                }
-                entry.recv_window += i64::from(increment);
-                self.put_window(id, increment);
-            }
-        }
         Poll::Ready(Ok(Some(bytes)))
+    }
+
+    /// The reader has passed on `n` bytes of what it was given: the peer gets window for as many. Not sooner, or a reader
+    /// that cannot pass anything on would be sent more and more.
+    pub(super) fn passed_on(&mut self, id: u32, n: usize) {
+        let Some(entry) = self.streams.get_mut(&id) else { return };
+        entry.passed_on(n);
+        if entry.read != Side::Open {
+            return;
+        }
+        entry.unreleased += n as u32;
+        if entry.unreleased >= entry.max_window / 2 {
+            let mut increment = std::mem::take(&mut entry.unreleased);
+            // The reader has caught up: a larger window might have kept it busy.
+            let may_grow = entry.charge.as_ref().is_none_or(|charge| charge.may_grow());
+            if std::mem::take(&mut entry.caught_up) && entry.max_window < MAX_STREAM_WINDOW && may_grow {
+                increment += entry.max_window;
+                entry.max_window *= 2;
+            }
+            entry.recv_window += i64::from(increment);
+            self.put_window(id, increment);
+        }
     }
 
     pub(super) fn poll_cut(&mut self, id: u32, cx: &Context<'_>, reading: bool) -> Poll<StreamError> {

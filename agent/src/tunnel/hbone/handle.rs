@@ -84,6 +84,10 @@ impl ReadHalf {
         self.core.borrow_mut().poll_read(self.id, cx)
     }
 
+    pub(in crate::tunnel) fn passed_on(&mut self, n: usize) {
+        self.core.borrow_mut().passed_on(self.id, n);
+    }
+
     pub(in crate::tunnel) fn poll_cut(&mut self, cx: &Context<'_>) -> Poll<StreamError> {
         self.core.borrow_mut().poll_cut(self.id, cx, true)
     }

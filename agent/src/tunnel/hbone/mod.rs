@@ -57,6 +57,10 @@ impl ReadHalf {
         self.half.poll_read(cx)
     }
 
+    pub(super) fn passed_on(&mut self, n: usize) {
+        self.half.passed_on(n);
+    }
+
     pub(super) fn poll_cut(&mut self, cx: &mut Context<'_>) -> Poll<StreamError> {
         self.half.poll_cut(cx)
     }

@@ -28,7 +28,11 @@ pub(super) struct Entry {
     pub(super) queue: VecDeque<Bytes>,
     pub(super) tail: BytesMut,
     pub(super) queued: usize,
-    /// What the peer may still send, what we have read since we last told it, and what it may send at most.
+    /// Given to the reader, who has not passed it on.
+    pub(super) held: usize,
+    /// Since the peer was last given window, the reader has once had all that there was, and passed it on.
+    pub(super) caught_up: bool,
+    /// What the peer may still send, what the reader has passed on since we last told it, and what it may send at most.
     pub(super) recv_window: i64,
     pub(super) unreleased: u32,
     pub(super) max_window: u32,
@@ -63,6 +67,8 @@ impl Entry {
             queue: VecDeque::new(),
             tail: BytesMut::new(),
             queued: 0,
+            held: 0,
+            caught_up: false,
             recv_window: FIRST_STREAM_WINDOW.into(),
             unreleased: 0,
             max_window: FIRST_STREAM_WINDOW,
@@ -106,9 +112,9 @@ impl Entry {
         self.wake();
     }
 
-    /// Tells the owner's account what is queued; true if that is too much.
+    /// Tells the owner's account what is queued, and what the reader holds; true if that is too much.
     pub(super) fn account(&self) -> bool {
-        self.charge.as_ref().is_some_and(|charge| charge.set(self.queued))
+        self.charge.as_ref().is_some_and(|charge| charge.set(self.queued + self.held))
     }
 
     /// True if the stream must be cut off, since its owner holds too much.
@@ -131,6 +137,7 @@ impl Entry {
         self.account()
     }
 
+    /// The next bytes, which count as held until [`passed_on`](Self::passed_on).
     pub(super) fn pop(&mut self) -> Option<Bytes> {
         let bytes = match self.queue.pop_front() {
             Some(bytes) => bytes,
@@ -138,8 +145,15 @@ impl Entry {
             None => std::mem::take(&mut self.tail).freeze(),
         };
         self.queued -= bytes.len();
-        self.account();
+        self.held += bytes.len();
         Some(bytes)
+    }
+
+    /// The reader has `n` bytes less of what it was given.
+    pub(super) fn passed_on(&mut self, n: usize) {
+        self.held -= n;
+        self.caught_up |= self.queued + self.held == 0;
+        self.account();
     }
 }
 
@@ -154,6 +168,7 @@ pub(super) fn register(place: &mut Option<Waker>, cx: &Context<'_>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tunnel::Account;
 
     /// A megabyte in frames of one byte must not cost a megabyte of frames.
     #[test]
@@ -167,6 +182,24 @@ mod tests {
         assert!(block.is_unique(), "nothing holds on to the block that was read");
         assert_eq!(entry.pop().map(|bytes| bytes.len()), Some(100_000));
         assert_eq!((entry.queued, entry.pop()), (0, None));
+    }
+
+    #[test]
+    fn what_the_reader_holds_counts_until_it_is_passed_on() {
+        let account = Arc::new(Account::new(Arc::new((1 << 20).into())));
+        let mut entry = Entry::new(0, 2);
+        entry.charge = Some(Arc::new(Charge::new(account.clone())));
+        entry.push(vec![7; 100_000].into());
+        assert!(entry.pop().is_some_and(|bytes| bytes.len() == 100_000));
+        assert_eq!(account.used(), 100_000, "taken, and still held");
+        entry.passed_on(60_000);
+        assert_eq!((account.used(), entry.caught_up), (40_000, false));
+        entry.passed_on(40_000);
+        assert_eq!((account.used(), entry.caught_up), (0, true));
+        entry.push(vec![7; 10].into());
+        assert!(entry.pop().is_some() && !entry.push(vec![7; 100].into()));
+        entry.cut(&StreamError::Reset(8));
+        assert_eq!(account.used(), 10, "what was queued is dropped, what the reader holds is not");
     }
 
     #[test]
