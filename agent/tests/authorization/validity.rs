@@ -60,10 +60,28 @@ fn what_is_invalid_is_named_with_its_place() {
 /// [C.6], [C.9]: an unknown action, or a field outside the rules, leaves nothing to enforce.
 #[test]
 fn what_cannot_be_understood_at_all_is_not_in_force() {
-    for spec in ["{action: BLOCK}", "{action: deny, rules: [{}]}", "{selectr: {matchLabels: {a: b}}}", "{rules: [x]}"] {
+    for spec in ["{action: BLOCK}", "{action: deny, rules: [{}]}", "{selectr: {matchLabels: {a: b}}}"] {
         let policies = [authz("test", "p", "", spec)];
         assert_eq!(view(&policies).problems.len(), 1, "{spec}");
         assert_eq!(nginx(&compiled(&policies), WEB), "no-allow-policies", "{spec}");
+    }
+}
+
+/// [C.8]: a rule that is no rule is one of which nothing can be evaluated, and a policy that names targets as well as pods is
+/// about the pods: neither takes away what restricts.
+#[test]
+fn what_is_wrong_beside_a_rule_takes_no_rule_away() {
+    let targets = "selector: {matchLabels: {app: nginx}}, targetRefs: [{kind: Service, group: \"\", name: s}]";
+    for (spec, verdict) in [
+        ("{rules: [x]}".to_owned(), "no-allow-match"),
+        ("{action: DENY, rules: [x]}".to_owned(), "explicit-deny test/p#0"),
+        ("{action: DENY, rules: [{from: [{source: {namespaces: [nobody]}}]}, x]}".to_owned(), "explicit-deny test/p#1"),
+        (format!("{{{targets}, rules: [{{}}]}}"), "no-allow-match"),
+        (format!("{{{targets}, action: DENY, rules: [{{}}]}}"), "explicit-deny test/p#0"),
+    ] {
+        let policies = [authz("test", "p", "", &spec)];
+        assert_eq!(view(&policies).problems.len(), 1, "{spec}");
+        assert_eq!(nginx(&compiled(&policies), WEB), verdict, "{spec}");
     }
 }
 
