@@ -1,7 +1,7 @@
 //! The access log: one line per connection at its end (specification §16), to standard output.
 //!
 //! What happened, and to whom, is told by whoever carried the connection. A line is put together on the caller's
-//! thread; how it is written without delaying a connection is for [`lines`](super::lines).
+//! thread; how it is written without delaying a connection is for [`lines`].
 
 use std::{
     fmt::{self, Write as _},

@@ -95,7 +95,7 @@ impl Lines {
     }
 }
 
-/// Each write is a line, as those of [`tracing_subscriber::fmt`] are.
+/// Each write is a line, as those of `tracing_subscriber` are.
 impl Write for Lines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.put(line.to_vec());
