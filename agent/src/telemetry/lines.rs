@@ -257,9 +257,21 @@ mod tests {
 
     #[test]
     fn a_panic_of_who_holds_the_writer_loses_no_line() {
+        /// Takes its time, so that nothing is written yet when the panic comes.
+        struct Slow(Gate);
+        impl Write for Slow {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                thread::sleep(Duration::from_millis(100));
+                self.0.write(bytes)
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
         let gate = Gate::default();
-        let (lines, writer) = start(CONFIG, gate.clone()).expect("a thread");
         gate.open();
+        let (lines, writer) = start(CONFIG, Slow(gate.clone())).expect("a thread");
         let ended = thread::spawn(move || {
             let _writer = writer;
             (0..50).for_each(|n| lines.put(format!("line {n}\n").into_bytes()));
