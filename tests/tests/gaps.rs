@@ -218,33 +218,27 @@ fn lines<T: DeserializeOwned>(sandbox: &Sandbox, program: &str) -> Result<Vec<T>
     whole.lines().map(|line| serde_json::from_str(line).with_context(|| format!("{program}: {line}"))).collect()
 }
 
-/// Everything of the servers' namespace is STRICT, but for these ports of `far`; so that half of an update would show, there
-/// are many more of them that nobody listens on.
+/// Everything of the servers' namespace is STRICT or denies, but for these ports of `far`; so that half of an update would
+/// show, there are many more of them that nobody listens on.
 fn strict(open: &[u16]) -> String {
-    let mut text = strict_but_far("STRICT");
+    let mut text = "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+         metadata: {name: denied, namespace: default}\n\
+         spec: {selector: {matchLabels: {app: denied}}, mtls: {mode: PERMISSIVE}}\n---\n\
+         apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+         metadata: {name: denied, namespace: default}\n\
+         spec:\n  selector: {matchLabels: {app: denied}}\n  action: DENY\n  \
+         rules: [{from: [{source: {notPrincipals: [\"*\"]}}]}]\n---\n\
+         apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+         metadata: {name: all, namespace: default}\nspec: {mtls: {mode: STRICT}}\n---\n\
+         apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
+         metadata: {name: far, namespace: default}\n\
+         spec:\n  selector: {matchLabels: {app: far}}\n  mtls: {mode: STRICT}\n  portLevelMtls:\n"
+        .to_owned();
     for port in open.iter().copied().chain(20_000..20_500) {
         // Writing to a String does not fail.
         let _ = writeln!(text, "    {port}: {{mode: PERMISSIVE}}");
     }
     text
-}
-
-/// Everything of the servers' namespace is STRICT or denies, and `far` has this mode; its ports are to follow, a line each.
-fn strict_but_far(mode: &str) -> String {
-    format!(
-        "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-         metadata: {{name: denied, namespace: default}}\n\
-         spec: {{selector: {{matchLabels: {{app: denied}}}}, mtls: {{mode: PERMISSIVE}}}}\n---\n\
-         apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
-         metadata: {{name: denied, namespace: default}}\n\
-         spec:\n  selector: {{matchLabels: {{app: denied}}}}\n  action: DENY\n  \
-         rules: [{{from: [{{source: {{notPrincipals: [\"*\"]}}}}]}}]\n---\n\
-         apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-         metadata: {{name: all, namespace: default}}\nspec: {{mtls: {{mode: STRICT}}}}\n---\n\
-         apiVersion: security.istio.io/v1\nkind: PeerAuthentication\n\
-         metadata: {{name: far, namespace: default}}\n\
-         spec:\n  selector: {{matchLabels: {{app: far}}}}\n  mtls: {{mode: {mode}}}\n  portLevelMtls:\n"
-    )
 }
 
 /// Agents that hang, are killed, start, and are killed in the middle of anything: what is STRICT stays STRICT, and what a
