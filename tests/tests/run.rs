@@ -161,7 +161,7 @@ fn a_run_stays_up_and_what_it_suggests_works_until_ctrl_c() -> Result<()> {
         Ok((call("legacy-app")?.status == Some(200)).then_some(()))
     })?;
     let shown = command::run("sh", &["-c", suggested(&dump)])?;
-    for field in ["generation", "has_port_modes"] {
+    for field in ["generation", "mode_buckets"] {
         ensure!(shown.contains(field), "{}: no {field} in {shown}", suggested(&dump));
     }
 
