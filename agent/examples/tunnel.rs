@@ -232,7 +232,7 @@ async fn client_proxy(
                     Ok((tcp, tls))
                 }
             };
-            let stream = pool.open(&key, &connect, dial).await.expect("tunnel");
+            let stream = pool.open(None, &key, &connect, dial).await.expect("tunnel");
             copy::bidirectional(ResetOnClose::new(tcp), stream, &Counters::default()).await;
         });
         while connections.try_join_next().is_some() {}

@@ -35,8 +35,8 @@ pub(crate) static MODES: HashMap<ModeKey, ModeValue, 65536, ON_DEMAND> = HashMap
 #[btf_map]
 pub(crate) static SOURCES: LpmTrie<SourceKey, ClassValue, 262144, ON_DEMAND> = LpmTrie::new();
 
-/// Ports of those tables, in buckets all of which are there, likewise: 250 ports for each of 250 pods, and many times that where
-/// a policy names few.
+/// Ports of those tables, in buckets all of which are there, likewise: for each of 250 pods 250 ports in a row, or 120 that lie
+/// scattered, which take more buckets.
 #[btf_map]
 pub(crate) static PORTS: HashMap<PortKey, PortValue, 65536, ON_DEMAND> = HashMap::new();
 

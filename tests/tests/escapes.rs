@@ -3,8 +3,7 @@
 //! Each is captured and judged, or refused and counted with a reason; none is passed ([K.4]).
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -204,14 +203,7 @@ fn culvert(sandbox: &Sandbox, arguments: &[&str]) -> Result<(bool, String)> {
 
 /// The gauge of connections that the mesh has nothing to do with, of node a's agent.
 fn strays(sandbox: &Sandbox) -> Result<String> {
-    let text = sandbox.node_place(Node::A).inside(|| {
-        let mut stream = TcpStream::connect((Node::A.v4(), 15020))?;
-        stream.set_read_timeout(Some(SOON * patience()))?;
-        write!(stream, "GET /metrics HTTP/1.1\r\nhost: node\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    })?;
+    let text = sandbox.metrics(Node::A)?;
     let line = text.lines().find_map(|line| line.strip_prefix("culvert_unaccounted_connections "));
     Ok(line.with_context(|| format!("the gauge in {text}"))?.trim().to_owned())
 }

@@ -2,8 +2,7 @@
 //! itself and the pods that were known go on ([K.4]; specification §2, §3).
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -76,14 +75,7 @@ fn held(sandbox: &Sandbox, node: Node, direction: Direction) -> Result<u64> {
 
 /// A gauge of a node's agent.
 fn gauge(sandbox: &Sandbox, node: Node, name: &str) -> Result<f64> {
-    let text = sandbox.node_place(node).inside(|| {
-        let mut stream = TcpStream::connect((node.v4(), 15020))?;
-        stream.set_read_timeout(Some(SOON * patience()))?;
-        write!(stream, "GET /metrics HTTP/1.1\r\nhost: node\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    })?;
+    let text = sandbox.metrics(node)?;
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     Ok(line.with_context(|| format!("{name} in {text}"))?.trim().parse()?)
 }

@@ -139,13 +139,10 @@ fn results<T: serde::de::DeserializeOwned>(sandbox: &Sandbox, name: &str) -> Res
     whole.lines().map(|line| serde_json::from_str(line).with_context(|| format!("{name}: {line}"))).collect()
 }
 
-/// Resident memory in KiB, and open descriptors.
+/// The memory of its own in KiB, and open descriptors.
 fn size_of(sandbox: &Sandbox, agent: &str) -> Result<(u64, usize)> {
-    let pid = sandbox.pid(agent)?;
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let rss = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
-    let rss = rss.trim().trim_end_matches(" kB").parse()?;
-    Ok((rss, fs::read_dir(format!("/proc/{pid}/fd"))?.count()))
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", sandbox.pid(agent)?))?.count();
+    Ok((sandbox.own_memory(agent)?, descriptors))
 }
 
 /// The names of an agent's threads, in order.

@@ -1167,4 +1167,25 @@ mod tests {
         assert_eq!(buckets(&[80, 443, 8080, 9090]).expect("they fit"), 1);
         assert!(buckets(&[80; BUCKET_PORTS + 1]).is_err());
     }
+    /// What docs/authorization.md says of 250 pods whose policies all differ; the map has room for 65,536.
+    #[test]
+    fn the_ports_of_a_node_fit_into_their_buckets() {
+        const PODS: u32 = 250;
+        let all = |ports: &dyn Fn(u32) -> Vec<u16>| -> u32 {
+            (0..PODS).map(|pod| u32::from(buckets(&ports(pod)).expect("they fit"))).sum()
+        };
+        let in_a_row = all(&|pod| (0..250).map(|n| (1000 + 200 * pod + n) as u16).collect());
+        assert!(in_a_row <= 65_536, "{in_a_row}");
+        // A linear congruential generator (Knuth), of which the upper half is taken.
+        let scattered = all(&|pod| {
+            let mut state = u64::from(pod) << 32 | 1;
+            let mut ports = BTreeSet::new();
+            while ports.len() < 120 {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ports.insert(((state >> 48) as u16).max(1));
+            }
+            ports.into_iter().collect()
+        });
+        assert!((30_000..=65_536).contains(&scattered), "{scattered}");
+    }
 }

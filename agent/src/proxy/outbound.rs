@@ -253,7 +253,7 @@ async fn open(
     }
     let mut pause = TUNNEL_PAUSE;
     loop {
-        match context.pool.open_for(pod.load.account(), &key, &request, dial).await {
+        match context.pool.open(Some(pod.load.account()), &key, &request, dial).await {
             // The pod is just being enrolled or leaving, or its agent is just being replaced.
             Err(error) if nobody_there(&error) && Instant::now() + pause < until => {
                 tokio::time::sleep(pause).await;

@@ -197,35 +197,12 @@ impl Pool {
     ///
     /// `dial` gives a connected socket and the client configuration that verifies `key.expected`. It runs in a task of
     /// the pool, so that a caller who goes away does not take it from those who wait for the same connection. It is
-    /// called at most twice: a request that the peer refused before processing is tried once more elsewhere.
+    /// called at most twice: a request that the peer refused before processing is tried once more elsewhere. What a
+    /// connection costs that is dialled counts for `owner`, if there is one, for as long as it stands.
     ///
     /// # Errors
     /// [`OpenError`]; [`Refused`](OpenError::Refused) if the peer answered, and the others if no answer came.
-    pub async fn open<F>(&self, key: &PoolKey, request: &Connect, dial: impl Fn() -> F) -> Result<Stream, OpenError>
-    where
-        F: Future<Output = anyhow::Result<(TcpStream, Arc<ClientConfig>)>> + 'static,
-    {
-        self.open_counted(None, key, request, dial).await
-    }
-
-    /// As [`open`](Self::open); what a connection costs that is dialled counts for `owner` for as long as it stands.
-    ///
-    /// # Errors
-    /// As [`open`](Self::open).
-    pub async fn open_for<F>(
-        &self,
-        owner: &Arc<Account>,
-        key: &PoolKey,
-        request: &Connect,
-        dial: impl Fn() -> F,
-    ) -> Result<Stream, OpenError>
-    where
-        F: Future<Output = anyhow::Result<(TcpStream, Arc<ClientConfig>)>> + 'static,
-    {
-        self.open_counted(Some(owner), key, request, dial).await
-    }
-
-    async fn open_counted<F>(
+    pub async fn open<F>(
         &self,
         owner: Option<&Arc<Account>>,
         key: &PoolKey,
@@ -463,7 +440,7 @@ mod tests {
             let account = account();
             let to = async |at: usize| {
                 let addr = servers[at].addr;
-                let opened = pool.open_for(&account, &key(addr), &connect(), || dial(addr, tls.client.clone())).await;
+                let opened = pool.open(Some(&account), &key(addr), &connect(), || dial(addr, tls.client.clone())).await;
                 opened.expect("open")
             };
             let used = to(0).await;
@@ -481,7 +458,9 @@ mod tests {
             // Another source has its own.
             let other = PoolKey { source_ip: [127, 0, 0, 2].into(), ..key(servers[4].addr) };
             for key in [&other, &PoolKey { destination: servers[3].addr, ..other.clone() }] {
-                drop(pool.open(key, &connect(), || dial(key.destination, tls.client.clone())).await.expect("open"));
+                drop(
+                    pool.open(None, key, &connect(), || dial(key.destination, tls.client.clone())).await.expect("open"),
+                );
             }
             assert_eq!(pool.connections(), 5);
             for (at, accepted) in [(0, 1), (1, 1), (3, 2), (2, 2)] {

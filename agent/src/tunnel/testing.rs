@@ -104,7 +104,7 @@ pub(crate) fn connect() -> Connect {
 
 /// Opens a stream, dialling `addr` if needed.
 pub(crate) async fn open(pool: &Pool, addr: SocketAddr, client: &Arc<ClientConfig>) -> Result<Stream, OpenError> {
-    pool.open(&key(addr), &connect(), || dial(addr, client.clone())).await
+    pool.open(None, &key(addr), &connect(), || dial(addr, client.clone())).await
 }
 
 pub(crate) async fn dial(

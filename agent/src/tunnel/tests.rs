@@ -120,7 +120,7 @@ fn connect_request_is_that_of_the_table() {
                 traceparent: Some(headers::traceparent(10, 11)),
                 ..connect()
             };
-            let stream = pool.open(&key(addr), &request, || dial(addr, tls.client.clone())).await.expect("open");
+            let stream = pool.open(None, &key(addr), &request, || dial(addr, tls.client.clone())).await.expect("open");
             assert_eq!(stream.baggage(), Some("service.name=productpage"));
         };
         tokio::join!(server, client);
@@ -404,7 +404,7 @@ fn a_panic_in_one_stream_harms_no_other_of_its_tunnel() {
         let server = Server::start(&tls, Config::default(), handler).await;
         let pool = Pool::new(Config::default());
         let to = async |port| {
-            pool.open(&key(server.addr), &connect_to(port), || dial(server.addr, tls.client.clone())).await
+            pool.open(None, &key(server.addr), &connect_to(port), || dial(server.addr, tls.client.clone())).await
         };
         let mut other = to(9080).await.expect("open");
         echoes(&mut other, b"before").await;
@@ -441,7 +441,7 @@ fn a_panic_in_a_dial_is_not_the_end_of_the_pool() {
                     dial.await
                 }
             };
-            pool.open(&key(server.addr), &connect(), panics).await
+            pool.open(None, &key(server.addr), &connect(), panics).await
         };
         let (one, two) = tokio::join!(open(), open());
         for failed in [one, two] {
@@ -707,7 +707,7 @@ fn concurrent_first_requests_share_one_dial() {
             PoolKey { expected: [CLIENT.parse().expect("identity")].into(), ..key(addr) },
         ];
         for (i, other) in others.iter().enumerate() {
-            let _stream = pool.open(other, &connect(), || dial(addr, tls.client.clone())).await.expect("open");
+            let _stream = pool.open(None, other, &connect(), || dial(addr, tls.client.clone())).await.expect("open");
             assert_eq!(server.accepted.get(), 2 + i, "{other:?}");
         }
     });
@@ -728,7 +728,7 @@ fn a_failed_dial_fails_its_waiters_and_the_next_request_dials_again() {
             }
         };
         let (key, request) = (key(server.addr), connect());
-        let results = futures_util::future::join_all((0..5).map(|_| pool.open(&key, &request, failing))).await;
+        let results = futures_util::future::join_all((0..5).map(|_| pool.open(None, &key, &request, failing))).await;
         assert!(results.iter().all(|r| matches!(r, Err(OpenError::Connect(_)))), "{results:?}");
         assert_eq!(dials.get(), 1);
         open(&pool, server.addr, &tls.client).await.expect("the next dials again");
@@ -750,10 +750,10 @@ fn a_caller_who_goes_away_does_not_take_the_dial_along() {
         };
         let (key, request) = (key(server.addr), connect());
         let never = || async { anyhow::bail!("the second must wait for the first's dial") };
-        let first = timeout(Duration::from_millis(10), pool.open(&key, &request, slow));
+        let first = timeout(Duration::from_millis(10), pool.open(None, &key, &request, slow));
         let second = async {
             tokio::task::yield_now().await;
-            pool.open(&key, &request, never).await
+            pool.open(None, &key, &request, never).await
         };
         let (first, second) = tokio::join!(first, second);
         assert!(first.is_err());
@@ -992,10 +992,10 @@ fn a_connect_that_takes_too_long_is_told_apart() {
         let pool = Pool::new(fast());
         let addr = "127.0.0.1:9".parse().expect("address");
         let silent = || std::future::pending();
-        let error = pool.open(&key(addr), &connect(), silent).await.expect_err("no connection");
+        let error = pool.open(None, &key(addr), &connect(), silent).await.expect_err("no connection");
         assert!(matches!(error, OpenError::ConnectTimeout), "{error:?}");
         let kernel = || async { Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into()) };
-        let error = pool.open(&key(addr), &connect(), kernel).await.expect_err("no connection");
+        let error = pool.open(None, &key(addr), &connect(), kernel).await.expect_err("no connection");
         assert!(matches!(error, OpenError::ConnectTimeout), "{error:?}");
         // A peer that accepts and says nothing.
         let (_listener, addr) = h2_listener().await;
@@ -1119,7 +1119,7 @@ fn readers_that_never_read_stall_nobody_else() {
         let request = Connect { baggage: Some("stalled".into()), ..connect() };
         let mut stalled = Vec::new();
         for _ in 0..6 {
-            let opened = pool.open(&key(server.addr), &request, || dial(server.addr, tls.client.clone())).await;
+            let opened = pool.open(None, &key(server.addr), &request, || dial(server.addr, tls.client.clone())).await;
             stalled.push(opened.expect("open"));
         }
         // Their windows fill up.
@@ -1159,7 +1159,7 @@ fn a_server_that_does_not_read_holds_only_its_own_stream() {
         let request = Connect { baggage: Some("stalled".into()), ..connect() };
         let mut writers = JoinSet::new();
         for _ in 0..6 {
-            let opened = pool.open(&key(server.addr), &request, || dial(server.addr, tls.client.clone())).await;
+            let opened = pool.open(None, &key(server.addr), &request, || dial(server.addr, tls.client.clone())).await;
             let mut stream = opened.expect("open");
             writers.spawn_local(async move {
                 let mut sent = 0;

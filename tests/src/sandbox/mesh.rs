@@ -1,7 +1,8 @@
 //! The mesh on a sandbox: the CA on node a and one agent per node, the real binary with the flags a cluster would give it.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,13 +14,17 @@ use super::manifests::{self, AGENT_ACCOUNT, SYSTEM};
 use super::plan::Node;
 use super::tokens::{AUDIENCE, Claims, ISSUER};
 use super::{Process, Sandbox};
-use crate::command;
 use crate::programs::HttpResult;
+use crate::{command, patience};
 
 /// Port of the CA.
 const CA_PORT: u16 = 15012;
 /// Port of an agent's readiness.
 const READINESS_PORT: u16 = 15021;
+/// Port of an agent's metrics.
+const METRICS_PORT: u16 = 15020;
+/// How long it may take to answer there.
+const METRICS_LIMIT: Duration = Duration::from_secs(10);
 /// How long the CA or an agent may take until it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(30);
 
@@ -116,9 +121,8 @@ impl Sandbox {
         self.start("ca", ca)?;
         command::wait_for("the CA accepts connections", READY_LIMIT, || {
             self.expect_running("ca")?;
-            let open = place.inside(|| {
-                Ok(std::net::TcpStream::connect_timeout(&ca_address(), Duration::from_millis(200)).is_ok())
-            })?;
+            let open =
+                place.inside(|| Ok(TcpStream::connect_timeout(&ca_address(), Duration::from_millis(200)).is_ok()))?;
             Ok((open && self.root_certificate().exists()).then_some(()))
         })
         .with_context(|| self.end_of_log("ca"))
@@ -184,6 +188,36 @@ impl Sandbox {
             Ok((got.status == Some(200)).then_some(()))
         })
         .with_context(|| self.end_of_log(&name))
+    }
+
+    /// The metrics of a node's agent, as whoever collects them reads them.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn metrics(&self, node: Node) -> Result<String> {
+        let text = self.node_place(node).inside(|| {
+            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, METRICS_PORT))?;
+            stream.set_read_timeout(Some(METRICS_LIMIT * patience()))?;
+            write!(stream, "GET /metrics HTTP/1.1\r\nhost: node\r\n\r\n")?;
+            let mut text = String::new();
+            stream.read_to_string(&mut text)?;
+            Ok(text)
+        });
+        text.with_context(|| format!("the metrics of {node}"))
+    }
+
+    /// The memory that is a process's own, in KiB: resident or swapped, and no page of a file, which the kernel takes and
+    /// gives back as it likes (proc(5), `RssAnon` and `VmSwap`).
+    ///
+    /// # Errors
+    /// No such process runs.
+    pub fn own_memory(&self, name: &str) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid(name)?))?;
+        let of = |field: &str| -> Result<u64> {
+            let value = status.lines().find_map(|line| line.strip_prefix(field)).with_context(|| field.to_owned())?;
+            Ok(value.trim().trim_end_matches(" kB").parse()?)
+        };
+        Ok(of("RssAnon:")? + of("VmSwap:")?)
     }
 
     /// Sends a signal to the agent of a node; SIGKILL is waited for.

@@ -326,6 +326,11 @@ impl Core {
         self.arrivals.pop_front()
     }
 
+    /// Nobody is there to read what we would answer.
+    pub(super) fn drop_control(&mut self) {
+        self.control = Vec::new();
+    }
+
     /// Sealed bytes for the socket.
     pub(super) fn outgoing(&mut self) -> &[u8] {
         self.seal_control();

@@ -25,6 +25,8 @@ use crate::{busy_poll, tunnel::Config};
 
 /// Most bytes read from a socket at once: eight full records.
 const READ: usize = 128 << 10;
+/// Most reads of what a peer sent before it closed.
+const LAST_READS: usize = 4;
 /// Read buffers that a thread keeps to use again.
 const MAX_BLOCKS: usize = 8;
 /// How long the peer may take to close after us. Closing at once would reset the connection if the peer's last frames
@@ -153,13 +155,14 @@ impl Driver {
         }
     }
 
-    /// The peer has closed: what it said before, such as an alert, tells more than that we cannot write.
+    /// The peer has closed: what it said before, such as an alert, tells more than that we cannot write. Whoever left so
+    /// much unread that we had stopped reading is not listened to for long, and nothing of it is answered.
     fn last_words(&mut self, core: &mut Core) {
-        while core.end().is_none() {
-            match read_block(&self.tcp, core) {
-                Ok(true) => {}
-                Ok(false) | Err(_) => return,
+        for _ in 0..LAST_READS {
+            if core.end().is_some() || !matches!(read_block(&self.tcp, core), Ok(true)) {
+                return;
             }
+            core.drop_control();
         }
     }
 
