@@ -25,8 +25,6 @@ use crate::{busy_poll, tunnel::Config};
 
 /// Most bytes read from a socket at once: eight full records.
 const READ: usize = 128 << 10;
-/// Most reads of what a peer sent before it closed.
-const LAST_READS: usize = 4;
 /// Read buffers that a thread keeps to use again.
 const MAX_BLOCKS: usize = 8;
 /// How long the peer may take to close after us. Closing at once would reset the connection if the peer's last frames
@@ -155,13 +153,13 @@ impl Driver {
         }
     }
 
-    /// The peer has closed: what it said before, such as an alert, tells more than that we cannot write. Whoever left so
-    /// much unread that we had stopped reading is not listened to for long, and nothing of it is answered.
+    /// The peer has closed: what it said before, such as an alert or the rest of an answer, tells more than that we cannot
+    /// write. None of it is answered; and whoever left so many answers unread that we had stopped reading said enough.
     fn last_words(&mut self, core: &mut Core) {
-        for _ in 0..LAST_READS {
-            if core.end().is_some() || !matches!(read_block(&self.tcp, core), Ok(true)) {
-                return;
-            }
+        if core.blocked() {
+            return;
+        }
+        while core.end().is_none() && matches!(read_block(&self.tcp, core), Ok(true)) {
             core.drop_control();
         }
     }
