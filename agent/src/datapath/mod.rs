@@ -1167,6 +1167,7 @@ mod tests {
         assert_eq!(buckets(&[80, 443, 8080, 9090]).expect("they fit"), 1);
         assert!(buckets(&[80; BUCKET_PORTS + 1]).is_err());
     }
+
     /// What docs/authorization.md says of 250 pods whose policies all differ; the map has room for 65,536.
     #[test]
     fn the_ports_of_a_node_fit_into_their_buckets() {
