@@ -2,13 +2,19 @@
 
 use std::env;
 use std::ffi::OsStr;
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, killpg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::{Pid, getpid, getppid};
 
 use crate::interrupt;
 
@@ -62,6 +68,40 @@ pub fn find(program: &str) -> Result<PathBuf> {
     let more = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
     let mut candidates = env::split_paths(&path).chain(more).map(|dir| dir.join(program));
     candidates.find(|p| p.is_file()).with_context(|| format!("{program} is not on PATH"))
+}
+
+/// From now on the command starts a process that the kernel kills (SIGKILL) when the thread that starts it ends, in a process
+/// group of its own: the terminal's Ctrl-C is for its starter, who ends it in order. What that process starts is not killed.
+pub fn end_with_starter(command: &mut Command) {
+    let starter = getpid();
+    command.process_group(0);
+    // SAFETY: between fork and exec only prctl(2) and getppid(2), no allocation, no lock.
+    unsafe {
+        command.pre_exec(move || {
+            set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from)?;
+            // Who died before the kernel was asked is not noticed any more.
+            if getppid() == starter { Ok(()) } else { Err(Errno::ESRCH.into()) }
+        });
+    }
+}
+
+/// Ends a process that leads a process group, and the group, and waits for it: SIGTERM first, SIGKILL after `grace`.
+///
+/// # Errors
+/// It has been waited for already.
+pub fn end_group(child: &mut Child, grace: Duration) -> Result<()> {
+    let group = Pid::from_raw(i32::try_from(child.id()).context("a process number beyond the kernel's range")?);
+    let begun = Instant::now();
+    // A group of which nobody is left is what is wanted.
+    let _ = killpg(group, Signal::SIGTERM);
+    // Until it has been waited for its number is nobody else's, and so is the group's.
+    let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+    while waitid(Id::Pid(group), look)? == WaitStatus::StillAlive && begun.elapsed() < grace {
+        thread::sleep(Duration::from_millis(20));
+    }
+    let _ = killpg(group, Signal::SIGKILL);
+    child.wait().context("wait for the end of a process")?;
+    Ok(())
 }
 
 /// The command as one would type it, for messages.

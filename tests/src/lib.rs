@@ -2,6 +2,7 @@
 //!
 //! | room | its one job |
 //! |---|---|
+//! | [`apiserver`] | a real API server: etcd, kube-apiserver, kubectl; stop it, kill it, compact its history |
 //! | [`sandbox`] | build the nodes, pods, cgroups, manifests, tokens; start the CA and the agents; take everything away |
 //! | [`programs`] | the unmodified programs that run inside pods, and the typed results they print |
 //! | [`capture`] | record the link between the nodes and search it for a payload |
@@ -17,6 +18,7 @@
 //! The scenarios themselves are in `tests/tests/`, one file per behaviour. They need root; a scenario that cannot run on
 //! this machine fails and says why. The library has few dependencies because `xtask` is built from it first.
 
+pub mod apiserver;
 pub mod apps;
 pub mod capture;
 pub mod command;

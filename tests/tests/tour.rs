@@ -2,12 +2,22 @@
 //! [AP.6], [AP.8], [T.1], [I.7], [D.1].
 
 use anyhow::{Result, ensure};
-use culvert_tests::sandbox::{MeshPlan, Sandbox, built, own_name};
+use culvert_tests::sandbox::{MeshPlan, Sandbox, Source, built, own_name};
 use culvert_tests::tour;
 
 #[test]
 fn every_row_of_the_tour_is_as_expected() -> Result<()> {
-    let mut sandbox = Sandbox::build(tour::plan(&own_name("tour")))?;
+    play("tour", Source::Folder)
+}
+
+/// §1: the same objects in a real API server, written there with kubectl, are the same mesh.
+#[test]
+fn every_row_of_the_tour_is_as_expected_from_an_api_server() -> Result<()> {
+    play("tour-api", Source::Api)
+}
+
+fn play(name: &str, source: Source) -> Result<()> {
+    let mut sandbox = Sandbox::build(tour::plan(&own_name(name)).source(source))?;
     let mut mesh = MeshPlan::new(built("culvert")?);
     mesh.cert_ttl = Some(tour::CERT_TTL.to_owned());
     sandbox.start_mesh(&mesh)?;

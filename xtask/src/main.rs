@@ -54,7 +54,7 @@ fn main() -> ExitCode {
 fn dispatch(arguments: Arguments) -> Result<()> {
     interrupt::catch()?;
     match arguments.command {
-        Command::Setup => setup::run(setup::For::Test).map(|_| say::done("this machine has all it needs")),
+        Command::Setup => setup::all().map(|()| say::done("this machine has all it needs")),
         Command::Build => build::run(&setup::run(setup::For::Build)?),
         Command::Run(arguments) => run::run(&arguments),
         Command::Shell(arguments) => run::shell(&arguments),

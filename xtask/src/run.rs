@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use culvert_tests::interrupt;
-use culvert_tests::sandbox::{MeshPlan, Node, Sandbox, built, place_of};
+use culvert_tests::sandbox::{MeshPlan, Node, Sandbox, Source, built, place_of};
 use culvert_tests::tour::{self, Outcome, Row};
 
 use crate::{build, say, setup};
@@ -24,12 +24,38 @@ pub(crate) struct Arguments {
     /// Name of the sandbox; two at once need two names
     #[arg(long, default_value = DEFAULT_NAME)]
     name: String,
+    /// Where agents have the cluster's objects from
+    #[arg(long, value_enum, default_value_t = ObjectsFrom::Folder)]
+    source: ObjectsFrom,
+}
+
+/// Where agents have the cluster's objects from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum ObjectsFrom {
+    /// A folder of manifests
+    Folder,
+    /// A real API server, on node a; kubectl works against it
+    Api,
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
-    build::run(&setup::run(setup::For::Run)?)?;
-    let step = say::step("build two nodes: network namespaces, cgroups, pods, a kubelet each");
-    let mut sandbox = Sandbox::build(tour::plan(&arguments.name))?;
+    let ready = setup::run(setup::For::Run)?;
+    let source = match arguments.source {
+        ObjectsFrom::Folder => {
+            build::run(&ready)?;
+            Source::Folder
+        }
+        ObjectsFrom::Api => {
+            // Both at once, where neither is built yet.
+            let api = setup::api_server()?;
+            build::run(&ready)?;
+            api.finish()?;
+            Source::Api
+        }
+    };
+    let api = if source == Source::Api { ", and an API server on node a" } else { "" };
+    let step = say::step(&format!("build two nodes: network namespaces, cgroups, pods, a kubelet each{api}"));
+    let mut sandbox = Sandbox::build(tour::plan(&arguments.name).source(source))?;
     step.done();
     let result = play(&mut sandbox, arguments);
     let step = say::step("take the sandbox down");
@@ -80,14 +106,16 @@ fn try_next(sandbox: &Sandbox, name: &str) -> Result<String> {
     let page = sandbox.pod("default/productpage")?;
     let map = shortest_map(&sandbox.pin_dir(Node::B));
     let named = if name == DEFAULT_NAME { String::new() } else { format!("--name {name} ") };
+    let edit = match sandbox.manifests().api() {
+        None => format!("$EDITOR {}/{}", sandbox.manifests().path().display(), tour::POLICY_FILE),
+        Some(_) => format!("{} edit peerauthentication -n default namespace", sandbox.kubectl().display()),
+    };
     Ok(format!(
         "The sandbox stays up until Ctrl-C; default is STRICT now. In another terminal:\n  \
          cargo xtask shell {named}nginx            a shell in a pod; there: culvert-pod http-get --to {}:9080 (also from legacy-app)\n  \
-         $EDITOR {}/{}    change STRICT to PERMISSIVE, call again from legacy-app\n  \
+         {edit}    change STRICT to PERMISSIVE, call again from legacy-app\n  \
          bpftool map dump pinned {}    what the kernel of node b decides by",
         page.v4,
-        sandbox.manifests().path().display(),
-        tour::POLICY_FILE,
         map.map_or_else(|| format!("{}/…", sandbox.pin_dir(Node::B).display()), |m| m.display().to_string()),
     ))
 }

@@ -9,6 +9,9 @@
 //! | scenarios | the sandbox with real packets, and the ends of the supported kernels under QEMU |
 //! | benchmarks | those of criterion run, once each, and unoptimised: what they measure is for `cargo bench` |
 //!
+//! Where the tests' API server is not built yet, that runs beside the stages that only compile. No test begins before it is there:
+//! many have limits of time.
+//!
 //! A stage that fails does not stop the others. One that cannot run here has failed; only advisories may say loudly that
 //! they could not run.
 
@@ -22,7 +25,7 @@ use anyhow::{Context, Result, bail};
 use culvert_tests::libtest::Count;
 use culvert_tests::{RESULTS_VARIABLE, interrupt, sandbox};
 
-use crate::setup::{self, Ready, root};
+use crate::setup::{self, Building, Ready, root};
 use crate::{build, say};
 
 /// Arguments of `test`.
@@ -35,12 +38,20 @@ pub(crate) struct Arguments {
     filter: Option<String>,
 }
 
+/// The stages that are tests, and what cargo is told to run.
+const TESTS: [(&str, &[&str]); 3] = [
+    ("unit tests", &["--lib", "--bins"]),
+    ("kernel tests", &["--package", "culvert", "--package", "culvert-common", "--test", "*"]),
+    ("scenarios", &["--package", "culvert-tests", "--test", "*"]),
+];
+
 /// Tells tests that full counts are wanted.
 const FULL_VARIABLE: &str = "CULVERT_TEST_FULL";
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     let begun = Instant::now();
-    let ready = setup::run(setup::For::Test)?;
+    let mut ready = setup::run(setup::For::Test)?;
+    let kubernetes = ready.kubernetes.take();
     let swept = sandbox::sweep()?;
     if !swept.removed.is_empty() {
         say::warn(&format!("removed what was left of sandboxes: {}", swept.removed.join(", ")));
@@ -53,6 +64,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     if arguments.filter.is_none() {
         stages.checks()?;
     }
+    stages.compile()?;
+    stages.api_server(kubernetes)?;
     stages.tests(arguments.filter.as_deref())?;
     if arguments.filter.is_none() {
         stages.benchmarks()?;
@@ -151,13 +164,32 @@ impl Stages<'_> {
         interrupt::check()
     }
 
+    /// Compiles the tests, while the API server is built. What does not compile fails the stage that it belongs to.
+    fn compile(&self) -> Result<()> {
+        let step = say::step("compile the tests");
+        for (_, which) in TESTS {
+            let mut cargo = self.ready.cargo_command(&["test", "--no-run", "--quiet"])?;
+            let compiled = setup::run_cargo(cargo.args(which), |_| {})?;
+            interrupt::check()?;
+            if !compiled.success() {
+                return Ok(());
+            }
+        }
+        step.done();
+        Ok(())
+    }
+
+    /// Waits for the API server of the tests; without it, scenarios fail one by one and say so.
+    fn api_server(&mut self, building: Option<Building>) -> Result<()> {
+        if let Err(error) = building.map_or(Ok(()), Building::finish) {
+            interrupt::check()?;
+            self.failed("API server of the tests", &format!("{error:#}"));
+        }
+        interrupt::check()
+    }
+
     fn tests(&mut self, filter: Option<&str>) -> Result<()> {
-        let stages: [(&str, &[&str]); 3] = [
-            ("unit tests", &["--lib", "--bins"]),
-            ("kernel tests", &["--package", "culvert", "--package", "culvert-common", "--test", "*"]),
-            ("scenarios", &["--package", "culvert-tests", "--test", "*"]),
-        ];
-        for (name, which) in stages {
+        for (name, which) in TESTS {
             let mut cargo = self.ready.cargo_command(&["test", "--no-fail-fast"])?;
             cargo.args(which).arg("--").args(filter);
             cargo.env("RUST_BACKTRACE", "0").env(RESULTS_VARIABLE, &self.results);
@@ -301,7 +333,7 @@ mod tests {
     #[test]
     fn a_stage_that_cannot_run_is_a_failure() {
         let toolchain = Toolchain { name: "none".to_owned(), linker_dir: "/nowhere".into(), has_clippy: false };
-        let ready = Ready { toolchain, deny: None };
+        let ready = Ready { toolchain, deny: None, kubernetes: None };
         let results = std::env::temp_dir().join("culvert-no-results");
         let mut stages = Stages { ready: &ready, full: false, results, all: Vec::new() };
         stages.add("formatting", true, Duration::ZERO);

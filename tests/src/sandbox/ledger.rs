@@ -81,6 +81,8 @@ struct Entries {
     cgroups: Vec<PathBuf>,
     /// Directories of a BPF file system, with all that is below them.
     pins: Vec<PathBuf>,
+    /// Other directories, with all that is below them.
+    directories: Vec<PathBuf>,
 }
 
 /// The list of one sandbox, and the right to it.
@@ -94,7 +96,7 @@ pub(crate) struct Ledger {
 impl Ledger {
     /// Takes the sandbox's directory, removing what a dead owner left.
     pub(crate) fn take(instance: &str) -> Result<Self> {
-        let dir = Path::new(RUN).join(format!("{PREFIX}{instance}"));
+        let dir = dir(instance);
         let lock = match lock(&dir)? {
             Taken::Free(lock) => lock,
             Taken::Held(owner) => bail!(
@@ -123,6 +125,10 @@ impl Ledger {
 
     pub(crate) fn will_pin(&self, path: &Path) -> Result<()> {
         self.note(|e| e.pins.push(path.to_owned()))
+    }
+
+    pub(crate) fn will_make_directory(&self, path: &Path) -> Result<()> {
+        self.note(|e| e.directories.push(path.to_owned()))
     }
 
     /// A process is noted after it started; until then its cgroup, already noted, covers it.
@@ -155,6 +161,9 @@ impl Ledger {
         for pin in entries.pins.drain(..) {
             remove_tree(&pin)?;
         }
+        for directory in entries.directories.drain(..) {
+            remove_tree(&directory)?;
+        }
         for name in entries.netns.drain(..) {
             net::remove_namespace(&name)?;
         }
@@ -178,6 +187,11 @@ impl Ledger {
         // The list is saved whole after each change, so it is right also when a thread panicked beside it.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The directory of a sandbox.
+pub(super) fn dir(instance: &str) -> PathBuf {
+    Path::new(RUN).join(format!("{PREFIX}{instance}"))
 }
 
 /// What [`sweep`] found.

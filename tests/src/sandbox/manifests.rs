@@ -1,4 +1,5 @@
-//! The folder of manifests that the agents and the CA of a sandbox watch: what an API server would serve.
+//! The manifests of a sandbox: a folder that the CA watches, and the agents too, or instead of it an API server to which the same
+//! is applied.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -8,46 +9,75 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::Pod;
-use super::plan::{Node, Plan};
+use super::cluster::Cluster;
+use super::plan::{Node, Plan, PodPlan};
+use crate::apiserver::ApiServer;
 
 /// The agents' own pods run under this service account, which the CA trusts as a node's.
 pub(super) const AGENT_ACCOUNT: &str = "culvert";
 /// Namespace of the agents, the CA and mesh-wide policy.
 pub(super) const SYSTEM: &str = "istio-system";
 
-/// The watched folder. Files appear in it whole, by renaming.
-#[derive(Debug, Clone)]
-pub struct Folder {
+/// The manifests, by the names of files. Those of a folder appear in it whole, by renaming; where the sandbox has an API server, they
+/// are applied to that first, and the file has the UIDs that it chose.
+#[derive(Debug)]
+pub struct Manifests {
     path: PathBuf,
+    cluster: Option<Cluster>,
 }
 
-impl Folder {
+impl Manifests {
     pub(super) fn create(path: PathBuf) -> Result<Self> {
         fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
-        Ok(Self { path })
+        Ok(Self { path, cluster: None })
     }
 
-    /// Where it is.
+    /// From now on what is applied is applied to this API server.
+    pub(super) fn follow(&mut self, cluster: Cluster) {
+        self.cluster = Some(cluster);
+    }
+
+    /// Ends the API server, if there is one.
+    pub(super) fn end(&mut self) {
+        self.cluster = None;
+    }
+
+    pub(super) fn cluster(&self) -> Option<&Cluster> {
+        self.cluster.as_ref()
+    }
+
+    /// The API server that agents watch; `None` if they watch the folder.
+    pub fn api(&self) -> Option<&ApiServer> {
+        self.cluster.as_ref().map(Cluster::server)
+    }
+
+    /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Writes or replaces a file of the folder.
+    /// Writes or replaces a file of the folder. Where there is an API server, the objects that the text describes are applied to it,
+    /// and those that the file described until now and does not any more are deleted.
     ///
     /// # Errors
-    /// The file could not be written.
+    /// The file could not be written, or the API server refused an object.
     pub fn apply(&self, name: &str, text: &str) -> Result<()> {
+        let applied = self.cluster.as_ref().map(|cluster| cluster.apply(name, text)).transpose();
+        let applied = applied.with_context(|| format!("apply {name}"))?;
         // The new text is written beside the folder, so a reader of the folder never sees half a file.
         let fresh = self.path.with_extension(format!("new-{name}"));
-        fs::write(&fresh, text).with_context(|| format!("write {}", fresh.display()))?;
+        fs::write(&fresh, applied.as_deref().unwrap_or(text)).with_context(|| format!("write {}", fresh.display()))?;
         fs::rename(&fresh, self.path.join(name)).with_context(|| format!("rename {} into place", fresh.display()))
     }
 
-    /// Removes a file of the folder; one that is not there is no error.
+    /// Removes a file of the folder, with its objects; one that is not there is no error.
     ///
     /// # Errors
-    /// The file could not be removed.
+    /// The file could not be removed, or an object could not be deleted.
     pub fn delete(&self, name: &str) -> Result<()> {
+        if let Some(cluster) = &self.cluster {
+            cluster.delete(name)?;
+        }
         match fs::remove_file(self.path.join(name)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 Err(error).with_context(|| format!("remove {name} from {}", self.path.display()))
@@ -57,40 +87,60 @@ impl Folder {
     }
 }
 
-/// Everything that the plan implies: one file per kind, as `kubectl get -o yaml` would print it, shortened.
-pub(super) fn write(folder: &Folder, plan: &Plan, pods: &BTreeMap<String, Pod>) -> Result<()> {
-    folder.apply("namespaces.yaml", &namespaces(plan)?)?;
-    folder.apply("nodes.yaml", &nodes(plan)?)?;
-    folder.apply("serviceaccounts.yaml", &service_accounts(plan)?)?;
-    folder.apply("services.yaml", &services(plan, pods)?)?;
-    folder.apply("mesh.yaml", MESH)?;
-    for pod in pods.values() {
-        folder.apply(&pod_file(&pod.plan.namespace, &pod.plan.name), &pod_manifest(plan, pod)?)?;
+/// Makes the objects of which UIDs are needed before anything is built on the machine, where an API server chooses them; elsewhere
+/// there is nothing to do.
+pub(super) fn announce(manifests: &Manifests, plan: &Plan, pods: &[PodPlan]) -> Result<()> {
+    let Some(cluster) = manifests.cluster() else { return Ok(()) };
+    let mut text = namespaces(plan)? + &nodes(plan)? + &service_accounts(plan)?;
+    for pod in pods {
+        write!(text, "---\n{}", pod_spec(plan, pod)?)?;
     }
     for node in Node::ALL {
-        folder.apply(&pod_file(SYSTEM, &agent_name(node)), &agent_pod(plan, node)?)?;
+        write!(text, "---\n{}", agent_pod(plan, node)?)?;
+    }
+    cluster.announce(&text).context("make the pods' objects")
+}
+
+/// The UID in the manifest of a pod that is in a folder, `None` if there is none.
+pub(super) fn written_uid(folder: &Path, namespace: &str, name: &str) -> Option<String> {
+    let text = fs::read_to_string(folder.join(pod_file(namespace, name))).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("  uid: ")).map(str::to_owned)
+}
+
+/// Everything that the plan implies: one file per kind, as `kubectl get -o yaml` would print it, shortened.
+pub(super) fn write(manifests: &Manifests, plan: &Plan, pods: &BTreeMap<String, Pod>) -> Result<()> {
+    manifests.apply("namespaces.yaml", &namespaces(plan)?)?;
+    manifests.apply("nodes.yaml", &nodes(plan)?)?;
+    manifests.apply("serviceaccounts.yaml", &service_accounts(plan)?)?;
+    manifests.apply("services.yaml", &services(plan, pods)?)?;
+    manifests.apply("mesh.yaml", MESH)?;
+    for pod in pods.values() {
+        manifests.apply(&pod_file(&pod.plan.namespace, &pod.plan.name), &pod_manifest(plan, pod)?)?;
+    }
+    for node in Node::ALL {
+        manifests.apply(&pod_file(SYSTEM, &agent_name(node)), &agent_pod(plan, node)?)?;
     }
     Ok(())
 }
 
 /// What a new pod adds to the folder.
-pub(super) fn write_pod(folder: &Folder, plan: &Plan, pods: &BTreeMap<String, Pod>, pod: &Pod) -> Result<()> {
-    folder.apply("serviceaccounts.yaml", &service_accounts(plan)?)?;
-    folder.apply(&pod_file(&pod.plan.namespace, &pod.plan.name), &pod_manifest(plan, pod)?)?;
-    folder.apply("services.yaml", &services(plan, pods)?)
+pub(super) fn write_pod(manifests: &Manifests, plan: &Plan, pods: &BTreeMap<String, Pod>, pod: &Pod) -> Result<()> {
+    manifests.apply("serviceaccounts.yaml", &service_accounts(plan)?)?;
+    manifests.apply(&pod_file(&pod.plan.namespace, &pod.plan.name), &pod_manifest(plan, pod)?)?;
+    manifests.apply("services.yaml", &services(plan, pods)?)
 }
 
 /// The manifest of a pod whose kubelet has not told its addresses yet.
-pub(super) fn write_placed_pod(folder: &Folder, plan: &Plan, pod: &Pod) -> Result<()> {
-    folder.apply("serviceaccounts.yaml", &service_accounts(plan)?)?;
-    let text = format!("{}status:\n  phase: Pending\n", pod_spec(plan, pod)?);
-    folder.apply(&pod_file(&pod.plan.namespace, &pod.plan.name), &text)
+pub(super) fn write_placed_pod(manifests: &Manifests, plan: &Plan, pod: &Pod) -> Result<()> {
+    manifests.apply("serviceaccounts.yaml", &service_accounts(plan)?)?;
+    let text = format!("{}status:\n  phase: Pending\n", pod_spec(plan, &pod.plan)?);
+    manifests.apply(&pod_file(&pod.plan.namespace, &pod.plan.name), &text)
 }
 
 /// What goes from the folder with a pod; `pods` are those that remain.
-pub(super) fn delete_pod(folder: &Folder, plan: &Plan, pods: &BTreeMap<String, Pod>, pod: &Pod) -> Result<()> {
-    folder.apply("services.yaml", &services(plan, pods)?)?;
-    folder.delete(&pod_file(&pod.plan.namespace, &pod.plan.name))
+pub(super) fn delete_pod(manifests: &Manifests, plan: &Plan, pods: &BTreeMap<String, Pod>, pod: &Pod) -> Result<()> {
+    manifests.apply("services.yaml", &services(plan, pods)?)?;
+    manifests.delete(&pod_file(&pod.plan.namespace, &pod.plan.name))
 }
 
 /// The file of a pod's manifest.
@@ -214,7 +264,7 @@ fn services(plan: &Plan, pods: &BTreeMap<String, Pod>) -> Result<String> {
 
 /// A pod as the API server would show it once it is ready.
 pub(super) fn pod_manifest(plan: &Plan, pod: &Pod) -> Result<String> {
-    let mut out = pod_spec(plan, pod)?;
+    let mut out = pod_spec(plan, &pod.plan)?;
     write!(
         out,
         "status:\n  phase: Running\n  hostIP: {host4}\n  hostIPs: [{{ip: {host4}}}, {{ip: \"{host6}\"}}]\n  podIP: {v4}\n  podIPs: [{{ip: {v4}}}, {{ip: \"{v6}\"}}{more}]\n\
@@ -229,19 +279,19 @@ pub(super) fn pod_manifest(plan: &Plan, pod: &Pod) -> Result<String> {
 }
 
 /// Its manifest but for the status.
-fn pod_spec(plan: &Plan, pod: &Pod) -> Result<String> {
-    let (namespace, name) = (&pod.plan.namespace, &pod.plan.name);
+fn pod_spec(plan: &Plan, pod: &PodPlan) -> Result<String> {
+    let (namespace, name) = (&pod.namespace, &pod.name);
     let mut out = String::new();
     write!(
         out,
         "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: {namespace}\n  uid: {}\n  labels:\n    app: {name}\n",
         plan.uid(&pod_identity(namespace, name))
     )?;
-    write_labels(&mut out, &pod.plan.labels)?;
+    write_labels(&mut out, &pod.labels)?;
     write!(
         out,
         "spec:\n  nodeName: {}\n  serviceAccountName: {name}\n  containers:\n  - name: app\n    image: culvert-pod\n",
-        pod.plan.node
+        pod.node
     )?;
     Ok(out)
 }

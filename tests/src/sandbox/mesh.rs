@@ -150,8 +150,6 @@ impl Sandbox {
         agent
             .arg("agent")
             .args(["--node-name", node.name()])
-            .arg("--manifests")
-            .arg(self.manifests().path())
             .arg("--cgroup-root")
             .arg(self.node_cgroup(node))
             .arg("--kubelet-cgroup")
@@ -159,6 +157,10 @@ impl Sandbox {
             .arg("--pin-dir")
             .arg(&pins)
             .args(["--log-format", if mesh.text_log { "text" } else { "json" }]);
+        match self.manifests().cluster() {
+            Some(cluster) => agent.arg("--kubeconfig").arg(cluster.agents_kubeconfig()?),
+            None => agent.arg("--manifests").arg(self.manifests().path()),
+        };
         match &mesh.cert_dir {
             Some(dir) => agent.arg("--cert-dir").arg(dir),
             None => agent
@@ -231,7 +233,7 @@ impl Sandbox {
     /// What the token of a node's agent says; change it to make one that must be refused.
     pub fn agent_claims(&self, node: Node) -> Claims {
         let name = manifests::agent_name(node);
-        let uid = |of: &str| self.plan.uid(of);
+        let uid = |of: &str| self.uid(of);
         Claims {
             issuer: ISSUER.to_owned(),
             audience: AUDIENCE.to_owned(),

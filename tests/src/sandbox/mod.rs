@@ -13,6 +13,7 @@
 //! | `place` | start a program in a control group and a network namespace |
 //! | `cgroups`, `net` | a kubelet's layouts; links, addresses, kube-proxy's part |
 //! | `manifests`, `tokens` | what an API server would serve and sign |
+//! | `cluster` | a real one, to which the manifests are applied |
 //! | `mesh` | the CA and the agents |
 //! | `proof` | what every scenario ends with: no connection that nothing accounts for |
 //! | `traces` | what bears a sandbox's name on the machine |
@@ -21,7 +22,8 @@
 //! A dropped sandbox takes everything away; one whose owner was killed is taken away by the next start ([`sweep`]).
 
 mod cgroups;
-mod ledger;
+mod cluster;
+pub(crate) mod ledger;
 mod manifests;
 mod mesh;
 mod net;
@@ -46,11 +48,11 @@ use serde::de::DeserializeOwned;
 
 pub use cgroups::mount as cgroup2_mount;
 pub use ledger::{Swept, sweep};
-pub use manifests::Folder;
+pub use manifests::Manifests;
 pub use mesh::{LogLine, MeshPlan, agent_process};
 pub use net::{BRIDGE, LINK};
 pub use place::Place;
-pub use plan::{LinkPlan, Node, Plan, PodPlan, ServicePlan, own_name};
+pub use plan::{LinkPlan, Node, Plan, PodPlan, ServicePlan, Source, own_name};
 pub use tokens::{AUDIENCE, Claims, ISSUER, Signer};
 pub use traces::{expect_no_traces, traces};
 
@@ -58,6 +60,7 @@ use crate::capture::{self, Capture};
 use crate::command;
 use crate::interrupt;
 use crate::programs::{HttpResult, Probe, ProbeResult};
+use cluster::Cluster;
 use ledger::{Ledger, Recorded};
 use net::Translation;
 
@@ -119,7 +122,7 @@ pub struct Sandbox {
     nodes: [Place; 2],
     pods: BTreeMap<String, Pod>,
     processes: BTreeMap<String, Process>,
-    folder: Folder,
+    manifests: Manifests,
     signer: Signer,
     down: bool,
 }
@@ -136,7 +139,7 @@ impl Sandbox {
         // Also of other names: a test's sandbox is not built again under the name that its killed process gave it.
         sweep().context("remove what dead owners left")?;
         let ledger = Ledger::take(&plan.instance)?;
-        let (folder, signer) = match prepare(&ledger) {
+        let (manifests, signer) = match prepare(&ledger) {
             Ok(prepared) => prepared,
             Err(error) => {
                 ledger.remove().context("take down the half-built sandbox")?;
@@ -155,7 +158,7 @@ impl Sandbox {
             nodes,
             pods: BTreeMap::new(),
             processes: BTreeMap::new(),
-            folder,
+            manifests,
             signer,
             down: false,
         };
@@ -176,6 +179,7 @@ impl Sandbox {
             pause.arg("pause");
             self.start(&format!("init-{}", node.letter()), pause)?;
         }
+        self.start_cluster()?;
         let plans = self.plan.pods.clone();
         for (node, nth, plan) in Node::ALL.into_iter().flat_map(|node| {
             plans.iter().filter(move |p| p.node == node).enumerate().map(move |(nth, p)| (node, nth, p))
@@ -184,7 +188,7 @@ impl Sandbox {
             self.raise_pod(node, plan::host(nth)?, plan)?;
         }
         self.translate_services()?;
-        manifests::write(&self.folder, &self.plan, &self.pods)?;
+        manifests::write(&self.manifests, &self.plan, &self.pods)?;
         for pod in self.pods.clone().into_values() {
             for program in &pod.plan.programs {
                 self.wait_listening(&pod, program)?;
@@ -195,6 +199,18 @@ impl Sandbox {
             self.start_kubelet(node)?;
         }
         Ok(())
+    }
+
+    /// Starts the API server, where agents are to have one, and makes the pods' objects: their UIDs name control groups.
+    fn start_cluster(&mut self) -> Result<()> {
+        if self.plan.source == Source::Folder {
+            return Ok(());
+        }
+        let place = self.service_place(Node::A, "kube-apiserver")?;
+        let cluster = Cluster::start(&self.plan, place).context("the sandbox's API server")?;
+        cluster.write_kubectl(&self.kubectl(), &self.nodes[index(Node::A)].netns)?;
+        self.manifests.follow(cluster);
+        manifests::announce(&self.manifests, &self.plan, &self.plan.pods)
     }
 
     /// Neighbour discovery on fresh links loses first SYNs to a second of duplicate address detection. A scenario that
@@ -234,23 +250,37 @@ impl Sandbox {
     fn future_pod(&self, node: Node, host: u8, plan: &PodPlan) -> Pod {
         Pod {
             plan: plan.clone(),
-            uid: self.plan.uid(&manifests::pod_identity(&plan.namespace, &plan.name)),
+            uid: self.pod_uid(&plan.namespace, &plan.name),
             v4: node.pod_v4(host),
             v6: node.pod_v6(host),
             more_v4: (0..plan.more_addresses).map(|nth| node.pod_v4(254 - nth)).collect(),
-            place: container_place(&self.plan, &self.root, plan, "app"),
+            place: self.place_of_container(plan, "app"),
         }
     }
 
     /// A pod's control groups, its pause process and its network: what there is before its containers.
     fn raise_network(&mut self, pod: &Pod, host: u8) -> Result<()> {
-        let pause = container_place(&self.plan, &self.root, &pod.plan, "POD");
+        let pause = self.place_of_container(&pod.plan, "POD");
         self.make_place(&pause)?;
         cgroups::make(&pod.place.cgroup)?;
         let mut command = pause.command(&self.program)?;
         command.arg("pause");
         self.start(&format!("{}/pause", pod.plan.key()), command)?;
         net::pod(pod.plan.node, &self.nodes[index(pod.plan.node)], &pod.place, host, &pod.more_v4)
+    }
+
+    fn place_of_container(&self, pod: &PodPlan, container: &str) -> Place {
+        container_place(&self.plan, &self.root, pod, &self.pod_uid(&pod.namespace, &pod.name), container)
+    }
+
+    fn pod_uid(&self, namespace: &str, name: &str) -> String {
+        self.uid(&manifests::pod_identity(namespace, name))
+    }
+
+    /// The UID of an object that the plan implies: the API server's choice where there is one.
+    fn uid(&self, of: &str) -> String {
+        let chosen = self.manifests.cluster().and_then(|cluster| cluster.uid(of));
+        chosen.unwrap_or_else(|| self.plan.uid(of))
     }
 
     /// Adds a pod to the running sandbox, as a scheduler's decision would: its programs listen, its manifest and its
@@ -260,12 +290,13 @@ impl Sandbox {
     /// The plan cannot have such a pod, or a step failed.
     pub fn add_pod(&mut self, pod: PodPlan) -> Result<()> {
         let host = self.plan_pod(&pod)?;
+        manifests::announce(&self.manifests, &self.plan, std::slice::from_ref(&pod))?;
         self.raise_pod(pod.node, host, &pod)?;
         let added = self.pod(&pod.key())?.clone();
         for program in &pod.programs {
             self.wait_listening(&added, program)?;
         }
-        manifests::write_pod(&self.folder, &self.plan, &self.pods, &added)
+        manifests::write_pod(&self.manifests, &self.plan, &self.pods, &added)
     }
 
     /// Puts a pod on its node as far as a kubelet does before it starts containers: the API server has its manifest, without
@@ -276,8 +307,9 @@ impl Sandbox {
     /// As [`Self::add_pod`].
     pub fn place_pod(&mut self, pod: PodPlan) -> Result<()> {
         let host = self.plan_pod(&pod)?;
+        manifests::announce(&self.manifests, &self.plan, std::slice::from_ref(&pod))?;
         let placed = self.future_pod(pod.node, host, &pod);
-        manifests::write_placed_pod(&self.folder, &self.plan, &placed)?;
+        manifests::write_placed_pod(&self.manifests, &self.plan, &placed)?;
         self.raise_network(&placed, host)?;
         self.pods.insert(pod.key(), placed);
         Ok(())
@@ -288,7 +320,7 @@ impl Sandbox {
     /// # Errors
     /// There is no such pod, or its manifest could not be written.
     pub fn announce_pod(&self, key: &str) -> Result<()> {
-        manifests::write_pod(&self.folder, &self.plan, &self.pods, self.pod(key)?)
+        manifests::write_pod(&self.manifests, &self.plan, &self.pods, self.pod(key)?)
     }
 
     /// Takes a further pod into the plan; the number of its address.
@@ -316,7 +348,7 @@ impl Sandbox {
         net::remove_namespace(&pod.place.netns)?;
         let node_root = self.node_cgroup(pod.plan.node);
         ledger::remove_cgroup(&cgroups::pod(&node_root, pod.plan.node, &pod.uid))?;
-        manifests::delete_pod(&self.folder, &self.plan, &self.pods, &pod)
+        manifests::delete_pod(&self.manifests, &self.plan, &self.pods, &pod)
     }
 
     /// Makes a namespace and a control group.
@@ -556,9 +588,14 @@ impl Sandbox {
             .collect()
     }
 
-    /// The watched folder.
-    pub fn manifests(&self) -> &Folder {
-        &self.folder
+    /// The manifests: the watched folder, or what is applied to the API server.
+    pub fn manifests(&self) -> &Manifests {
+        &self.manifests
+    }
+
+    /// Script that is kubectl, as a superuser, for the API server of a sandbox that has one.
+    pub fn kubectl(&self) -> PathBuf {
+        self.dir().join("kubectl")
     }
 
     /// The key that signs service account tokens.
@@ -595,7 +632,7 @@ impl Sandbox {
     /// Its control group could not be made.
     pub fn agent_place(&self, node: Node) -> Result<Place> {
         let name = manifests::agent_name(node);
-        let uid = self.plan.uid(&manifests::pod_identity(manifests::SYSTEM, &name));
+        let uid = self.pod_uid(manifests::SYSTEM, &name);
         let id = self.plan.container_id(&format!("{name}/agent"));
         self.place_on_node(node, cgroups::container(&self.node_cgroup(node), node, &uid, &id))
     }
@@ -639,6 +676,8 @@ impl Sandbox {
 
     fn remove(&mut self) -> Result<()> {
         self.down = true;
+        // Before its control group is gone.
+        self.manifests.end();
         let result = self.ledger.remove();
         for process in self.processes.values_mut() {
             // The process has ended by now; this only takes note of it.
@@ -675,7 +714,9 @@ pub fn place_of(plan: &Plan, pod: &str) -> Result<Place> {
     let known = plan.pods.iter().find(|p| p.key() == pod || p.name == pod);
     let names: Vec<String> = plan.pods.iter().map(PodPlan::key).collect();
     let pod = known.with_context(|| format!("no pod {pod}; there are {}", names.join(", ")))?;
-    Ok(container_place(plan, &root(plan)?, pod, "app"))
+    let written = manifests::written_uid(&manifests_dir(&ledger::dir(&plan.instance)), &pod.namespace, &pod.name);
+    let uid = written.unwrap_or_else(|| plan.uid(&manifests::pod_identity(&pod.namespace, &pod.name)));
+    Ok(container_place(plan, &root(plan)?, pod, &uid, "app"))
 }
 
 /// The root of all control groups of a sandbox.
@@ -683,19 +724,22 @@ fn root(plan: &Plan) -> Result<PathBuf> {
     Ok(cgroups::mount()?.join(plan.prefix()))
 }
 
-fn container_place(plan: &Plan, root: &Path, pod: &PodPlan, container: &str) -> Place {
-    let uid = plan.uid(&manifests::pod_identity(&pod.namespace, &pod.name));
+fn container_place(plan: &Plan, root: &Path, pod: &PodPlan, uid: &str, container: &str) -> Place {
     let id = plan.container_id(&format!("{}/{container}", pod.key()));
     Place {
-        cgroup: cgroups::container(&root.join(pod.node.name()), pod.node, &uid, &id),
+        cgroup: cgroups::container(&root.join(pod.node.name()), pod.node, uid, &id),
         netns: format!("{}-{}", plan.prefix(), pod.name),
     }
 }
 
-fn prepare(ledger: &Ledger) -> Result<(Folder, Signer)> {
+fn prepare(ledger: &Ledger) -> Result<(Manifests, Signer)> {
     let logs = ledger.dir().join("logs");
     fs::create_dir_all(&logs).with_context(|| format!("create {}", logs.display()))?;
-    Ok((Folder::create(ledger.dir().join("manifests"))?, Signer::create(ledger.dir())?))
+    Ok((Manifests::create(manifests_dir(ledger.dir()))?, Signer::create(ledger.dir())?))
+}
+
+fn manifests_dir(dir: &Path) -> PathBuf {
+    dir.join("manifests")
 }
 
 fn index(node: Node) -> usize {

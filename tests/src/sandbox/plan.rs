@@ -198,6 +198,15 @@ impl ServicePlan {
     }
 }
 
+/// Where agents have the cluster's objects from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// A folder of manifests that they watch.
+    Folder,
+    /// A real API server on node a.
+    Api,
+}
+
 /// Properties of the link between the nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LinkPlan {
@@ -228,6 +237,9 @@ pub struct Plan {
     pub services: Vec<ServicePlan>,
     /// The link between the nodes.
     pub link: LinkPlan,
+    /// Where agents have all of it from. It is known before the first pod is built: an API server chooses the pods' UIDs, and a
+    /// pod's control group is named for its UID.
+    pub source: Source,
 }
 
 impl Plan {
@@ -245,6 +257,7 @@ impl Plan {
             pods: Vec::new(),
             services: Vec::new(),
             link: LinkPlan::default(),
+            source: Source::Folder,
         }
     }
 
@@ -270,6 +283,13 @@ impl Plan {
             ServicePlan::new("test", "nginx", &[("http", 8080)]),
         ];
         plan
+    }
+
+    /// With agents that have the cluster's objects from there.
+    #[must_use]
+    pub fn source(mut self, source: Source) -> Self {
+        self.source = source;
+        self
     }
 
     /// With one more pod.
@@ -339,6 +359,11 @@ impl Plan {
                 bail!("pod {}: its name is taken, and a network namespace is named for it", pod.key());
             }
         }
+        if self.source == Source::Api
+            && let Some(pod) = self.pods.iter().find(|pod| pod.more_addresses > 0)
+        {
+            bail!("pod {}: an API server knows one address of each family", pod.key());
+        }
         if self.link.loss_percent > 100 {
             bail!("link: a loss of {} percent", self.link.loss_percent);
         }
@@ -375,6 +400,8 @@ mod tests {
         assert!(Plan::empty("x").pod(PodPlan::new(Node::A, "nowhere", "p")).check().is_err());
         let twice = PodPlan::new(Node::A, "test", "p");
         assert!(Plan::empty("x").pod(twice.clone()).pod(twice).check().is_err());
+        let many = Plan::empty("x").pod(PodPlan::new(Node::A, "test", "p").more_addresses(2));
+        assert!(many.check().is_ok() && many.source(Source::Api).check().is_err());
         assert!(Plan::bookinfo("x").check().is_ok());
     }
 }

@@ -15,7 +15,7 @@ use super::{cgroup2_mount, command};
 pub fn traces(instance: &str) -> Result<BTreeSet<String>> {
     let name = format!("culvert-{instance}");
     let mut found = BTreeSet::new();
-    for dir in ["/run", "/run/netns", "/sys/fs/bpf", &cgroup2_mount()?.to_string_lossy()] {
+    for dir in ["/run", "/run/netns", "/var/tmp", "/sys/fs/bpf", &cgroup2_mount()?.to_string_lossy()] {
         let Ok(entries) = fs::read_dir(dir) else { continue };
         for entry in entries {
             let path = entry?.path();

