@@ -8,7 +8,7 @@
 //! | `manifests` | which manifests those two groups are about |
 //! | `client` | one request to an agent |
 //! | `sheet` | rows as a table, JSON or YAML, once or again and again |
-//! | [`mod@reference`] | completions, man pages and the reference, made from the commands themselves |
+//! | [`mod@reference`] | completions, man pages, the reference and the definitions of Istio's kinds, made from the program itself |
 
 use anyhow::Context as _;
 use clap::{Command, FromArgMatches as _, Subcommand as _};
@@ -38,7 +38,7 @@ pub enum Cli {
     Judge(decide::Judge),
     /// `culvert validate` and the others that judge files.
     Offline(offline::Offline),
-    /// `culvert completions` and `culvert man`.
+    /// `culvert completions`, `culvert man` and `culvert crds`.
     Print(reference::Print),
 }
 

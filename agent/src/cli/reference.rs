@@ -1,10 +1,14 @@
-//! What is made from the commands themselves: completions for shells, man pages, and the reference in `docs/`.
+//! What is made from the program itself: completions for shells, man pages, the reference in `docs/`, and the
+//! definitions of Istio's kinds in `deploy/crds/`.
 
 use anyhow::Context as _;
 use clap::{Command, Subcommand, ValueEnum};
 use clap_complete::{generate, shells};
 
-use super::{command, print};
+use serde_json::{Value, json};
+
+use super::{command, print, sheet::yaml};
+use crate::source::definitions;
 
 /// A text about this program.
 #[derive(Debug, Subcommand)]
@@ -19,6 +23,8 @@ pub enum Print {
         /// Which command; culvert itself if none is named
         command: Option<String>,
     },
+    /// Prints the definitions of Istio's kinds, for a cluster that has none: culvert crds | kubectl create -f -
+    Crds,
 }
 
 /// A shell that completions are made for.
@@ -41,6 +47,7 @@ impl Print {
         let text = match self {
             Self::Completions { shell } => completions(shell),
             Self::Man { command } => man(command.as_deref())?,
+            Self::Crds => crds().into_iter().map(|(_, text)| text).collect::<Vec<_>>().join("---\n").into_bytes(),
         };
         print(&String::from_utf8_lossy(&text)).map(drop)
     }
@@ -71,6 +78,33 @@ fn man(name: Option<&str>) -> anyhow::Result<Vec<u8>> {
     let mut text = Vec::new();
     clap_mangen::Man::new(page).render(&mut text).context("make the man page")?;
     Ok(text)
+}
+
+/// The name of each definition, and its manifest.
+fn crds() -> Vec<(String, String)> {
+    let mut all = Vec::new();
+    for definition in definitions::definitions() {
+        let name = definition.metadata.name.clone().unwrap_or_default();
+        let mut value = serde_json::to_value(definition).expect("the API's own type is JSON");
+        whole(&mut value);
+        all.push((name, yaml(&value)));
+    }
+    all
+}
+
+/// Writes numbers that are whole as such: those of a schema are floating ones in the API's types.
+fn whole(value: &mut Value) {
+    match value {
+        Value::Number(number) => {
+            // The bounds of a schema are far below 2^53, up to which each whole number is one.
+            if let Some(float) = number.as_f64().filter(|float| float.fract() == 0.0 && float.abs() < 9e15) {
+                *value = json!(float as i64);
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(whole),
+        Value::Object(fields) => fields.values_mut().for_each(whole),
+        Value::Null | Value::Bool(_) | Value::String(_) => {}
+    }
 }
 
 fn built() -> Command {
@@ -142,7 +176,7 @@ fn row(argument: &clap::Arg) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{env, fs, path::Path};
+    use std::{collections::BTreeMap, env, fs, path::Path};
 
     use super::*;
 
@@ -159,6 +193,40 @@ mod tests {
             "docs/reference.md differs from the commands; `CULVERT_WRITE_DOCS=1 cargo test -p culvert the_reference` \
              writes it anew"
         );
+    }
+
+    /// `CULVERT_WRITE_DOCS=1 cargo test -p culvert the_definitions` writes them anew.
+    #[test]
+    fn the_definitions_in_deploy_are_up_to_date() {
+        const HEAD: &str = "# Made from the Rust types; `culvert crds` prints the same.\n\
+                            # Create it, never replace one that is there: docs/kubernetes.md.\n";
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/crds");
+        let wanted: BTreeMap<String, String> =
+            crds().into_iter().map(|(name, text)| (format!("{name}.yaml"), format!("{HEAD}{text}"))).collect();
+        let there = || -> BTreeMap<String, String> {
+            let entries = fs::read_dir(&folder).expect("deploy/crds is there");
+            let names = entries.map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"));
+            names.map(|name| (name.clone(), fs::read_to_string(folder.join(&name)).expect("text"))).collect()
+        };
+        if env::var_os("CULVERT_WRITE_DOCS").is_some() {
+            fs::create_dir_all(&folder).expect("made");
+            for name in there().keys().filter(|name| !wanted.contains_key(*name)) {
+                fs::remove_file(folder.join(name)).expect("removed");
+            }
+            for (name, text) in &wanted {
+                fs::write(folder.join(name), text).expect("written");
+            }
+        }
+        let there = there();
+        let names = |of: &BTreeMap<String, String>| of.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(&there), names(&wanted), "deploy/crds has other files than there are kinds");
+        for (name, text) in &wanted {
+            assert!(
+                there[name] == *text,
+                "deploy/crds/{name} differs from the types; `CULVERT_WRITE_DOCS=1 cargo test -p culvert the_definitions` \
+                 writes it anew"
+            );
+        }
     }
 
     #[test]

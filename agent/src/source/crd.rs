@@ -1,4 +1,7 @@
 //! Istio's resources as Rust types, where this version enforces them.
+//!
+//! Manifests are decoded into them, and `definitions` makes the CustomResourceDefinitions from them; what only the latter
+//! are to say stands in their `extend` (`api` has the words of it).
 
 use std::collections::BTreeMap;
 
@@ -10,12 +13,21 @@ use serde::{Deserialize, Serialize};
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(group = "security.istio.io", version = "v1", kind = "PeerAuthentication", namespaced)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "!has(self.portLevelMtls) || has(self.selector) && has(self.selector.matchLabels) \
+             && size(self.selector.matchLabels) > 0",
+    "message": "portLevelMtls needs a selector with at least one label; add selector.matchLabels, or remove it [PA.14]",
+}]))]
 pub struct PeerAuthenticationSpec {
     /// The pods it is about; absent or empty: all in scope ([C.4]).
     pub selector: Option<WorkloadSelector>,
     /// Mode of all ports.
     pub mtls: Option<MutualTls>,
     /// Modes by port of the workload.
+    #[schemars(extend("minProperties" = 1, "x-kubernetes-validations" = [{
+        "rule": "self.all(port, int(port) > 0 && int(port) <= 65535)",
+        "message": "each key is a port of the workload; write a number from 1 to 65535",
+    }]))]
     pub port_level_mtls: Option<BTreeMap<String, MutualTls>>,
 }
 
@@ -24,6 +36,20 @@ pub struct PeerAuthenticationSpec {
 #[serde(rename_all = "camelCase")]
 pub struct WorkloadSelector {
     /// Label to value.
+    #[schemars(extend(
+        "maxProperties" = 4096,
+        "x-kubernetes-validations" = [{
+            "rule": "self.all(label, label != '' && !label.contains('*'))",
+            "message": "labels are compared as they are written; write their names without \"*\" [C.3]",
+        }],
+        "x-each" = {
+            "maxLength": 63,
+            "x-kubernetes-validations": [{
+                "rule": "!self.contains('*')",
+                "message": "labels are compared as they are written; write their values without \"*\" [C.3]",
+            }],
+        },
+    ))]
     pub match_labels: Option<BTreeMap<String, String>>,
 }
 
@@ -53,18 +79,25 @@ pub enum MutualTlsMode {
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[kube(group = "security.istio.io", version = "v1", kind = "AuthorizationPolicy", namespaced)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "(has(self.selector) ? 1 : 0) + (has(self.targetRef) ? 1 : 0) \
+             + (has(self.targetRefs) && size(self.targetRefs) > 0 ? 1 : 0) <= 1",
+    "message": "has more than one of selector, targetRef and targetRefs; keep one [AP.2]",
+}]))]
 pub struct AuthorizationPolicySpec {
     /// The pods it is about; absent or empty: all in scope ([C.4]).
     pub selector: Option<WorkloadSelector>,
     /// What it is attached to instead of pods ([AP.2]); the older form, for one.
     pub target_ref: Option<PolicyTargetReference>,
     /// What it is attached to instead of pods ([AP.2]).
+    #[schemars(extend("maxItems" = 16))]
     pub target_refs: Option<Vec<PolicyTargetReference>>,
     /// What to do with what matches; ALLOW where absent.
     pub action: Option<AuthorizationAction>,
     /// The authorizer of a CUSTOM policy.
     pub provider: Option<ExtensionProvider>,
     /// One of them must match.
+    #[schemars(extend("maxItems" = 512))]
     pub rules: Option<Vec<AuthorizationRule>>,
 }
 
@@ -110,6 +143,7 @@ pub struct ExtensionProvider {
 #[serde(rename_all = "camelCase")]
 pub struct AuthorizationRule {
     /// One of them must match; absent: any.
+    #[schemars(extend("maxItems" = 512))]
     pub from: Option<Vec<RuleFrom>>,
     /// One of them must match; absent: any.
     pub to: Option<Vec<RuleTo>>,
@@ -136,6 +170,11 @@ pub struct RuleTo {
 /// Who connects; all fields must match, and one value of each (specification §6.3).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("x-kubernetes-validations" = [{
+    "rule": "!has(self.serviceAccounts) && !has(self.notServiceAccounts) || !has(self.principals) \
+             && !has(self.notPrincipals) && !has(self.namespaces) && !has(self.notNamespaces)",
+    "message": "serviceAccounts cannot stand beside principals or namespaces; keep one of them (§6.6)",
+}]))]
 pub struct RuleSource {
     /// Identities, without `spiffe://`.
     pub principals: Option<Vec<String>>,
@@ -150,8 +189,10 @@ pub struct RuleSource {
     /// Not these namespaces.
     pub not_namespaces: Option<Vec<String>>,
     /// `namespace/name` of service accounts, or names in the policy's own namespace.
+    #[schemars(extend("maxItems" = 16))]
     pub service_accounts: Option<Vec<String>>,
     /// Not these service accounts.
+    #[schemars(extend("maxItems" = 16))]
     pub not_service_accounts: Option<Vec<String>>,
     /// Trust domains of the identity.
     pub trust_domains: Option<Vec<String>>,
@@ -240,26 +281,3 @@ pub(super) struct Document<Spec> {
 pub(super) struct Anything(
     #[expect(dead_code, reason = "only its schema is used")] BTreeMap<String, serde_json::Value>,
 );
-
-#[cfg(test)]
-mod tests {
-    use kube::CustomResourceExt;
-
-    use super::*;
-
-    /// What deployment manifests are made from.
-    #[test]
-    fn the_definitions_can_be_made_from_the_types() {
-        let crd = serde_json::to_value(AuthorizationPolicy::crd()).expect("JSON");
-        assert_eq!(crd["metadata"]["name"], "authorizationpolicies.security.istio.io");
-        let crd = serde_json::to_value(PeerAuthentication::crd()).expect("JSON");
-        assert_eq!(crd["metadata"]["name"], "peerauthentications.security.istio.io");
-        let spec = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
-        let modes = &spec["properties"]["mtls"]["properties"]["mode"]["enum"];
-        assert_eq!(
-            modes.as_array().map(|modes| modes.iter().filter(|mode| mode.is_string()).count()),
-            Some(4),
-            "{spec}"
-        );
-    }
-}

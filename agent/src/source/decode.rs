@@ -476,7 +476,8 @@ fn join_path(prefix: &str, path: &str) -> String {
     }
 }
 
-fn schema(kind: Kind) -> &'static Schema {
+/// Schema of a whole object.
+pub(super) fn schema(kind: Kind) -> &'static Schema {
     macro_rules! of {
         ($type:ty) => {{
             static SCHEMA: LazyLock<Schema> = LazyLock::new(Schema::of::<$type>);

@@ -63,6 +63,27 @@ const NOT_ENFORCED: [Entry; 13] = [
     (GATEWAY_OLD, "TCPRoute"),
 ];
 
+/// One of Istio's own kinds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct IstioKind {
+    /// API group.
+    pub group: &'static str,
+    /// Versions that are served, the one that is stored first; all mean the same (specification §1.2).
+    pub versions: &'static [&'static str],
+    /// As `kind` spells it.
+    pub name: &'static str,
+    /// This version enforces it.
+    pub enforced: bool,
+}
+
+/// Istio's own kinds, in the order of specification §1.2; those of the Gateway API belong to whoever runs its gateways.
+pub fn istio() -> impl Iterator<Item = IstioKind> {
+    let enforced = ENFORCED.iter().map(|(entry, _)| (entry, true));
+    let all = enforced.chain(NOT_ENFORCED.iter().map(|entry| (entry, false)));
+    all.filter(|(((group, _), _), _)| group.ends_with(".istio.io"))
+        .map(|(((group, versions), name), enforced)| IstioKind { group, versions, name, enforced })
+}
+
 /// Why an `apiVersion` and `kind` are not accepted.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct NotServed {

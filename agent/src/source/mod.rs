@@ -1,7 +1,7 @@
 //! Where the cluster's objects come from: whole views of it, one after the other, on a watch channel.
 //!
 //! [`mod@file`] reads a watched folder of manifests. Nothing after this module can tell which source it was; what the
-//! objects add up to is for `policy`.
+//! objects add up to is for `policy`. [`definitions`] says the kinds' shapes to an API server.
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
@@ -13,6 +13,7 @@ mod contents;
 mod convert;
 mod crd;
 mod decode;
+pub mod definitions;
 pub mod file;
 mod folder;
 mod kinds;
@@ -21,6 +22,8 @@ mod pool;
 pub mod review;
 mod schema;
 pub(crate) mod yaml;
+
+pub use kinds::{IstioKind, istio as istio_kinds};
 
 pub use crd::{
     AuthorizationAction, AuthorizationPolicy, AuthorizationPolicySpec, AuthorizationRule, ExtensionProvider, MutualTls,

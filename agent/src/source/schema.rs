@@ -3,7 +3,7 @@
 //! The schemas come from the types themselves (k8s-openapi's and ours), so they cannot say anything else than the types
 //! do. `null` counts as absent, as it does in the API server. Fields of a `status` may be incomplete there too.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, iter};
 
 use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Map, Value as Json};
@@ -16,6 +16,13 @@ use super::{
 /// The schema of one kind, with the definitions it refers to.
 pub(super) struct Schema {
     root: Json,
+}
+
+#[cfg(test)]
+impl From<Json> for Schema {
+    fn from(root: Json) -> Self {
+        Self { root }
+    }
 }
 
 /// Where a check is: the schema of the enclosing mapping gives better remedies.
@@ -50,25 +57,28 @@ impl Schema {
         (json.unwrap_or(Json::Null), faults)
     }
 
-    fn resolve<'a>(&'a self, mut schema: &'a Json) -> &'a Json {
+    /// The schema of a field of the document, if there is one.
+    pub(super) fn field(&self, name: &str) -> Option<&Json> {
+        self.root.get("properties")?.get(name)
+    }
+
+    fn resolve<'a>(&'a self, schema: &'a Json) -> &'a Json {
+        self.chain(schema).last().unwrap_or(schema)
+    }
+
+    /// A schema, and those that it refers to, one after the other; the last one says what a value is, and each of them
+    /// may say more about it.
+    pub(super) fn chain<'a>(&'a self, schema: &'a Json) -> impl Iterator<Item = &'a Json> {
         // Definitions do not refer to themselves at once; the bound is for a schema that would.
-        for _ in 0..8 {
+        iter::successors(Some(schema), move |schema| {
             if let Some(name) = schema.get("$ref").and_then(Json::as_str) {
-                match name.strip_prefix('#').and_then(|pointer| self.root.pointer(pointer)) {
-                    Some(target) => schema = target,
-                    None => return schema,
-                }
-            } else if let Some(choices) = schema.get("anyOf").and_then(Json::as_array) {
-                // `Option<T>`: T or null.
-                match choices.iter().find(|choice| choice.get("type").and_then(Json::as_str) != Some("null")) {
-                    Some(choice) => schema = choice,
-                    None => return schema,
-                }
-            } else {
-                return schema;
+                return name.strip_prefix('#').and_then(|pointer| self.root.pointer(pointer));
             }
-        }
-        schema
+            // `Option<T>`: T or null.
+            let choices = schema.get("anyOf")?.as_array()?;
+            choices.iter().find(|choice| choice.get("type").and_then(Json::as_str) != Some("null"))
+        })
+        .take(8)
     }
 
     /// `None` for a value that was wrong, or is null.
@@ -266,7 +276,7 @@ fn fault(line: usize, path: &str, what: String) -> Fault {
 }
 
 /// `type`, where there is one beside null.
-fn kind(schema: &Json) -> Option<&str> {
+pub(super) fn kind(schema: &Json) -> Option<&str> {
     match schema.get("type")? {
         Json::String(kind) => Some(kind),
         Json::Array(kinds) => kinds.iter().filter_map(Json::as_str).find(|kind| *kind != "null"),
@@ -275,7 +285,7 @@ fn kind(schema: &Json) -> Option<&str> {
 }
 
 /// The values of an enumeration.
-fn words(schema: &Json) -> Option<Vec<&str>> {
+pub(super) fn words(schema: &Json) -> Option<Vec<&str>> {
     if let Some(values) = schema.get("enum").and_then(Json::as_array) {
         return Some(values.iter().filter_map(Json::as_str).collect());
     }

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use crate::model::{MtlsMode, ObjectRef, PeerAuthentication, PodUid, SessionAffinity, TargetPort};
 
 use super::{
-    View,
+    View, definitions,
     folder::{Content, Folder},
 };
 
@@ -26,7 +26,11 @@ impl Texts {
 }
 
 fn read(text: &str) -> View {
-    Texts::new().put("a.yaml", text)
+    let view = Texts::new().put("a.yaml", text);
+    if view.problems.is_empty() {
+        assert_eq!(definitions::refusals(text), [""; 0], "what decoding accepts, an API server accepts\n{text}");
+    }
+    view
 }
 
 /// The lines of a view's problems.

@@ -3,6 +3,17 @@
 //! The shapes (`networking`, `security`, `gateway`) are strict: a field that is not there is unknown ([C.10]). A kind that
 //! this version enforces has its types in `crd` and its rules in `convert`; the others are checked here, so that
 //! `culvert validate` speaks about all of specification §1.2 and a later version can take the same types.
+//!
+//! `definitions` makes the CustomResourceDefinitions of Istio's kinds from the same shapes. What they say beyond the types is
+//! in the shapes' `extend`, and is never more than what Istio's own definitions say: what those accept, ours accept.
+//!
+//! | word | who reads it | meaning |
+//! |---|---|---|
+//! | `x-at-most-one` | both | groups of fields, of each of which one may be there |
+//! | `x-required` | `definitions` | fields that the API server misses; where decoding does, a rule here says so with its remedy |
+//! | `x-lax` | `definitions` | the API server takes any number or text here, as with Istio's definitions; decoding does not |
+//! | `x-each` | `definitions` | what holds for each item of a list, or value of a map |
+//! | `minItems`, `x-kubernetes-validations` (CEL) and the like | `definitions` | as the API server understands them |
 
 use std::sync::LazyLock;
 

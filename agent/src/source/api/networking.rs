@@ -15,26 +15,38 @@ message!(SidecarSpec {
 });
 
 message!(LabelsSelector {
+    #[schemars(extend("maxProperties" = 256, "x-each" = {
+        "maxLength": 63,
+        "x-kubernetes-validations": [{
+            "rule": "!self.contains('*')",
+            "message": "labels are compared as they are written; write their values without \"*\" [C.3]",
+        }],
+    }))]
     labels: BTreeMap<String, String>,
     /// Belongs to other kinds; accepted with a warning, selects nothing ([C.10]).
     match_labels: Option<BTreeMap<String, String>>,
 });
 
 message!(SidecarPort {
+    #[schemars(extend("x-lax" = true))]
     number: Option<Port>,
     protocol: Option<String>,
     name: Option<String>,
+    #[schemars(extend("x-lax" = true))]
     target_port: Option<Port>,
 });
 
-message!(IngressListener {
-    port: Option<SidecarPort>,
-    bind: Option<String>,
-    capture_mode: Option<CaptureMode>,
-    default_endpoint: Option<String>,
-    tls: Option<ServerTls>,
-    connection_pool: Option<ConnectionPool>,
-});
+message!(
+    #[schemars(extend("x-required" = ["port"]))]
+    IngressListener {
+        port: Option<SidecarPort>,
+        bind: Option<String>,
+        capture_mode: Option<CaptureMode>,
+        default_endpoint: Option<String>,
+        tls: Option<ServerTls>,
+        connection_pool: Option<ConnectionPool>,
+    }
+);
 
 message!(EgressListener {
     port: Option<SidecarPort>,
@@ -59,24 +71,32 @@ words!(OutboundMode {
     AllowAny = "ALLOW_ANY",
 });
 
-message!(ServerTls {
-    https_redirect: bool,
-    mode: ServerTlsMode,
-    server_certificate: Option<String>,
-    private_key: Option<String>,
-    ca_certificates: Option<String>,
-    ca_crl: Option<String>,
-    tls_certificates: Vec<TlsCertificate>,
-    credential_name: Option<String>,
-    credential_names: Vec<String>,
-    ca_cert_credential_name: Option<String>,
-    subject_alt_names: Vec<String>,
-    verify_certificate_spki: Vec<String>,
-    verify_certificate_hash: Vec<String>,
-    min_protocol_version: Option<TlsVersion>,
-    max_protocol_version: Option<TlsVersion>,
-    cipher_suites: Vec<String>,
-});
+message!(
+    #[schemars(extend("x-at-most-one" = [
+        ["credentialName", "credentialNames"],
+        ["credentialNames", "tlsCertificates"],
+    ]))]
+    ServerTls {
+        https_redirect: bool,
+        mode: ServerTlsMode,
+        server_certificate: Option<String>,
+        private_key: Option<String>,
+        ca_certificates: Option<String>,
+        ca_crl: Option<String>,
+        #[schemars(extend("maxItems" = 2))]
+        tls_certificates: Vec<TlsCertificate>,
+        credential_name: Option<String>,
+        #[schemars(extend("maxItems" = 2))]
+        credential_names: Vec<String>,
+        ca_cert_credential_name: Option<String>,
+        subject_alt_names: Vec<String>,
+        verify_certificate_spki: Vec<String>,
+        verify_certificate_hash: Vec<String>,
+        min_protocol_version: Option<TlsVersion>,
+        max_protocol_version: Option<TlsVersion>,
+        cipher_suites: Vec<String>,
+    }
+);
 
 message!(TlsCertificate {
     server_certificate: Option<String>,
@@ -103,28 +123,80 @@ words!(TlsVersion {
 
 // ServiceEntry, WorkloadEntry, WorkloadGroup
 
-message!(ServiceEntrySpec {
-    hosts: Vec<String>,
-    addresses: Vec<String>,
-    ports: Vec<ServicePort>,
-    location: Location,
-    resolution: Resolution,
-    endpoints: Vec<WorkloadEntrySpec>,
-    workload_selector: Option<LabelsOnly>,
-    export_to: Vec<String>,
-    subject_alt_names: Vec<String>,
-});
+message!(
+    #[schemars(extend("x-required" = ["hosts"], "x-kubernetes-validations" = [
+        {
+            "rule": "!has(self.workloadSelector) || !has(self.endpoints) || size(self.endpoints) == 0",
+            "message": "endpoints cannot stand beside workloadSelector; remove one of them",
+        },
+        {
+            "rule": "(has(self.resolution) ? self.resolution : 'NONE') in ['NONE', 'STATIC'] || !has(self.addresses) \
+                     || self.addresses.all(address, !address.contains('/'))",
+            "message": "a CIDR goes with resolution NONE or STATIC only; write addresses",
+        },
+        {
+            "rule": "(has(self.resolution) ? self.resolution : 'NONE') != 'NONE' || !has(self.endpoints) \
+                     || size(self.endpoints) == 0",
+            "message": "endpoints have no place in resolution NONE, which goes where the client was going; write \
+                        resolution: STATIC",
+        },
+        {
+            "rule": "!has(self.resolution) || self.resolution != 'DNS_ROUND_ROBIN' || !has(self.endpoints) \
+                     || size(self.endpoints) <= 1",
+            "message": "DNS_ROUND_ROBIN is for one endpoint; write resolution: DNS",
+        },
+    ]))]
+    ServiceEntrySpec {
+        #[schemars(extend("minItems" = 1, "maxItems" = 256, "x-kubernetes-validations" = [{
+            "rule": "self.all(host, host != '*')",
+            "message": "\"*\" alone is not a host; write a name, or \"*.suffix\"",
+        }]))]
+        hosts: Vec<String>,
+        #[schemars(extend("maxItems" = 256, "x-each" = {"maxLength": 64}))]
+        addresses: Vec<String>,
+        #[schemars(extend(
+            "maxItems" = 256,
+            "x-kubernetes-list-type" = "map",
+            "x-kubernetes-list-map-keys" = ["name"],
+            "x-kubernetes-validations" = [{
+                "rule": "self.all(port, self.exists_one(other, other.number == port.number))",
+                "message": "a port is there twice; each number once",
+            }],
+        ))]
+        ports: Vec<ServicePort>,
+        location: Location,
+        resolution: Resolution,
+        #[schemars(extend("maxItems" = 4096, "x-each" = {"x-kubernetes-validations": [{
+            "rule": "has(self.address) || has(self.network)",
+            "message": "address is missing; write an address",
+        }]}))]
+        endpoints: Vec<WorkloadEntrySpec>,
+        workload_selector: Option<LabelsOnly>,
+        export_to: Vec<String>,
+        subject_alt_names: Vec<String>,
+    }
+);
 
 message!(LabelsOnly {
+    #[schemars(extend("maxProperties" = 256, "x-each" = {
+        "maxLength": 63,
+        "x-kubernetes-validations": [{
+            "rule": "!self.contains('*')",
+            "message": "labels are compared as they are written; write their values without \"*\" [C.3]",
+        }],
+    }))]
     labels: BTreeMap<String, String>,
 });
 
-message!(ServicePort {
-    number: Option<Port>,
-    protocol: Option<String>,
-    name: String,
-    target_port: Option<Port>,
-});
+message!(
+    #[schemars(extend("x-required" = ["name", "number"]))]
+    ServicePort {
+        number: Option<Port>,
+        protocol: Option<String>,
+        name: String,
+        target_port: Option<Port>,
+    }
+);
 
 words!(Location {
     External = "MESH_EXTERNAL",
@@ -139,21 +211,37 @@ words!(Resolution {
     DynamicDns = "DYNAMIC_DNS",
 });
 
-message!(WorkloadEntrySpec {
-    address: Option<String>,
-    ports: BTreeMap<String, Port>,
-    labels: BTreeMap<String, String>,
-    network: Option<String>,
-    locality: Option<String>,
-    weight: Option<u32>,
-    service_account: Option<String>,
-});
+message!(
+    #[schemars(extend("x-kubernetes-validations" = [{
+        "rule": "!has(self.address) || !self.address.startsWith('unix://') || !has(self.ports)",
+        "message": "a socket (unix://) has no ports; remove them",
+    }]))]
+    WorkloadEntrySpec {
+        #[schemars(extend("maxLength" = 256, "x-kubernetes-validations" = [{
+            "rule": "!self.startsWith('unix://') \
+                     || (self.startsWith('unix:///') || self.startsWith('unix://@')) && !self.endsWith('/')",
+            "message": "is not a socket; write unix:///PATH",
+        }]))]
+        address: Option<String>,
+        #[schemars(extend("maxProperties" = 128))]
+        ports: BTreeMap<String, Port>,
+        #[schemars(extend("maxProperties" = 256))]
+        labels: BTreeMap<String, String>,
+        network: Option<String>,
+        locality: Option<String>,
+        weight: Option<u32>,
+        service_account: Option<String>,
+    }
+);
 
-message!(WorkloadGroupSpec {
-    metadata: Option<TemplateMeta>,
-    template: Option<WorkloadEntrySpec>,
-    probe: Option<Probe>,
-});
+message!(
+    #[schemars(extend("x-required" = ["template"]))]
+    WorkloadGroupSpec {
+        metadata: Option<TemplateMeta>,
+        template: Option<WorkloadEntrySpec>,
+        probe: Option<Probe>,
+    }
+);
 
 message!(TemplateMeta {
     labels: BTreeMap<String, String>,
@@ -163,11 +251,16 @@ message!(TemplateMeta {
 message!(
     #[schemars(extend("x-at-most-one" = [["httpGet", "tcpSocket", "exec", "grpc"]]))]
     Probe {
-        initial_delay_seconds: Option<u32>,
-        timeout_seconds: Option<u32>,
-        period_seconds: Option<u32>,
-        success_threshold: Option<u32>,
-        failure_threshold: Option<u32>,
+        #[schemars(extend("minimum" = 0))]
+        initial_delay_seconds: Option<i32>,
+        #[schemars(extend("minimum" = 0))]
+        timeout_seconds: Option<i32>,
+        #[schemars(extend("minimum" = 0))]
+        period_seconds: Option<i32>,
+        #[schemars(extend("minimum" = 0))]
+        success_threshold: Option<i32>,
+        #[schemars(extend("minimum" = 0))]
+        failure_threshold: Option<i32>,
         http_get: Option<HttpProbe>,
         tcp_socket: Option<TcpProbe>,
         exec: Option<ExecProbe>,
@@ -175,27 +268,36 @@ message!(
     }
 );
 
-message!(HttpProbe {
-    path: Option<String>,
-    port: Option<Port>,
-    host: Option<String>,
-    scheme: Option<String>,
-    http_headers: Vec<NameValue>,
-});
+message!(
+    #[schemars(extend("x-required" = ["port"]))]
+    HttpProbe {
+        path: Option<String>,
+        port: Option<Port>,
+        host: Option<String>,
+        scheme: Option<String>,
+        http_headers: Vec<NameValue>,
+    }
+);
 
 message!(NameValue {
     name: String,
     value: Option<String>,
 });
 
-message!(TcpProbe {
-    host: Option<String>,
-    port: Option<Port>,
-});
+message!(
+    #[schemars(extend("x-required" = ["port"]))]
+    TcpProbe {
+        host: Option<String>,
+        port: Option<Port>,
+    }
+);
 
-message!(ExecProbe {
-    command: Vec<String>,
-});
+message!(
+    #[schemars(extend("x-required" = ["command"]))]
+    ExecProbe {
+        command: Vec<String>,
+    }
+);
 
 message!(GrpcProbe {
     port: Option<Port>,
@@ -204,25 +306,32 @@ message!(GrpcProbe {
 
 // DestinationRule
 
-message!(DestinationRuleSpec {
-    host: String,
-    traffic_policy: Option<TrafficPolicy>,
-    subsets: Vec<Subset>,
-    export_to: Vec<String>,
-    workload_selector: Option<WorkloadSelector>,
-});
+message!(
+    #[schemars(extend("x-required" = ["host"]))]
+    DestinationRuleSpec {
+        host: String,
+        traffic_policy: Option<TrafficPolicy>,
+        subsets: Vec<Subset>,
+        export_to: Vec<String>,
+        workload_selector: Option<WorkloadSelector>,
+    }
+);
 
-message!(Subset {
-    name: String,
-    labels: BTreeMap<String, String>,
-    traffic_policy: Option<TrafficPolicy>,
-});
+message!(
+    #[schemars(extend("x-required" = ["name"]))]
+    Subset {
+        name: String,
+        labels: BTreeMap<String, String>,
+        traffic_policy: Option<TrafficPolicy>,
+    }
+);
 
 message!(TrafficPolicy {
     load_balancer: Option<LoadBalancer>,
     connection_pool: Option<ConnectionPool>,
     outlier_detection: Option<OutlierDetection>,
     tls: Option<ClientTls>,
+    #[schemars(extend("maxItems" = 4096))]
     port_level_settings: Vec<PortPolicy>,
     tunnel: Option<Tunnel>,
     proxy_protocol: Option<ProxyProtocol>,
@@ -238,14 +347,19 @@ message!(PortPolicy {
 });
 
 message!(PortSelector {
+    #[schemars(extend("x-lax" = true))]
     number: Option<Port>,
 });
 
-message!(Tunnel {
-    protocol: Option<String>,
-    target_host: Option<String>,
-    target_port: Option<Port>,
-});
+message!(
+    #[schemars(extend("x-required" = ["targetHost", "targetPort"]))]
+    Tunnel {
+        protocol: Option<String>,
+        target_host: Option<String>,
+        #[schemars(extend("x-lax" = true))]
+        target_port: Option<Port>,
+    }
+);
 
 message!(ProxyProtocol { version: ProxyProtocolVersion });
 
@@ -257,6 +371,8 @@ words!(ProxyProtocolVersion {
 message!(RetryBudget {
     percent: Option<f64>,
     min_retry_concurrency: Option<u32>,
+    #[schemars(extend("x-lax" = true))]
+    budget_interval: Option<Duration>,
 });
 
 message!(
@@ -265,6 +381,7 @@ message!(
         simple: Option<SimpleLb>,
         consistent_hash: Option<ConsistentHash>,
         locality_lb_setting: Option<LocalityLb>,
+        zone_aware_lb_setting: Option<ZoneAwareLb>,
         warmup_duration_secs: Option<Duration>,
         warmup: Option<Warmup>,
     }
@@ -295,12 +412,16 @@ message!(
     }
 );
 
-message!(HttpCookie {
-    name: String,
-    path: Option<String>,
-    ttl: Option<Duration>,
-    attributes: Vec<NameValue>,
-});
+message!(
+    #[schemars(extend("x-required" = ["name"]))]
+    HttpCookie {
+        name: String,
+        path: Option<String>,
+        #[schemars(extend("x-lax" = true))]
+        ttl: Option<Duration>,
+        attributes: Vec<NameValue>,
+    }
+);
 
 message!(RingHash {
     minimum_ring_size: Option<u64>,
@@ -317,6 +438,13 @@ message!(LocalityLb {
     enabled: Option<bool>,
 });
 
+message!(ZoneAwareLb {
+    enabled: Option<bool>,
+    failover: Vec<Failover>,
+    failover_priority: Vec<String>,
+    min_cluster_size: Option<u32>,
+});
+
 message!(Distribute {
     from: String,
     to: BTreeMap<String, u32>,
@@ -324,11 +452,14 @@ message!(Distribute {
 
 message!(Failover { from: String, to: String });
 
-message!(Warmup {
-    duration: Option<Duration>,
-    minimum_percent: Option<f64>,
-    aggression: Option<f64>,
-});
+message!(
+    #[schemars(extend("x-required" = ["duration"]))]
+    Warmup {
+        duration: Option<Duration>,
+        minimum_percent: Option<f64>,
+        aggression: Option<f64>,
+    }
+);
 
 message!(ConnectionPool {
     tcp: Option<TcpPool>,
@@ -340,6 +471,7 @@ message!(TcpPool {
     connect_timeout: Option<Duration>,
     tcp_keepalive: Option<TcpKeepalive>,
     max_connection_duration: Option<Duration>,
+    #[schemars(extend("x-lax" = true))]
     idle_timeout: Option<Duration>,
 });
 
@@ -358,6 +490,12 @@ message!(HttpPool {
     h2_upgrade_policy: H2Upgrade,
     use_client_protocol: bool,
     max_concurrent_streams: Option<i32>,
+    http2_keep_alive: Option<Http2KeepAlive>,
+});
+
+message!(Http2KeepAlive {
+    interval: Option<Duration>,
+    timeout: Option<Duration>,
 });
 
 words!(H2Upgrade {
@@ -377,6 +515,7 @@ message!(OutlierDetection {
     base_ejection_time: Option<Duration>,
     max_ejection_percent: Option<i32>,
     min_health_percent: Option<i32>,
+    outlier_detection_http_error_codes: Vec<u32>,
 });
 
 message!(ClientTls {
@@ -409,11 +548,14 @@ message!(VirtualServiceSpec {
     export_to: Vec<String>,
 });
 
-message!(Destination {
-    host: String,
-    subset: Option<String>,
-    port: Option<PortSelector>,
-});
+message!(
+    #[schemars(extend("x-required" = ["host"]))]
+    Destination {
+        host: String,
+        subset: Option<String>,
+        port: Option<PortSelector>,
+    }
+);
 
 message!(HttpRoute {
     name: Option<String>,
@@ -452,6 +594,7 @@ message!(HttpMatch {
     method: Option<StringMatch>,
     authority: Option<StringMatch>,
     headers: BTreeMap<String, StringMatch>,
+    #[schemars(extend("x-lax" = true))]
     port: Option<Port>,
     source_labels: BTreeMap<String, String>,
     gateways: Vec<String>,
@@ -462,11 +605,14 @@ message!(HttpMatch {
     stat_prefix: Option<String>,
 });
 
-message!(HttpDestination {
-    destination: Option<Destination>,
-    weight: Option<i32>,
-    headers: Option<Headers>,
-});
+message!(
+    #[schemars(extend("x-required" = ["destination"]))]
+    HttpDestination {
+        destination: Option<Destination>,
+        weight: Option<i32>,
+        headers: Option<Headers>,
+    }
+);
 
 message!(Headers {
     request: Option<HeaderOperations>,
@@ -484,10 +630,12 @@ message!(
     Redirect {
         uri: Option<String>,
         authority: Option<String>,
+        #[schemars(extend("x-lax" = true))]
         port: Option<Port>,
         derive_port: Option<DerivePort>,
         scheme: Option<String>,
         redirect_code: Option<u32>,
+        prefix_rewrite: Option<String>,
     }
 );
 
@@ -496,11 +644,14 @@ words!(DerivePort {
     FromRequestPort = "FROM_REQUEST_PORT",
 });
 
-message!(DirectResponse {
-    status: Option<u32>,
-    body: Option<DirectBody>,
-    headers: Option<Headers>,
-});
+message!(
+    #[schemars(extend("x-required" = ["status"]))]
+    DirectResponse {
+        status: Option<u32>,
+        body: Option<DirectBody>,
+        headers: Option<Headers>,
+    }
+);
 
 message!(
     #[schemars(extend("x-at-most-one" = [["string", "bytes"]]))]
@@ -564,10 +715,13 @@ message!(Percent {
     value: Option<f64>,
 });
 
-message!(Mirror {
-    destination: Option<Destination>,
-    percentage: Option<Percent>,
-});
+message!(
+    #[schemars(extend("x-required" = ["destination"]))]
+    Mirror {
+        destination: Option<Destination>,
+        percentage: Option<Percent>,
+    }
+);
 
 message!(CorsPolicy {
     allow_origin: Vec<String>,
@@ -586,14 +740,18 @@ words!(Preflights {
     Ignore = "IGNORE",
 });
 
-message!(TlsRoute {
-    r#match: Vec<TlsMatch>,
-    route: Vec<WeightedDestination>,
-});
+message!(
+    #[schemars(extend("x-required" = ["match"]))]
+    TlsRoute {
+        r#match: Vec<TlsMatch>,
+        route: Vec<WeightedDestination>,
+    }
+);
 
 message!(TlsMatch {
     sni_hosts: Vec<String>,
     destination_subnets: Vec<String>,
+    #[schemars(extend("x-lax" = true))]
     port: Option<Port>,
     source_labels: BTreeMap<String, String>,
     gateways: Vec<String>,
@@ -607,6 +765,7 @@ message!(TcpRoute {
 
 message!(TcpMatch {
     destination_subnets: Vec<String>,
+    #[schemars(extend("x-lax" = true))]
     port: Option<Port>,
     source_subnet: Option<String>,
     source_labels: BTreeMap<String, String>,
@@ -614,10 +773,13 @@ message!(TcpMatch {
     source_namespace: Option<String>,
 });
 
-message!(WeightedDestination {
-    destination: Option<Destination>,
-    weight: Option<i32>,
-});
+message!(
+    #[schemars(extend("x-required" = ["destination"]))]
+    WeightedDestination {
+        destination: Option<Destination>,
+        weight: Option<i32>,
+    }
+);
 
 // Gateway
 
@@ -626,11 +788,15 @@ message!(GatewaySpec {
     selector: BTreeMap<String, String>,
 });
 
-message!(Server {
-    port: Option<ServicePort>,
-    bind: Option<String>,
-    hosts: Vec<String>,
-    tls: Option<ServerTls>,
-    default_endpoint: Option<String>,
-    name: Option<String>,
-});
+message!(
+    #[schemars(extend("x-required" = ["hosts", "port"]))]
+    Server {
+        #[schemars(extend("x-lax" = true))]
+        port: Option<ServicePort>,
+        bind: Option<String>,
+        hosts: Vec<String>,
+        tls: Option<ServerTls>,
+        default_endpoint: Option<String>,
+        name: Option<String>,
+    }
+);

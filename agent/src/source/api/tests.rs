@@ -1,11 +1,18 @@
 //! Every kind of specification §1.2 that is not enforced: what is right, and each rule broken once.
 
-use super::super::review::{Manifests, Reviewed};
+use super::super::{
+    definitions,
+    review::{Manifests, Reviewed},
+};
 
 fn one(text: &str) -> Reviewed {
     let mut review = Manifests::of("a.yaml", text).review("istio-system");
     assert_eq!(review.objects.len(), 1, "{text}\n{:?}", review.objects);
-    review.objects.remove(0)
+    let found = review.objects.remove(0);
+    if found.faults.is_empty() {
+        assert_eq!(definitions::refusals(text), [""; 0], "what decoding accepts, an API server accepts\n{text}");
+    }
+    found
 }
 
 fn object(api_version: &str, kind: &str, spec: &str) -> String {
