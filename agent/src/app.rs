@@ -31,7 +31,7 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    admin, ca,
+    admin, announce, ca,
     config::{
         self,
         agent::{self, Again, Certificates, Config},
@@ -148,6 +148,30 @@ fn stopped() -> anyhow::Result<impl Future<Output = ()>> {
     })
 }
 
+/// Where the cluster's objects come from.
+struct Source {
+    views: watch::Receiver<Arc<View>>,
+    /// Keeps them up to date.
+    reading: LocalBoxFuture<'static, anyhow::Result<()>>,
+    /// To write to whoever they come from; a folder is not written to.
+    client: Option<kube::Client>,
+}
+
+async fn source(config: &Config) -> anyhow::Result<Source> {
+    let system_namespace = config.system_namespace.clone();
+    Ok(match &config.source {
+        agent::Source::Folder(path) => {
+            let (views, reading) = source::file::watch(source::file::Config { path: path.clone(), system_namespace })?;
+            Source { views, reading: reading.boxed_local(), client: None }
+        }
+        agent::Source::Kubernetes(kubeconfig) => {
+            let client = source::kubernetes::client(kubeconfig.as_deref()).await?;
+            let (views, reading) = source::kubernetes::watch(kubeconfig.as_deref(), &system_namespace).await?;
+            Source { views, reading: reading.boxed_local(), client: Some(client) }
+        }
+    })
+}
+
 /// Waits until no other agent prepares itself to serve.
 async fn turn(config: &Config) -> anyhow::Result<Turn> {
     let mut said: Option<Instant> = None;
@@ -178,10 +202,10 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         () = &mut stop => return Ok(()),
     };
 
-    let (views, reading) = source::file::watch(source::file::Config {
-        path: config.manifests.clone(),
-        system_namespace: config.system_namespace.clone(),
-    })?;
+    let Source { views, reading, client } = tokio::select! {
+        source = source(&config) => source?,
+        () = &mut stop => return Ok(()),
+    };
     let options = options(&config);
     let cgroup_root = match &config.cgroup_root {
         Some(path) => path.clone(),
@@ -256,6 +280,10 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         answering.send_replace(true);
     }
     let (states, enrolled) = watch::channel(Arc::default());
+    let announcing = client.map(|client| {
+        let (name, ready) = (config.node_name.clone(), ready.clone());
+        announce::run(client, name, ready, views.clone(), enrolled.clone()).map(|never| match never {}).boxed_local()
+    });
     admin.publish(admin::Handles {
         node_name: config.node_name.clone(),
         started_at: admin::dump::unix_now(),
@@ -361,7 +389,7 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
     let (ended, until_end) = watch::channel(());
     let renewing = renewal.run(until(until_end));
     let (failed, admin_failed) = (exposition.failed(), admin.failed());
-    let source_ended = || anyhow!("the source of manifests has ended");
+    let source_ended = || anyhow!("the source of the cluster's objects has ended");
     let mut others: Others<'_> = [
         async { reading.await.err().unwrap_or_else(source_ended) }.boxed_local(),
         failed.boxed_local(),
@@ -369,6 +397,7 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         renewing.map(|()| anyhow!("the renewal of certificates has ended")).boxed_local(),
     ]
     .into_iter()
+    .chain(announcing)
     .collect();
     let mut end = tokio::select! {
         () = &mut stop => Ok(Cause::End),
@@ -606,6 +635,7 @@ impl Control {
                 let view = self.views.borrow_and_update().clone();
                 let node = self.nodes.borrow_and_update().clone();
                 self.guard(&node)?;
+                self.remark(&view);
                 if self.knows_all(&view) {
                     self.compile(&view, &node);
                     self.settle(&node);
@@ -618,7 +648,7 @@ impl Control {
             }
             tokio::select! {
                 changed = self.views.changed() => {
-                    changed.context("the source of manifests has ended")?;
+                    changed.context("the source of the cluster's objects has ended")?;
                     work = true;
                 }
                 changed = self.nodes.changed() => {
@@ -768,14 +798,27 @@ impl Control {
             self.knows_all = true;
             self.unread = None;
         } else {
-            let files = view.unread.join(", ");
-            let name = format!("manifests: what {files} says is not known; no pod is served until it can be read");
+            let unread = view.unread.join(", ");
+            let name = format!("source: what {unread} says is not known; no pod is served until it can be read");
             if self.unread.as_ref().is_none_or(|(said, _)| *said != name) {
-                error!(files, "manifests cannot be read, and what they say is not known: no pod is served until it is");
+                error!(
+                    unread,
+                    "not everything can be read, and what it says is not known: no pod is served until it is"
+                );
                 self.unread = Some((name.clone(), self.ready.hold(name)));
             }
         }
         self.knows_all
+    }
+
+    /// Tells operators which kinds of objects the API server does not tell anything new of. What is known stays in force, so
+    /// the agent is as ready as it was ([D.3]).
+    fn remark(&mut self, view: &View) {
+        let deaf = view.watched.iter().filter_map(|(kind, watched)| Some((kind, watched.error.as_ref()?)));
+        let remarks: Vec<String> = deaf
+            .map(|(kind, error)| format!("source: {kind} as last heard, since the API server cannot be heard: {error}"))
+            .collect();
+        self.ready.remark(remarks);
     }
 
     fn give_back(&mut self) {
@@ -792,6 +835,10 @@ impl Control {
 
     /// From what the source says to a snapshot; the workers see it at once.
     fn compile(&mut self, view: &View, node: &pods::Node) {
+        if self.compiles.0 > 0 && Arc::ptr_eq(&self.compiled, &view.cluster) {
+            // Another pod of the node, or news of the source itself.
+            return;
+        }
         let before = self.snapshots.borrow().clone();
         let begun = Instant::now();
         let last = policy::Before { cluster: &self.compiled, snapshot: &before };
@@ -1009,6 +1056,16 @@ impl Control {
                 .map(|status| (status.identity.to_string(), status.expires_at))
                 .collect(),
             certificate_requests: self.identities.requests(),
+            watches: {
+                let view = self.views.borrow();
+                let watched = view.watched.iter();
+                let watch = |(kind, watched): (&&'static str, &source::Watched)| metrics::Watch {
+                    kind,
+                    up: watched.listed && watched.error.is_none(),
+                    errors: watched.errors,
+                };
+                watched.map(watch).collect()
+            },
             verdicts: connections::verdicts(&self.datapath.verdicts(), |cookie| {
                 snapshot.workload(&self.enrollments.by_cookie(cookie)?.uid)
             }),

@@ -17,7 +17,7 @@
 //! | [`model`] | plain values: workload, service, endpoint, identity, policy as the user wrote it; no I/O |
 //! | [`policy`] | compiles the model; routes and decides one connection; pure, and the answer names the rule |
 //! | [`drain`], [`telemetry`], [`dns`] | orderly shutdown; logs, access log, metrics, traces, open connections, refusals and readiness; from names to addresses |
-//! | [`source`] | a folder of manifests as whole snapshots of the model |
+//! | [`source`] | a folder of manifests, or an API server, as whole snapshots of the model |
 //! | [`netns`] | enter a network namespace and come back; list, read and destroy the sockets in it |
 //! | [`pods`] | the pods of this node, joined with their cgroup and network namespace |
 //! | [`datapath`] | load, attach, and make the maps equal to what is wanted; the only place that imports aya |
@@ -31,6 +31,7 @@
 //! | [`connections`] | connections that no worker carries: told, judged again, closed; the proof that there are no others |
 //! | [`gate`] | which pods the kernel lets through before they are in the mesh, and which it holds |
 //! | [`enroll`] | bring a pod in and out, in the right order, and again without harm |
+//! | [`announce`] | tell the cluster what became of the node's pods |
 //! | [`admin`] | what an operator can ask a running agent: what it believes, its connections, why one was refused, what can go to STRICT, its log level |
 //! | [`ca`] | the server side of the CA API: who may ask for which identity, and the signing |
 //! | [`resident`] | gives back text of the program that does not run |
@@ -68,6 +69,7 @@
 //! connections of the pod to itself. On the node: 15021 readiness, 15020 metrics, 15012 the CA, 15000 (loopback) operators.
 
 pub mod admin;
+pub mod announce;
 pub mod app;
 pub mod busy_poll;
 pub mod ca;

@@ -1,11 +1,18 @@
 //! A sandbox whose objects are in a real API server: what is applied to its manifests is there, with the server's own UIDs, and
-//! what is built on the machine is named for these. The mesh on it is `tour`'s.
+//! what is built on the machine is named for these. And what its agents tell it, and do without it; each policy on it is `tour`'s.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use culvert_tests::command;
-use culvert_tests::sandbox::{Node, Plan, PodPlan, Sandbox, Source, expect_no_traces, own_name, place_of};
+use culvert_tests::apiserver::ApiServer;
+use culvert_tests::programs::HttpResult;
+use culvert_tests::sandbox::{
+    Family, MeshPlan, Node, Plan, PodPlan, Sandbox, Source, built, expect_no_traces, own_name, place_of,
+};
+use culvert_tests::{command, patience};
 use serde_json::Value;
 
 const POLICY: &str = "policy.yaml";
@@ -90,4 +97,153 @@ fn manifests_are_applied_to_an_api_server_as_to_a_folder() -> Result<()> {
 
     sandbox.take_down()?;
     expect_no_traces(&instance)
+}
+
+const NGINX: &str = "test/nginx";
+const PRODUCTPAGE: &str = "default/productpage";
+/// Until an agent has heard of something and done what follows; after an error it may ask again only after half a minute.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A mesh whose objects are in an API server, as `kubectl` shows and changes it.
+struct Scene {
+    sandbox: Sandbox,
+}
+
+impl Scene {
+    fn api(&self) -> Result<&ApiServer> {
+        self.sandbox.manifests().api().context("the sandbox has an API server")
+    }
+
+    fn call(&self, marker: &str) -> Result<HttpResult> {
+        let to = self.sandbox.pod(PRODUCTPAGE)?.at(Family::V4, 9080);
+        self.sandbox.http(NGINX, to, marker)
+    }
+
+    fn expect_answer(&self, when: &str) -> Result<()> {
+        let got = self.call("answered")?;
+        ensure!(got.status == Some(200), "{when}: {got:?}");
+        Ok(())
+    }
+
+    /// The annotation of a pod ([E.4]); empty if it has none.
+    fn annotation(&self, key: &str) -> Result<String> {
+        let (namespace, name) = key.split_once('/').context("a namespace")?;
+        let path = r"jsonpath={.metadata.annotations.ambient\.istio\.io/redirection}";
+        self.api()?.kubectl(&["get", "pod", name, "--namespace", namespace, "--output", path])
+    }
+
+    fn expect_annotation(&self, key: &str, expected: &str) -> Result<()> {
+        command::wait_for(&format!("{key} is annotated {expected:?}"), LIMIT * patience(), || {
+            Ok((self.annotation(key)? == expected).then_some(()))
+        })
+    }
+
+    /// What a kubelet reads of an agent.
+    fn readiness(&self) -> Result<HttpAnswer> {
+        let to = SocketAddr::new(Node::A.v4().into(), 15021);
+        get(&self.sandbox, to, "/healthz/ready")
+    }
+
+    /// Of one kind, on node a.
+    fn watch_up(&self, kind: &str) -> Result<Option<f64>> {
+        let start = format!("culvert_api_watch_up{{kind=\"{kind}\"}} ");
+        let metrics = self.sandbox.metrics(Node::A)?;
+        metrics.lines().find_map(|line| line.strip_prefix(&*start)).map(|value| Ok(value.parse()?)).transpose()
+    }
+}
+
+struct HttpAnswer {
+    status: String,
+    body: String,
+}
+
+fn get(sandbox: &Sandbox, to: SocketAddr, path: &str) -> Result<HttpAnswer> {
+    let answer = sandbox.node_place(Node::A).inside(|| {
+        let mut stream = TcpStream::connect_timeout(&to, LIMIT)?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    })?;
+    let (head, body) = answer.split_once("\r\n\r\n").with_context(|| format!("no answer: {answer:?}"))?;
+    Ok(HttpAnswer { status: head.lines().next().unwrap_or_default().to_owned(), body: body.to_owned() })
+}
+
+/// [E.4], [D.3]: agents with the rights of deploy/ tell the API server what became of their pods, and go on without it.
+#[test]
+fn agents_live_with_an_api_server_and_without_it() -> Result<()> {
+    let mut sandbox = Sandbox::build(Plan::bookinfo(&own_name("agents-api")).source(Source::Api))?;
+    sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
+    let mut scene = Scene { sandbox };
+    scene.expect_answer("at first")?;
+
+    // Who is in the mesh is told, by the label at any time.
+    scene.expect_annotation(NGINX, "enabled")?;
+    scene.expect_annotation(PRODUCTPAGE, "enabled")?;
+    ensure!(scene.annotation("test/legacy-app")?.is_empty(), "it is outside the mesh");
+    let label = |value: &str| {
+        let label = format!("istio.io/dataplane-mode{value}");
+        scene.api()?.kubectl(&["label", "pod", "nginx", "--namespace", "test", "--overwrite", &label])
+    };
+    label("=none")?;
+    scene.expect_annotation(NGINX, "")?;
+    label("-")?;
+    scene.expect_annotation(NGINX, "enabled")?;
+
+    // A pod that cannot be brought in is told of where its owner looks for it, and so is the end of it.
+    scene.sandbox.place_pod(PodPlan::new(Node::A, "test", "placed"))?;
+    scene.expect_annotation("test/placed", "pending")?;
+    let described = |scene: &Scene, reason: &str| {
+        command::wait_for(&format!("kubectl describe shows {reason}"), LIMIT * patience(), || {
+            let text = scene.api()?.kubectl(&["describe", "pod", "placed", "--namespace", "test"])?;
+            Ok(text.lines().find(|line| line.contains(reason)).map(str::to_owned))
+        })
+    };
+    let event = described(&scene, "FailedEnrollment")?;
+    ensure!(event.contains("Warning") && event.contains("no address") && event.contains("culvert"), "{event}");
+    scene.sandbox.announce_pod("test/placed")?;
+    scene.expect_annotation("test/placed", "enabled")?;
+    described(&scene, "Enrolled")?;
+
+    // Without the API server everything goes on, whoever looks sees that nothing new is heard, and a policy that is in force stays.
+    scene.sandbox.manifests().apply(POLICY, &(strict("all")))?;
+    let refused = |scene: &Scene| -> Result<bool> {
+        let to = scene.sandbox.pod(NGINX)?.at(Family::V4, 8080);
+        Ok(scene.sandbox.http("test/legacy-app", to, "plaintext")?.status.is_none())
+    };
+    command::wait_for("STRICT is in force", LIMIT * patience(), || Ok(refused(&scene)?.then_some(())))?;
+    scene.api()?.kill()?;
+    command::wait_for("the agent has noticed", LIMIT * patience(), || {
+        Ok((scene.watch_up("Pod")? == Some(0.0) && scene.watch_up("PeerAuthentication")? == Some(0.0)).then_some(()))
+    })?;
+    let ready = scene.readiness()?;
+    let remark = "source: Pod as last heard, since the API server cannot be heard: ";
+    ensure!(ready.status.ends_with("200 OK") && ready.body.contains(remark), "{}\n{}", ready.status, ready.body);
+    let parts = get(&scene.sandbox, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 15000), "/readyz")?.body;
+    ensure!(parts.contains("[-] api-server: Pod: "), "{parts}");
+    let (lines, _) = scene.sandbox.agent_log(Node::A, 0)?;
+    let library = lines.iter().find(|line| line.field("target").is_some_and(|target| target.starts_with("kube")));
+    ensure!(library.is_none(), "a library tells it as well: {library:?}");
+    let told = lines.iter().filter(|line| {
+        line.message().starts_with("the API server cannot be heard") && line.field("kind").as_deref() == Some("Pod")
+    });
+    ensure!((1..=3).contains(&told.count()), "it is told once, and when the reason changes");
+    scene.expect_answer("without the API server")?;
+    ensure!(refused(&scene)?, "the policy is not in force any more");
+
+    // And when it is back, what is written there counts.
+    scene.api()?.start_again()?;
+    scene.sandbox.manifests().delete(POLICY)?;
+    command::wait_for("STRICT is gone", LIMIT * patience(), || Ok((!refused(&scene)?).then_some(())))?;
+    command::wait_for("every kind is heard", LIMIT * patience(), || {
+        let deaf = scene
+            .sandbox
+            .metrics(Node::A)?
+            .lines()
+            .any(|line| line.starts_with("culvert_api_watch_up{") && line.ends_with(" 0"));
+        Ok((!deaf).then_some(()))
+    })?;
+    ensure!(scene.readiness()?.body == "ready\n", "{}", scene.readiness()?.body);
+    Ok(())
 }

@@ -434,7 +434,7 @@ fn manifests_that_cannot_be_read_at_the_start_open_nothing() -> Result<()> {
         let offset = scene.log_end(Node::B)?;
         scene.sandbox.signal_agent(Node::B, Signal::SIGKILL)?;
         scene.start_agent(Node::B)?;
-        scene.wait_told(Node::B, offset, &[("message", "what they say is not known"), ("files", file)])?;
+        scene.wait_told(Node::B, offset, &[("message", "what it says is not known"), ("unread", file)])?;
         let started = Instant::now();
         let when = format!("started without {file}");
         while started.elapsed() < Duration::from_secs(5) {

@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use culvert_tests::command;
-use culvert_tests::sandbox::{Family, MeshPlan, Node, Place, Plan, PodPlan, Sandbox, ServicePlan, built, own_name};
+use culvert_tests::sandbox::{
+    Family, MeshPlan, Node, Place, Plan, PodPlan, Sandbox, ServicePlan, Source, built, own_name,
+};
 use opentelemetry_proto::tonic::collector::trace::v1::{
     ExportTraceServiceRequest, ExportTraceServiceResponse,
     trace_service_server::{TraceService, TraceServiceServer},
@@ -39,7 +41,11 @@ fn plan(test: &str) -> Plan {
 }
 
 fn mesh(test: &str, agent_arguments: &[&str]) -> Result<Sandbox> {
-    let mut sandbox = Sandbox::build(plan(test))?;
+    mesh_of(plan(test), agent_arguments)
+}
+
+fn mesh_of(plan: Plan, agent_arguments: &[&str]) -> Result<Sandbox> {
+    let mut sandbox = Sandbox::build(plan)?;
     let mut mesh = MeshPlan::new(built("culvert")?);
     mesh.agent_arguments = agent_arguments.iter().map(|&text| text.to_owned()).collect();
     sandbox.start_mesh(&mesh)?;
@@ -401,7 +407,8 @@ fn label_sets_are_bounded_and_the_rest_is_counted_together() -> Result<()> {
 /// What is exposed is what docs/metrics.md says, and Prometheus' own tool finds nothing to say about it.
 #[test]
 fn the_exposition_is_as_documented_and_as_prometheus_wants_it() -> Result<()> {
-    let sandbox = mesh("t-text", &[])?;
+    // Some are of the API server.
+    let sandbox = mesh_of(plan("t-text").source(Source::Api), &[])?;
     let to = SocketAddr::new(sandbox.cluster_ip(SERVER, Family::V4)?, 7000);
     exchange(&sandbox, CLIENT, to, "echo", 1)?;
     // A refusal and a failure, so that every metric has a sample.
@@ -432,6 +439,8 @@ fn the_exposition_is_as_documented_and_as_prometheus_wants_it() -> Result<()> {
     ensure!(scrape.sum("culvert_kernel_program_instructions", &[("program", "inbound")]) > 100.0);
     ensure!(scrape.sum("culvert_kernel_map_capacity", &[("map", "PODS")]) == 16384.0);
     ensure!(scrape.sum("culvert_kernel_map_entries", &[("map", "PODS")]) == 1.0);
+    ensure!(scrape.sum("culvert_api_watch_up", &[("kind", "Pod")]) == 1.0);
+    ensure!(scrape.sum("culvert_api_watch_up", &[("kind", "PeerAuthentication")]) == 1.0);
 
     let (head, text) = get(&sandbox, Node::A, "/stats/prometheus", "*/*")?;
     ensure!(head.contains("text/plain; version=0.0.4"), "{head}");

@@ -819,6 +819,15 @@ pub fn readiness(missing: &[String], handles: Option<&Handles>) -> String {
         for problem in view.problems.iter().take(SHOWN) {
             line(false, "manifests", problem.to_string());
         }
+        let deaf: Vec<(&str, &String)> =
+            view.watched.iter().filter_map(|(kind, watched)| Some((*kind, watched.error.as_ref()?))).collect();
+        if !view.watched.is_empty() {
+            let (heard, all) = (view.watched.len() - deaf.len(), view.watched.len());
+            line(deaf.is_empty(), "api-server", format!("{heard} of {all} kinds heard"));
+        }
+        for (kind, error) in &deaf {
+            line(false, "api-server", format!("{kind}: {error}; what is known stays in force"));
+        }
         let states = handles.enrolled.borrow().clone();
         let failed: Vec<(&PodUid, &String)> = states
             .iter()

@@ -23,7 +23,14 @@ pub const SETTINGS: &[Setting] = &[
         name: "manifests",
         value: "DIR",
         default: None,
-        help: "Folder of manifests to watch: pods, services, namespaces and policies of the cluster",
+        help: "Folder of manifests to watch instead of an API server: pods, services, namespaces and policies of the cluster",
+    },
+    Setting {
+        name: "kubeconfig",
+        value: "FILE",
+        default: None,
+        help: "Kubeconfig whose current context names the API server to watch; without it and --manifests: the service account \
+               of the pod that the agent runs in",
     },
     Setting {
         name: "cgroup-root",
@@ -225,6 +232,8 @@ pub const SETTINGS: &[Setting] = &[
     },
 ];
 
+/// Set in the pods of a cluster, by the kubelet.
+const IN_CLUSTER: &str = "KUBERNETES_SERVICE_HOST";
 /// A longer one saves nothing: waking a thread takes a hundredth of it.
 const MAX_BUSY_POLL: Duration = Duration::from_millis(10);
 
@@ -233,8 +242,8 @@ const MAX_BUSY_POLL: Duration = Duration::from_millis(10);
 pub struct Config {
     /// `--node-name`
     pub node_name: String,
-    /// `--manifests`
-    pub manifests: PathBuf,
+    /// Where the cluster's objects come from.
+    pub source: Source,
     /// `--cgroup-root`
     pub cgroup_root: Option<PathBuf>,
     /// `--kubelet-cgroup`
@@ -357,6 +366,15 @@ impl Again {
     }
 }
 
+/// A folder, or an API server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// `--manifests`
+    Folder(PathBuf),
+    /// `--kubeconfig`, or the service account of the pod.
+    Kubernetes(Option<PathBuf>),
+}
+
 /// A CA, or files.
 #[derive(Clone, Debug)]
 pub enum Certificates {
@@ -382,7 +400,7 @@ pub enum Certificates {
 pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let certificates = certificates(&mut values);
     let node_name = values.required::<String>("node-name");
-    let manifests = values.required::<PathBuf>("manifests");
+    let source = source(&mut values, std::env::var_os(IN_CLUSTER).is_some());
     let log_format = values.optional::<Format>("log-format");
     let log_level = values.parse("log-level", |text| telemetry::parse_filter(text).map(|_| text.to_owned()));
     let workers = if values.has("workers") {
@@ -424,7 +442,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let config = (|| {
         Some(Config {
             node_name: node_name?,
-            manifests: manifests?,
+            source: source?,
             cgroup_root,
             kubelet_cgroup,
             pin_dir: pin_dir?,
@@ -499,6 +517,25 @@ fn number(text: &str, least: usize) -> Result<usize, String> {
     }
 }
 
+fn source(values: &mut Values, in_cluster: bool) -> Option<Source> {
+    match (values.has("manifests"), values.has("kubeconfig")) {
+        (true, true) => {
+            values.problem("--manifests and --kubeconfig exclude each other: keep one");
+            None
+        }
+        (true, false) => values.optional("manifests").map(Source::Folder),
+        (false, true) => values.optional("kubeconfig").map(|file| Source::Kubernetes(Some(file))),
+        (false, false) if in_cluster => Some(Source::Kubernetes(None)),
+        (false, false) => {
+            values.problem(format!(
+                "the cluster's objects have no source: give --kubeconfig or --manifests, or run in a pod of the cluster \
+                 ({IN_CLUSTER} is not set)"
+            ));
+            None
+        }
+    }
+}
+
 fn certificates(values: &mut Values) -> Option<Certificates> {
     match (values.has("ca-address"), values.has("cert-dir")) {
         (true, true) => {
@@ -526,6 +563,26 @@ fn certificates(values: &mut Values) -> Option<Certificates> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_objects_have_one_source() {
+        let of = |given: &'static str, in_cluster| {
+            let flag = |name: &str| given.split(' ').any(|one| one == name).then(|| "/given".to_owned());
+            let mut values = Values::collect(SETTINGS, flag).expect("collected");
+            let source = source(&mut values, in_cluster);
+            values.finish(source).map_err(|error| error.to_string())
+        };
+        let path = || PathBuf::from("/given");
+        for in_cluster in [true, false] {
+            assert_eq!(of("manifests", in_cluster), Ok(Source::Folder(path())));
+            assert_eq!(of("kubeconfig", in_cluster), Ok(Source::Kubernetes(Some(path()))));
+            let both = of("manifests kubeconfig", in_cluster).expect_err("one too many");
+            assert!(both.contains("exclude each other"), "{both}");
+        }
+        assert_eq!(of("", true), Ok(Source::Kubernetes(None)));
+        let none = of("", false).expect_err("none");
+        assert!(none.contains("--kubeconfig or --manifests"), "{none}");
+    }
 
     #[test]
     fn every_wrong_value_of_the_agent_is_told_at_once() {

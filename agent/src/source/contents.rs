@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use crate::model::{Cluster, MeshConfig, ObjectRef, PodUid};
 
-use super::decode::{Key, Object};
+use super::{
+    decode::{Key, Object},
+    kinds::Kind,
+};
 
 /// Where an object stands in a cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -34,6 +37,50 @@ impl Slot {
             Object::Mesh(_) => Self::Mesh,
             Object::Inert => return None,
         })
+    }
+
+    /// Those of a kind that are not empty.
+    pub(super) fn all(kind: Kind, cluster: &Cluster) -> Vec<(Key, Self)> {
+        let named = |name: &Arc<str>| Key { kind, object: ObjectRef { namespace: "".into(), name: name.clone() } };
+        let of = |object: &ObjectRef| Key { kind, object: object.clone() };
+        match kind {
+            Kind::Pod => cluster.pods.iter().map(|(uid, pod)| (of(&pod.object), Self::Pod(uid.clone()))).collect(),
+            Kind::Namespace => {
+                cluster.namespaces.keys().map(|name| (named(name), Self::Namespace(name.clone()))).collect()
+            }
+            Kind::Node => cluster.nodes.keys().map(|name| (named(name), Self::Node(name.clone()))).collect(),
+            Kind::Service => cluster.services.keys().map(|at| (of(at), Self::Service(at.clone()))).collect(),
+            Kind::EndpointSlice => {
+                cluster.endpoint_slices.keys().map(|at| (of(at), Self::EndpointSlice(at.clone()))).collect()
+            }
+            Kind::PeerAuthentication => {
+                cluster.peer_authentications.keys().map(|at| (of(at), Self::PeerAuthentication(at.clone()))).collect()
+            }
+            Kind::AuthorizationPolicy => cluster
+                .authorization_policies
+                .keys()
+                .map(|at| (of(at), Self::AuthorizationPolicy(at.clone())))
+                .collect(),
+            Kind::ConfigMap | Kind::ServiceAccount | Kind::NotEnforced(_) => Vec::new(),
+        }
+    }
+
+    /// What stands there.
+    pub(super) fn get(&self, cluster: &Cluster) -> Option<Object> {
+        match self {
+            Self::Pod(uid) => cluster.pods.get(uid).cloned().map(Object::Pod),
+            Self::Namespace(name) => cluster.namespaces.get(name).cloned().map(Object::Namespace),
+            Self::Node(name) => cluster.nodes.get(name).cloned().map(Object::Node),
+            Self::Service(of) => cluster.services.get(of).cloned().map(Object::Service),
+            Self::EndpointSlice(of) => cluster.endpoint_slices.get(of).cloned().map(Object::EndpointSlice),
+            Self::PeerAuthentication(of) => {
+                cluster.peer_authentications.get(of).cloned().map(Object::PeerAuthentication)
+            }
+            Self::AuthorizationPolicy(of) => {
+                cluster.authorization_policies.get(of).cloned().map(Object::AuthorizationPolicy)
+            }
+            Self::Mesh => Some(Object::Mesh(Arc::new(cluster.mesh.clone()))),
+        }
     }
 
     /// Leaves it empty; the mesh configuration is the default one then.

@@ -157,6 +157,11 @@ impl Decoded {
     }
 }
 
+/// Decodes one object that is not written in a document.
+pub(super) fn value(root: &yaml::Node, mesh_config: &ObjectRef) -> Decoded {
+    written(root, "", &[], mesh_config)
+}
+
 fn written(root: &yaml::Node, prefix: &str, faults: &[Fault], mesh_config: &ObjectRef) -> Decoded {
     Decoded { written: Written::of(root), ..object(root, prefix, faults, mesh_config) }
 }

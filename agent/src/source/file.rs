@@ -286,7 +286,7 @@ impl Watcher {
                 self.again.everything = error.kind() != io::ErrorKind::NotFound;
                 let message =
                     format!("cannot be read: {error}; create it again (the objects that it gave before stay in force)");
-                let file = self.path.display().to_string();
+                let file = Some(self.path.display().to_string());
                 self.update(Vec::new(), Some(Problem { file, document: None, line: None, object: None, message }))
             }
         }

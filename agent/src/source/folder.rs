@@ -16,7 +16,7 @@ use super::{
     decode::{self, Key, Object},
     kinds::Kind,
     pool::Pool,
-    yaml,
+    put_place, yaml,
 };
 
 /// The files of a folder as they were last read, and what they add up to.
@@ -169,7 +169,7 @@ impl Folder {
             false => "what it says is not known",
         };
         let message = format!("{message} ({effect})");
-        file.problems = vec![Problem { file: name.to_owned(), document: None, line, object: None, message }];
+        file.problems = vec![Problem { file: Some(name.to_owned()), document: None, line, object: None, message }];
         file.notices.clear();
         file
     }
@@ -183,7 +183,7 @@ impl Folder {
                 let object = decoded.key.as_ref().map(|key| key.to_string());
                 file.notices.extend(decoded.warnings.into_iter().map(|warning| {
                     let message = warning.to_string();
-                    let (file, line) = (name.to_owned(), Some(warning.line));
+                    let (file, line) = (Some(name.to_owned()), Some(warning.line));
                     Problem { file, document: Some(number), line, object: object.clone(), message }.to_string()
                 }));
                 let line = decoded.line;
@@ -225,7 +225,7 @@ impl Folder {
                     (Some(_), _, None) => "it is not in force",
                 };
                 file.problems.extend(invalid.faults.into_iter().map(|fault| Problem {
-                    file: name.to_owned(),
+                    file: Some(name.to_owned()),
                     document: Some(number),
                     line: Some(fault.line),
                     object: object.clone(),
@@ -264,8 +264,8 @@ impl Folder {
             let given = winner.and_then(|(file, index)| self.files.get(file)?.given.get(*index));
             let place = winner.zip(given).map(|((file, _), given)| given.place(file));
             match key.kind {
-                Kind::PeerAuthentication => put(&mut self.policies, &key, place),
-                Kind::AuthorizationPolicy => put(&mut self.authorization_policies, &key, place),
+                Kind::PeerAuthentication => put_place(&mut self.policies, &key.object, place),
+                Kind::AuthorizationPolicy => put_place(&mut self.authorization_policies, &key.object, place),
                 _ => {}
             }
             let Some(known) = self.known.get_mut(&key) else { continue };
@@ -360,6 +360,7 @@ impl Folder {
             cluster: self.cluster.clone(),
             problems,
             unread: unread.map(|(name, _)| name.to_string()).collect(),
+            watched: BTreeMap::new(),
             notices: notices.into_iter().cloned().collect(),
             policies: self.policies.clone(),
             authorization_policies: self.authorization_policies.clone(),
@@ -367,27 +368,16 @@ impl Folder {
     }
 }
 
-/// Sets or removes the place of an object; where nothing changes, nothing is copied.
-fn put(places: &mut Arc<Places>, key: &Key, place: Option<Place>) {
-    if places.get(&key.object) != place.as_ref() {
-        let places = Arc::make_mut(places);
-        match place {
-            Some(place) => drop(places.insert(key.object.clone(), place)),
-            None => drop(places.remove(&key.object)),
-        }
-    }
-}
-
 impl Given {
     fn place(&self, file: &str) -> Place {
-        Place { file: file.to_owned(), document: self.document, line: self.line, stale: self.stale }
+        Place { at: format!("{file} document {} (line {})", self.document, self.line), stale: self.stale }
     }
 }
 
 impl Problem {
     fn at(file: &str, given: &Given, message: String) -> Self {
         Self {
-            file: file.to_owned(),
+            file: Some(file.to_owned()),
             document: Some(given.document),
             line: Some(given.line),
             object: Some(given.key.to_string()),

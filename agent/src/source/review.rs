@@ -152,7 +152,7 @@ impl Manifests {
         }
         let view = self.view(system_namespace);
         for problem in &view.problems {
-            let place = |line| (problem.file.clone(), line, problem.object.clone());
+            let place = |line| (problem.file.clone().unwrap_or_default(), line, problem.object.clone());
             match problem.line.and_then(|line| found.get(&place(line))) {
                 // Its own decoding has said the rest.
                 Some(index) if objects[*index].faults.is_empty() => objects[*index].faults.push(problem.into()),
@@ -160,7 +160,8 @@ impl Manifests {
                 None if problem.document.is_some() => {}
                 None => {
                     let line = problem.line.unwrap_or(1);
-                    let mut file = Reviewed::new(&problem.file, None, Written::default(), line);
+                    let mut file =
+                        Reviewed::new(problem.file.as_deref().unwrap_or_default(), None, Written::default(), line);
                     file.faults.push(problem.into());
                     objects.push(file);
                 }
@@ -204,7 +205,7 @@ fn remark(file: &str, fault: &Fault) -> Remark {
 impl From<&Problem> for Remark {
     fn from(problem: &Problem) -> Self {
         let message = problem.message.trim_end_matches(" (what it says is not known)").to_owned();
-        Self { file: problem.file.clone(), line: problem.line, message }
+        Self { file: problem.file.clone().unwrap_or_default(), line: problem.line, message }
     }
 }
 

@@ -72,6 +72,24 @@ pub(super) struct Key {
     pub(super) line: usize,
 }
 
+impl From<serde_json::Value> for Node {
+    /// Without lines: all of it stands in line 0.
+    fn from(json: serde_json::Value) -> Self {
+        use serde_json::Value as Json;
+        let value = match json {
+            Json::Null => Value::Null,
+            Json::Bool(value) => Value::Bool(value),
+            Json::Number(value) => Value::Number(value),
+            Json::String(value) => Value::String(value),
+            Json::Array(items) => Value::List(items.into_iter().map(Self::from).collect()),
+            Json::Object(entries) => {
+                Value::Map(entries.into_iter().map(|(name, value)| (Key { name, line: 0 }, value.into())).collect())
+            }
+        };
+        Self { line: 0, value }
+    }
+}
+
 impl Node {
     /// The member of that name, if this is a mapping that has one.
     pub(super) fn get(&self, name: &str) -> Option<&Node> {

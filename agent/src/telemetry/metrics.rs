@@ -103,6 +103,12 @@ pub const METRICS: &[Metric] = &[
         &["identity"],
     ),
     counter("culvert_certificate_requests", "Certificates asked of the CA, or read from the folder", &["result"]),
+    gauge(
+        "culvert_api_watch_up",
+        "1 while the API server tells what changes of a kind; 0: what is known of it stays in force",
+        &["kind"],
+    ),
+    counter("culvert_api_watch_errors", "Answers of the API server that were errors, or did not come", &["kind"]),
     gauge("culvert_snapshot_generation", "Generation of the policy in force", &[]),
     counter("culvert_snapshot_compiles", "Times that policy was compiled", &[]),
     gauge("culvert_snapshot_compile_seconds", "How long the last compilation took", &[]),
@@ -210,6 +216,8 @@ pub struct Node {
     pub certificates: Vec<(String, Option<u64>)>,
     /// Certificates had, and attempts that failed.
     pub certificate_requests: (u64, u64),
+    /// How each kind of objects stands with the API server; empty where a folder is the source.
+    pub watches: Vec<Watch>,
     /// What the kernel has counted.
     pub verdicts: Vec<Verdicts>,
     /// The maps.
@@ -218,6 +226,17 @@ pub struct Node {
     pub programs: Vec<(String, u32)>,
     /// How long each worker has been silent.
     pub silence: Vec<Duration>,
+}
+
+/// A kind of objects of the API server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Watch {
+    /// Its name, as in a manifest.
+    pub kind: &'static str,
+    /// What changes is told.
+    pub up: bool,
+    /// Answers that were errors, or did not come.
+    pub errors: u64,
 }
 
 /// A counter of the kernel.
@@ -469,6 +488,11 @@ fn of_node(samples: &mut Samples, node: &Node) {
     for (result, times) in [("ok", node.certificate_requests.0), ("failed", node.certificate_requests.1)] {
         samples.plain("culvert_certificate_requests", vec![("result", result.into())], times as f64);
     }
+    for watch in &node.watches {
+        let labels = || vec![("kind", Cow::from(watch.kind))];
+        samples.plain("culvert_api_watch_up", labels(), f64::from(u8::from(watch.up)));
+        samples.plain("culvert_api_watch_errors", labels(), watch.errors as f64);
+    }
     samples.one("culvert_snapshot_generation", f64::from(node.generation));
     samples.one("culvert_snapshot_compiles", node.compiles as f64);
     samples.one("culvert_snapshot_compile_seconds", node.compile_time.as_secs_f64());
@@ -600,6 +624,7 @@ mod tests {
         let (sources, _writers) = sources();
         let node = Node {
             certificates: vec![("spiffe://a/ns/b/sa/c".into(), None)],
+            watches: vec![Watch { kind: "Pod", up: true, errors: 1 }],
             verdicts: vec![Verdicts {
                 namespace: "n".into(),
                 pod: "p".into(),

@@ -9,6 +9,7 @@ use std::{fmt, io, os::fd::AsRawFd as _, str::FromStr, time::Duration};
 use anyhow::Context;
 use tracing_subscriber::{
     EnvFilter, Layer, Registry,
+    filter::filter_fn,
     fmt::{MakeWriter, time::SystemTime},
     layer::SubscriberExt,
     reload,
@@ -153,6 +154,10 @@ pub fn parse_filter(filter: &str) -> anyhow::Result<EnvFilter> {
     EnvFilter::builder().parse(filter).with_context(|| format!("log level {filter:?}"))
 }
 
+/// What is never logged, whatever the level: kube-client says each answer of an API server that it cannot read, in full, and an
+/// answer may hold a Secret; and each failed request, of which whoever asked tells, once.
+const NEVER: [&str; 2] = ["kube_client::client", "kube_client::client::builder"];
+
 fn subscriber<W>(
     format: Format,
     filter: &str,
@@ -167,6 +172,7 @@ where
         Format::Text => lines.boxed(),
         Format::Json => lines.json().flatten_event(true).with_current_span(true).with_span_list(false).boxed(),
     };
+    let lines = lines.with_filter(filter_fn(|of| !NEVER.contains(&of.target())));
     Ok((tracing_subscriber::registry().with(filter).with(lines), LogLevel { handle }))
 }
 
@@ -218,6 +224,16 @@ mod tests {
         assert_eq!(lines[0]["pod"], "a\"b\n");
         assert_eq!(lines[0]["bytes"], 7);
         assert_eq!(lines[0]["level"], "INFO");
+    }
+
+    #[test]
+    fn what_an_api_server_answered_is_never_logged() {
+        let text = logged(Format::Text, "trace,kube_client=trace", |_| {
+            tracing::warn!(target: "kube_client::client", "secret");
+            tracing::error!(target: "kube_client::client::builder", "failed with secret");
+            tracing::warn!(target: "kube_client::client::tls", "keeping stale roots");
+        });
+        assert!(text.contains("stale roots") && !text.contains("secret"), "{text}");
     }
 
     #[test]

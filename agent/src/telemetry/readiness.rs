@@ -26,6 +26,7 @@ pub struct Ready {
 struct Holds {
     next: u64,
     names: BTreeMap<u64, String>,
+    remarks: Vec<String>,
 }
 
 /// One reason not to be ready, until dropped.
@@ -56,6 +57,16 @@ impl Ready {
         self.lock().names.is_empty()
     }
 
+    /// What is not as it should be, and no reason not to be ready; it is shown below the answer until there are other ones.
+    pub fn remark(&self, remarks: Vec<String>) {
+        self.lock().remarks = remarks;
+    }
+
+    /// What was last given to [`remark`](Self::remark).
+    pub fn remarks(&self) -> Vec<String> {
+        self.lock().remarks.clone()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Holds> {
         // Nothing panics while holding the lock, and the set is whole after every statement.
         self.holds.lock().unwrap_or_else(PoisonError::into_inner)
@@ -75,7 +86,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Request line and headers.
 const HEAD_BYTES: usize = 8 << 10;
 
-/// Answers `GET /healthz/ready`: 200, or 503 with what is missing, one name per line; until `stop` completes. A
+/// Answers `GET /healthz/ready`: 200, or 503 with what is missing, one name per line; both with what is not as it should be,
+/// likewise; until `stop` completes. A
 /// draining agent takes a hold and stops this last, so that it is seen to be not ready rather than gone.
 ///
 /// One request per connection. A request that is too long, too slow or not understood is refused and harms no other.
@@ -114,16 +126,13 @@ async fn answer(mut stream: TcpStream, ready: &Ready) -> io::Result<()> {
             let path = target.split(|byte| *byte == b'?').next().unwrap_or_default();
             let missing = ready.missing();
             match (method, path) {
-                (b"GET" | b"HEAD", b"/healthz/ready") if missing.is_empty() => {
-                    ("200 OK", "ready\n".to_owned(), method == b"HEAD")
-                }
                 (b"GET" | b"HEAD", b"/healthz/ready") => {
-                    let body = missing.iter().fold(String::from("not ready, waiting for:\n"), |mut body, name| {
-                        body.push_str(name);
-                        body.push('\n');
-                        body
-                    });
-                    ("503 Service Unavailable", body, method == b"HEAD")
+                    let (status, head) = match missing.is_empty() {
+                        true => ("200 OK", "ready"),
+                        false => ("503 Service Unavailable", "not ready, waiting for:"),
+                    };
+                    let lines = [head.to_owned()].into_iter().chain(missing).chain(ready.remarks());
+                    (status, lines.map(|line| line + "\n").collect::<String>(), method == b"HEAD")
                 }
                 (_, b"/healthz/ready") => ("405 Method Not Allowed", "only GET and HEAD\n".into(), false),
                 _ => ("404 Not Found", "only /healthz/ready is here\n".into(), false),

@@ -23,6 +23,13 @@ pub const KUBERNETES_PACKAGES: [&str; 3] = [
     "k8s.io/kubernetes/cmd/kubectl",
 ];
 
+/// Version of Istio's own definitions of its kinds, which ours are compared with; tests/istio/go.mod has the same one.
+pub const ISTIO: &str = "v1.31.1";
+/// Their module, as Go fetches it.
+pub const ISTIO_MODULE: &str = "istio.io/api";
+/// Their file in that module.
+pub const ISTIO_FILE: &str = "kubernetes/customresourcedefinitions.gen.yaml";
+
 /// Names the directory of a set that is used instead of the built one: what envtest's users have.
 pub const VARIABLE: &str = "KUBEBUILDER_ASSETS";
 
@@ -32,6 +39,31 @@ const GO_SUM: &str = include_str!("../../kubernetes/go.sum");
 /// The wrapper module, in the checkout that this library was built from.
 pub fn module() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("kubernetes")
+}
+
+/// The module that names the version of Istio's definitions, with its checksum.
+pub fn istio_module() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("istio")
+}
+
+/// Where Istio's own definitions lie once they have been fetched.
+///
+/// # Errors
+/// There is no cache directory.
+pub fn istio_cached() -> Result<PathBuf> {
+    let cache = crate::cache().context("where fetched files are kept")?;
+    Ok(cache.join("tools").join(format!("istio-api-{ISTIO}.yaml")))
+}
+
+/// Istio's own definitions of its kinds: one document for each.
+///
+/// # Errors
+/// They have not been fetched; the error is one line with the remedy.
+pub fn istio_definitions() -> Result<String> {
+    let path = istio_cached()?;
+    std::fs::read_to_string(&path).with_context(|| {
+        format!("Istio's own definitions, {}: run `cargo xtask setup`, which fetches them", path.display())
+    })
 }
 
 /// Arguments of `go build` besides the output and the packages.
@@ -158,6 +190,8 @@ mod tests {
         for line in GO_MOD.lines().filter(|line| line.contains("=>")) {
             assert!(line.trim().ends_with(&staging), "{line} is not {staging}");
         }
+        let istio = include_str!("../../istio/go.mod");
+        assert!(istio.lines().any(|line| line == format!("require {ISTIO_MODULE} {ISTIO}")), "{istio}");
         for package in KUBERNETES_PACKAGES.into_iter().chain([ETCD_PACKAGE]) {
             assert!(GO_MOD.lines().any(|line| line.trim() == package), "{package} is no tool of the module");
         }

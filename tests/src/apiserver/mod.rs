@@ -32,7 +32,7 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -40,15 +40,16 @@ use crate::command;
 use crate::interrupt;
 use crate::patience;
 use crate::sandbox::ledger::{Ledger, Recorded};
-use crate::sandbox::{Place, sweep};
+use crate::sandbox::{Place, base64url, sweep};
 use assets::Assets;
 use nursery::Nursery;
 use pki::Authority;
 
 /// How long it may take until the API server says that it is ready: 2 to 3 s on an idle machine.
 const READY_LIMIT: Duration = Duration::from_secs(60);
-/// How long it may take until the API server has ended after SIGTERM: it first ends its watches, which takes 2.6 s.
-const STOP_LIMIT: Duration = Duration::from_secs(30);
+/// How long it may take until the API server has ended after SIGTERM: it first ends its watches, which takes 2.6 s, and waits up
+/// to a minute for requests that came meanwhile.
+const STOP_LIMIT: Duration = Duration::from_secs(90);
 /// How long controllers may take.
 const CONTROLLERS_LIMIT: Duration = Duration::from_secs(30);
 /// How long etcd may take to answer.
@@ -323,6 +324,26 @@ impl ApiServer {
         let revision: i64 = revision.with_context(|| format!("etcd's revision in {status}"))?;
         self.etcd("/v3/kv/compaction", &json!({ "revision": revision.to_string(), "physical": true }))?;
         Ok(revision)
+    }
+
+    /// Puts objects where the API server keeps them, each with its key, such as `/registry/pods/default/web`: thousands in seconds,
+    /// where requests to it would take minutes. It serves and watches them like all others, and has checked nothing.
+    ///
+    /// # Errors
+    /// etcd did not answer, or refused.
+    pub fn store(&self, objects: &[(String, Value)]) -> Result<()> {
+        // Not many in a transaction: a watcher takes for granted that no two changes have the same revision.
+        let put = |(key, object): &(String, Value)| {
+            let (key, value) = (base64url(key.as_bytes()), base64url(object.to_string().as_bytes()));
+            self.etcd("/v3/kv/put", &json!({ "key": key, "value": value })).map(drop)
+        };
+        std::thread::scope(|scope| {
+            let parts: Vec<_> = objects
+                .chunks(objects.len().div_ceil(8).max(1))
+                .map(|part| scope.spawn(move || part.iter().try_for_each(put)))
+                .collect();
+            parts.into_iter().try_for_each(|part| part.join().map_err(|_| anyhow!("a writer panicked"))?)
+        })
     }
 
     /// Asks etcd through its HTTP gateway.

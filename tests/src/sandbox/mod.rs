@@ -53,6 +53,7 @@ pub use mesh::{LogLine, MeshPlan, agent_process};
 pub use net::{BRIDGE, LINK};
 pub use place::Place;
 pub use plan::{LinkPlan, Node, Plan, PodPlan, ServicePlan, Source, own_name};
+pub(crate) use tokens::base64url;
 pub use tokens::{AUDIENCE, Claims, ISSUER, Signer};
 pub use traces::{expect_no_traces, traces};
 

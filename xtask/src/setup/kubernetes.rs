@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use culvert_tests::apiserver::assets::{
-    Assets, ETCD, ETCD_PACKAGE, KUBERNETES, KUBERNETES_PACKAGES, PROGRAMS, VARIABLE, build_arguments, module,
+    Assets, ETCD, ETCD_PACKAGE, ISTIO, ISTIO_FILE, ISTIO_MODULE, KUBERNETES, KUBERNETES_PACKAGES, PROGRAMS, VARIABLE,
+    build_arguments, istio_cached, istio_module, module,
 };
 use culvert_tests::{command, interrupt};
 
@@ -43,13 +44,18 @@ pub(crate) struct Building {
 /// Looks for a set and begins to build one if there is none.
 ///
 /// # Errors
-/// The set that the environment names is not complete, or no Go can be had.
+/// The set that the environment names is not complete, no Go can be had, or Istio's definitions cannot be fetched.
 pub(super) fn begin() -> Result<Building> {
     let stop = Arc::new(AtomicBool::new(false));
-    if Assets::given()?.is_some() || Assets::is_built()? {
+    let built = Assets::given()?.is_some() || Assets::is_built()?;
+    if built && istio_cached()?.is_file() {
         return Ok(Building { thread: None, stop });
     }
     let go = go()?;
+    fetch_istio(&go)?;
+    if built {
+        return Ok(Building { thread: None, stop });
+    }
     let build = Build { go, dir: Assets::cached()?, stop: Arc::clone(&stop) };
     eprintln!(
         "• build the API server of the tests (Kubernetes {KUBERNETES}, etcd {ETCD}) with Go, once, into {}, beside what follows: \
@@ -82,6 +88,32 @@ impl Drop for Building {
             let _ = thread.join();
         }
     }
+}
+
+/// Istio's own definitions, which ours are compared with: one file of a module, of which nothing is built.
+fn fetch_istio(go: &Path) -> Result<()> {
+    let kept = istio_cached()?;
+    if kept.is_file() {
+        return Ok(());
+    }
+    let step = say::step(&format!("fetch Istio's own definitions ({ISTIO_MODULE} {ISTIO}) with Go, once"));
+    let beside = |extension: &str| kept.with_extension(format!("{extension}.{}", std::process::id()));
+    let (work, fresh) = (beside("work"), beside("new"));
+    fs::create_dir_all(&work).with_context(|| format!("create {}", work.display()))?;
+    let mut download = Command::new(go);
+    download.args(["mod", "download", "-json", &format!("{ISTIO_MODULE}@{ISTIO}")]).current_dir(istio_module());
+    environment(&mut download, &work);
+    let fetched = || -> Result<()> {
+        let said = command::finish(&mut download, None)?;
+        let line = said.lines().find_map(|line| line.trim().strip_prefix(r#""Dir": ""#)?.strip_suffix(r#"","#));
+        let file = Path::new(line.with_context(|| format!("where it is, in {said}"))?).join(ISTIO_FILE);
+        fs::copy(&file, &fresh).with_context(|| format!("copy {}", file.display()))?;
+        fs::rename(&fresh, &kept).with_context(|| format!("rename {} into place", fresh.display()))
+    }();
+    remove(&work)?;
+    fetched.context("fetch Istio's own definitions")?;
+    step.done();
+    Ok(())
 }
 
 struct Build {

@@ -92,6 +92,7 @@ message!(
         subject_alt_names: Vec<String>,
         verify_certificate_spki: Vec<String>,
         verify_certificate_hash: Vec<String>,
+        insecure_skip_verify: Option<bool>,
         min_protocol_version: Option<TlsVersion>,
         max_protocol_version: Option<TlsVersion>,
         cipher_suites: Vec<String>,

@@ -171,7 +171,7 @@ async fn odd_entries_do_no_harm() {
     });
     let first = watched.views.borrow_and_update().clone();
     assert_eq!(mode(&first), Some(MtlsMode::Strict));
-    assert!(first.problems.iter().all(|problem| problem.file == "loop.yaml"), "{:?}", first.problems);
+    assert!(first.problems.iter().all(|problem| problem.file.as_deref() == Some("loop.yaml")), "{:?}", first.problems);
     fs::set_permissions(watched.path("p.yaml"), fs::Permissions::from_mode(0o600)).expect("chmod");
     watched.quiet().await;
     watched.stop().await;
@@ -295,13 +295,15 @@ async fn touching_a_file_publishes_nothing() {
 #[tokio::test]
 async fn a_policy_is_known_with_its_place() {
     let mut watched = Watched::start(|path| fs::write(path.join("p.yaml"), policy("STRICT")).expect("write"));
-    let line = |view: &Arc<View>| view.policies.values().map(|place| (place.line, place.stale)).collect::<Vec<_>>();
-    let (line_before, _) = line(&watched.views.borrow())[0];
+    let place =
+        |view: &Arc<View>| view.policies.values().map(|place| (place.at.clone(), place.stale)).collect::<Vec<_>>();
+    let at = |line, stale| [(format!("p.yaml document 1 (line {line})"), stale)];
+    assert_eq!(place(&watched.views.borrow()), at(1, false));
     watched.write("p.yaml", &format!("# a comment\n{}", policy("STRICT")));
-    watched.until("one line further down", |view| line(view) == [(line_before + 1, false)]).await;
+    watched.until("one line further down", |view| place(view) == at(2, false)).await;
     // [C.6]: what is in force is not what the file says now.
     watched.write("p.yaml", &policy("DISABLED"));
-    watched.until("from before", |view| line(view) == [(line_before, true)]).await;
+    watched.until("from before", |view| place(view) == at(1, true)).await;
     watched.stop().await;
 }
 
