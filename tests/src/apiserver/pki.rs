@@ -90,8 +90,12 @@ impl Authority {
         self.sign(&file_name(user), &params)
     }
 
-    /// Writes a kubeconfig for a user who is in at most one group of the caller's choice.
+    /// Writes a kubeconfig for a user who is in at most one group of the caller's choice. Where there is one already it stays:
+    /// a program that was just started may be reading it, and would find the key of one certificate beside another.
     pub(super) fn kubeconfig(&self, server: &str, user: &str, group: Option<&str>) -> Result<()> {
+        if self.kubeconfig_file(user).is_file() {
+            return Ok(());
+        }
         let files = self.client(user, group)?;
         let config = serde_json::json!({
             "apiVersion": "v1",
@@ -167,6 +171,10 @@ mod tests {
             let path = file.as_str().expect("a path");
             assert!(fs::read_to_string(path).expect("it is there").starts_with("-----BEGIN "), "{path}");
         }
+        let certificate = config["users"][0]["user"]["client-certificate"].as_str().expect("a path");
+        let before = fs::read_to_string(certificate).expect("it is there");
+        authority.kubeconfig("https://127.0.0.1:1", "system:node:a", Some("system:nodes")).expect("the same user");
+        assert_eq!(fs::read_to_string(certificate).expect("it is there"), before, "somebody may be reading it");
         let shown = format!("{authority:?}");
         assert!(shown.starts_with("Authority { dir: ") && !shown.contains("BEGIN") && shown.len() < 200, "{shown}");
         fs::remove_dir_all(&dir).expect("the test's own folder");
