@@ -1,6 +1,7 @@
 //! The distribution's packages: what each is for, whether it is there, its installation by apt.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
@@ -160,8 +161,8 @@ impl Quiet {
     /// Keeps the services from starting at the next boot.
     fn disable(self, services: &[&str]) -> Result<()> {
         for service in services {
-            // Not every version of a package brings its service.
-            if Path::new("/etc/init.d").join(service).exists() {
+            // Not every version of a package brings its service, and some bring it switched off: update-rc.d fails on these.
+            if is_enabled(Path::new("/etc"), service)? {
                 command::run("update-rc.d", &[*service, "disable"]).with_context(|| format!("disable {service}"))?;
             }
         }
@@ -173,6 +174,25 @@ impl Quiet {
         }
         Ok(())
     }
+}
+
+/// Whether a service is among what a runlevel of normal operation starts or stops (update-rc.d(8)).
+fn is_enabled(etc: &Path, service: &str) -> Result<bool> {
+    for level in ["2", "3", "4", "5", "S"] {
+        let links = match fs::read_dir(etc.join(format!("rc{level}.d"))) {
+            Ok(links) => links,
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            Err(error) => return Err(error).with_context(|| format!("list /etc/rc{level}.d")),
+        };
+        for link in links {
+            let name = link.with_context(|| format!("list /etc/rc{level}.d"))?.file_name();
+            // Such as S01nginx: whether it starts, its place in the order, the service.
+            if name.to_str().and_then(|name| name.get(3..)) == Some(service) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 impl Drop for Quiet {
@@ -229,6 +249,17 @@ fn apt() -> Command {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_service_is_enabled_where_a_runlevel_knows_it() {
+        let dir = std::env::temp_dir().join(format!("culvert-runlevels-{}", std::process::id()));
+        fs::create_dir_all(dir.join("rc2.d")).expect("a folder for the test");
+        fs::write(dir.join("rc2.d/S01redis-server"), "").expect("a link");
+        let enabled = |service| is_enabled(&dir, service).expect("it can be listed");
+        let found = (enabled("redis-server"), enabled("redis"), enabled("iperf3"));
+        fs::remove_dir_all(&dir).expect("the test's own folder");
+        assert_eq!(found, (true, false, false));
+    }
 
     #[test]
     fn the_policy_of_a_killed_setup_is_removed_and_another_is_kept() {
