@@ -1,8 +1,8 @@
 //! What the objects of an API server add up to: which version of each is in force, and what is wrong with the others.
 //!
 //! Knows objects, not how they arrive. A list replaces all that was known of its kind, at once and when it is complete. Of
-//! a version that is wrong, what was in force stays: of a policy the last valid one that the cluster keeps for everybody,
-//! so that a node that comes later agrees ([C.6]); of what only the API server and kubelets write, the one from before.
+//! a version that is wrong, what was in force stays: of a policy the last valid one, which the cluster keeps for everybody, so that
+//! a node that comes later agrees ([C.6]); of what only the API server and kubelets write, the one from before.
 
 use std::{
     borrow::Borrow,
@@ -58,6 +58,8 @@ pub(super) struct Store {
     authorization_policies: Arc<Places>,
     /// The pods of the cluster by name: there they are by UID.
     pods: HashSet<ByName>,
+    /// The generation of each policy that is in force, where all of it is: of those that never were valid, a part is.
+    whole: HashMap<Key, i64>,
     /// What is to be said of objects.
     remarks: BTreeMap<Key, Remarks>,
     /// What came of lists that are not complete.
@@ -100,6 +102,8 @@ struct Decoded {
     /// `None`: of no effect, or refused, and nothing of it is in force.
     object: Option<Object>,
     place: Place,
+    /// Of a policy: the generation that the object is, if it is all of one.
+    whole: Option<i64>,
     remarks: Remarks,
 }
 
@@ -112,6 +116,7 @@ impl Store {
             policies: Arc::default(),
             authorization_policies: Arc::default(),
             pods: HashSet::new(),
+            whole: HashMap::new(),
             remarks: BTreeMap::new(),
             lists: HashMap::new(),
             pool: Pool::default(),
@@ -170,7 +175,7 @@ impl Store {
         let before = self.slot(&key).and_then(|slot| slot.get(&self.cluster));
         let generation = sent.meta().generation.unwrap_or_default();
         let place = Place { at: format!("generation {generation}"), stale: false };
-        let mut decoded = Decoded { key, object: None, place, remarks: Remarks::default() };
+        let mut decoded = Decoded { key, object: None, place, whole: None, remarks: Remarks::default() };
         match sent {
             Sent::Pod(pod) => decoded.take(
                 before.clone(),
@@ -196,7 +201,7 @@ impl Store {
                 }),
             ),
             Sent::ConfigMap(map) => self.mesh(&mut decoded, json(&*map)),
-            Sent::Policy(_, object) => self.policy(&mut decoded, json(&*object)),
+            Sent::Policy(_, object) => self.policy(&mut decoded, json(&*object), generation, before.clone()),
         }
         // What says the same is the same: whoever asks what has changed, asks for pointers.
         if before.is_some() && before == decoded.object {
@@ -218,9 +223,9 @@ impl Store {
         }
     }
 
-    /// [C.6], [C.7]: of a version that is not valid, the last valid one is in force, which the cluster keeps; else what of
-    /// it cannot open anything. What this agent had in force before is not asked: others have not seen it.
-    fn policy(&self, decoded: &mut Decoded, json: serde_json::Value) {
+    /// [C.6], [C.7]: of a version that is not valid, the last valid one is in force: the younger of the one that the cluster keeps
+    /// and of the one that this agent has had in force, `before`. If nobody knows of any, that part of it which cannot open anything.
+    fn policy(&self, decoded: &mut Decoded, json: serde_json::Value, generation: i64, before: Option<Object>) {
         let kept = json.pointer(LAST_VALID).cloned();
         let found = self.read(json.clone());
         let key = decoded.key.to_string();
@@ -229,6 +234,7 @@ impl Store {
         let invalid = match found.result {
             Ok(object) => {
                 decoded.object = Some(object);
+                decoded.whole = Some(generation);
                 return;
             }
             Err(invalid) => invalid,
@@ -237,11 +243,14 @@ impl Store {
         let kept = kept.and_then(|kept| {
             let mut json = json;
             *json.get_mut("spec")? = kept.get("spec")?.clone();
-            Some((self.read(json).result.ok()?, kept.get("generation")?.as_i64()?))
+            Some((kept.get("generation")?.as_i64()?, self.read(json).result.ok()?))
         });
-        let effect = match (kept, invalid.restricting) {
-            (Some((object, generation)), _) => {
+        let before = self.whole.get(&decoded.key).copied().zip(before);
+        let last_valid = kept.into_iter().chain(before).max_by_key(|(generation, _)| *generation);
+        let effect = match (last_valid, invalid.restricting) {
+            (Some((generation, object)), _) => {
                 decoded.object = Some(object);
+                decoded.whole = Some(generation);
                 decoded.place.at = format!("generation {generation}");
                 "the last valid version stays in force"
             }
@@ -266,9 +275,13 @@ impl Store {
             decoded.remarks.problems.push(problem);
             return self.say(decoded.key, decoded.remarks);
         }
-        let Decoded { key, object, place, remarks } = decoded;
+        let Decoded { key, object, place, whole, remarks } = decoded;
         self.say(key.clone(), remarks);
         let Some(object) = object.filter(|object| *object != Object::Inert) else { return self.clear(&key) };
+        match whole {
+            Some(generation) => drop(self.whole.insert(key.clone(), generation)),
+            None => drop(self.whole.remove(&key)),
+        }
         self.place(&key, Some(place));
         let before = self.slot(&key);
         if before.as_ref().and_then(|slot| slot.get(&self.cluster)).as_ref() == Some(&object) {
@@ -308,6 +321,7 @@ impl Store {
 
     fn clear(&mut self, key: &Key) {
         self.place(key, None);
+        self.whole.remove(key);
         self.clear_slot(key);
     }
 
@@ -523,7 +537,7 @@ mod tests {
         );
     }
 
-    /// [C.6], [C.7]: of a wrong version, what the cluster keeps as the last valid one is in force, whoever asks and whenever.
+    /// [C.6], [C.7]: of a wrong version, what the cluster keeps as the last valid one is in force, also on a node that comes later.
     #[test]
     fn of_a_wrong_policy_the_last_valid_version_is_in_force() {
         let kept = json!({"culvert": {"lastValid": {"generation": 3, "spec": {"mtls": {"mode": "STRICT"}}}}});
@@ -535,28 +549,76 @@ mod tests {
             (6, "STRIKT", broken, None, "", true),
             (7, "STRIKT", json!({}), None, "", true),
         ] {
-            // A new node, and one that has had another version in force.
             let mut store = Store::new("istio-system");
-            let first = list(
-                &mut store,
-                Kind::PeerAuthentication,
-                vec![peer_authentication("p", generation, written, status.clone())],
-            );
-            let mut store = Store::new("istio-system");
-            list(&mut store, Kind::PeerAuthentication, vec![peer_authentication("p", 1, "DISABLE", json!({}))]);
-            store.hear(Kind::PeerAuthentication, Heard::Applied(peer_authentication("p", generation, written, status)));
-            for view in [first, store.view()] {
-                let context = format!("generation {generation}");
-                // What of a wrong one is left says nothing of the mode.
-                let found = mode(&view, "p").filter(|mode| *mode != MtlsMode::Unset);
-                assert_eq!(found, expected, "{context}");
-                assert_eq!(view.problems.is_empty(), !stale, "{context}: {:?}", view.problems);
-                if expected.is_some() {
-                    let place = &view.policies[&ObjectRef::new("test", "p")];
-                    assert_eq!((&*place.at, place.stale), (at, stale), "{context}");
-                }
+            let written = peer_authentication("p", generation, written, status);
+            let view = list(&mut store, Kind::PeerAuthentication, vec![written]);
+            let context = format!("generation {generation}");
+            // What of a wrong one is left says nothing of the mode.
+            let found = mode(&view, "p").filter(|mode| *mode != MtlsMode::Unset);
+            assert_eq!(found, expected, "{context}");
+            assert_eq!(view.problems.is_empty(), !stale, "{context}: {:?}", view.problems);
+            if expected.is_some() {
+                let place = &view.policies[&ObjectRef::new("test", "p")];
+                assert_eq!((&*place.at, place.stale), (at, stale), "{context}");
             }
         }
+    }
+
+    /// [C.6]: an agent that has had a valid version in force goes on with it, whatever the cluster keeps or does not.
+    #[test]
+    fn what_a_wrong_edit_finds_in_force_stays() {
+        let older = json!({"culvert": {"lastValid": {"generation": 1, "spec": {"mtls": {"mode": "DISABLE"}}}}});
+        let younger = json!({"culvert": {"lastValid": {"generation": 3, "spec": {"mtls": {"mode": "PERMISSIVE"}}}}});
+        for (status, expected, at) in [
+            (json!({}), MtlsMode::Strict, "generation 2"),
+            (older, MtlsMode::Strict, "generation 2"),
+            (younger, MtlsMode::Permissive, "generation 3"),
+        ] {
+            let mut store = Store::new("istio-system");
+            let strict = peer_authentication("p", 2, "STRICT", json!({}));
+            list(&mut store, Kind::PeerAuthentication, vec![strict]);
+            let heard = |store: &mut Store, generation, status| {
+                let wrong = peer_authentication("p", generation, "STRIKT", status);
+                store.hear(Kind::PeerAuthentication, Heard::Applied(wrong));
+            };
+            // Once, again, and listed anew.
+            heard(&mut store, 4, status.clone());
+            heard(&mut store, 5, status.clone());
+            let wrong = peer_authentication("p", 5, "STRIKT", status);
+            for view in [store.view(), list(&mut store, Kind::PeerAuthentication, vec![wrong])] {
+                let place = &view.policies[&ObjectRef::new("test", "p")];
+                assert_eq!((mode(&view, "p"), &*place.at, place.stale), (Some(expected), at, true));
+            }
+        }
+    }
+
+    /// A part of a version that was never valid is not a version to go on with.
+    #[test]
+    fn the_part_that_cannot_open_anything_is_replaced_by_that_of_the_next_version() {
+        let mut store = Store::new("istio-system");
+        let ports = json!({
+            "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
+            "metadata": {"namespace": "test", "name": "p", "generation": 1},
+            "spec": {"selector": {"matchLabels": {"app": "web"}}, "mtls": {"mode": "STRICT"},
+                     "portLevelMtls": {"80": {"mode": "NONE"}}},
+        });
+        let ports = Sent::Policy(Kind::PeerAuthentication, serde_json::from_value(ports).expect("an object"));
+        assert_eq!(mode(&list(&mut store, Kind::PeerAuthentication, vec![ports]), "p"), Some(MtlsMode::Strict));
+        let wrong = peer_authentication("p", 2, "STRIKT", json!({}));
+        store.hear(Kind::PeerAuthentication, Heard::Applied(wrong));
+        assert_eq!(mode(&store.view(), "p"), None);
+        assert!(store.whole.is_empty());
+    }
+
+    /// Another object of this name has no past.
+    #[test]
+    fn what_is_made_again_after_it_was_deleted_begins_anew() {
+        let mut store = Store::new("istio-system");
+        let strict = || peer_authentication("p", 1, "STRICT", json!({}));
+        list(&mut store, Kind::PeerAuthentication, vec![strict()]);
+        store.hear(Kind::PeerAuthentication, Heard::Deleted(strict()));
+        store.hear(Kind::PeerAuthentication, Heard::Applied(peer_authentication("p", 1, "STRIKT", json!({}))));
+        assert_eq!(mode(&store.view(), "p"), None);
     }
 
     #[test]
