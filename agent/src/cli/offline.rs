@@ -1,8 +1,8 @@
 //! The commands that judge files of manifests: no agent, no kernel, no network, and no rights are needed.
 //!
-//! They decode and compile as the agent does ([`crate::source::review`], [`crate::policy`]).
+//! They decode and compile as the agent does ([`crate::validate`]).
 
-use std::{collections::BTreeSet, process::ExitCode};
+use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand, ValueEnum};
@@ -16,7 +16,8 @@ use crate::{
     admin::{printable, printable_json},
     model::ObjectRef,
     policy::{self, Options},
-    source::review::{Remark, Review, Reviewed},
+    source::review::{Review, Reviewed},
+    validate,
 };
 
 /// A question about files.
@@ -108,30 +109,17 @@ struct Judged {
     messages: Vec<String>,
 }
 
-/// Joins what decoding found with what policies make of each other.
 fn judge(review: Review, options: &Options) -> Vec<Judged> {
-    let snapshot = policy::compile(&review.view.cluster, options, None);
     let judged = |object: Reviewed| {
-        let mut messages: Vec<String> = object.faults.iter().map(ToString::to_string).collect();
-        let mut warnings: Vec<Remark> = object.warnings.clone();
-        if object.faults.is_empty() {
-            let about = snapshot.warnings.iter().filter(|line| object.is_subject_of(line));
-            warnings.extend(about.map(|line| Remark {
-                file: object.file.clone(),
-                line: Some(object.line),
-                message: line.clone(),
-            }));
-        }
-        let verdict = match (messages.is_empty(), warnings.is_empty()) {
+        let verdict = match (object.faults.is_empty(), object.warnings.is_empty()) {
             (false, _) => Verdict::Reject,
             (true, false) => Verdict::Warn,
             (true, true) => Verdict::Accept,
         };
-        let mut said: BTreeSet<String> = messages.iter().cloned().collect();
-        messages.extend(warnings.iter().map(ToString::to_string).filter(|line| said.insert(line.clone())));
+        let messages = object.faults.iter().chain(&object.warnings).map(ToString::to_string).collect();
         Judged { object, verdict, messages }
     };
-    review.objects.into_iter().map(judged).collect()
+    validate::judge(review, options).into_iter().map(judged).collect()
 }
 
 impl Validate {

@@ -1,7 +1,7 @@
 //! One document of a manifest to the objects in it, or to what is wrong with them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, LazyLock},
 };
 
@@ -236,6 +236,8 @@ fn object(root: &yaml::Node, prefix: &str, faults: &[Fault], mesh_config: &Objec
         typed => typed,
     };
     let schema_says = faults.len();
+    // Sorted: those that begin with a path stand together.
+    let said: BTreeSet<String> = faults.iter().map(|fault| fault.path.clone()).collect();
     let (mut restricting, wrong) = match typed {
         Ok(object) => (Some(object), Vec::new()),
         Err(refused) => (refused.restricting, refused.wrong),
@@ -244,7 +246,7 @@ fn object(root: &yaml::Node, prefix: &str, faults: &[Fault], mesh_config: &Objec
         let line = line_of(root, &wrong.path);
         let path = join_path(prefix, &wrong.path);
         // The schema has said it already.
-        if !faults[..schema_says].iter().any(|fault| fault.path.starts_with(&path)) {
+        if !said.range(path.clone()..).next().is_some_and(|fault| fault.starts_with(&path)) {
             faults.push(Fault { line, path, what: wrong.what });
         }
     }
@@ -458,6 +460,10 @@ fn is_name(text: &str) -> bool {
 
 /// Line of the innermost value on a path that exists.
 fn line_of(root: &yaml::Node, path: &str) -> usize {
+    if root.line == 0 {
+        // What has no lines need not be looked through for each fault.
+        return 0;
+    }
     let mut node = root;
     for step in path.split(['.', '[']) {
         let step = step.trim_end_matches(']').trim_matches('"');

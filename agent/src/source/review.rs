@@ -1,12 +1,14 @@
 //! Manifests looked at once, for people: what of every object is wrong, and what does not do what it seems to.
 //!
 //! Decoding is the agent's own (`decode`, `folder`), so that a verdict here is what an agent would do. Here are the
-//! rules between objects of kinds that no version enforces yet; what policies make of each other is for `policy`.
+//! rules between objects of kinds that no version enforces yet; what policies make of each other is for `policy`, and
+//! [`crate::validate`] joins the two.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt, io,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::Context as _;
@@ -43,9 +45,9 @@ pub struct Reviewed {
     pub namespace: String,
     /// `metadata.name`; empty where it cannot be told.
     pub name: String,
-    /// Name of the file.
+    /// Name of the file; empty where an API server sends it.
     pub file: String,
-    /// Line it starts in, from 1.
+    /// Line it starts in, from 1; 0 where it has no lines.
     pub line: usize,
     /// What makes it invalid; empty where it is accepted.
     pub faults: Vec<Remark>,
@@ -70,6 +72,51 @@ impl fmt::Display for Remark {
             Some(line) => write!(f, "{}:{line}: {}", self.file, self.message),
             None => write!(f, "{}: {}", self.file, self.message),
         }
+    }
+}
+
+/// What is to be said of one object that an API server sends, each in one line: path of the field, what is wrong with
+/// it, and the remedy.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Judged {
+    /// What makes it invalid; empty where it is accepted.
+    pub faults: Vec<String>,
+    /// What is accepted, but does not do what it seems to, or is not enforced by this version.
+    pub warnings: Vec<String>,
+}
+
+/// What an agent's decoding says of one object as an API server sends it, and no more: [`crate::validate::object`] has
+/// what policies say, too. `system_namespace` is the one of ConfigMap `istio`, the mesh configuration.
+pub fn judge(object: serde_json::Value, system_namespace: &str) -> Judged {
+    let review = Review::of_object(object, system_namespace);
+    review.objects.into_iter().next().map(Judged::from).unwrap_or_default()
+}
+
+impl From<Reviewed> for Judged {
+    fn from(object: Reviewed) -> Self {
+        let lines = |remarks: Vec<Remark>| remarks.into_iter().map(|remark| remark.message).collect();
+        Self { faults: lines(object.faults), warnings: lines(object.warnings) }
+    }
+}
+
+impl Review {
+    /// Judges one object as an API server sends it, by itself: it stands in no file, in line 0, and what is in force is
+    /// this object if it is valid. `system_namespace` as for [`Manifests::review`].
+    pub fn of_object(object: serde_json::Value, system_namespace: &str) -> Self {
+        let mesh_config = ObjectRef::new(system_namespace, "istio");
+        let decoded = decode::value(&yaml::Node::from(object), &mesh_config);
+        let remarks = |faults: &[Fault]| -> Vec<Remark> { faults.iter().map(|fault| remark("", fault)).collect() };
+        let mut reviewed = Reviewed::new("", decoded.key.clone(), decoded.written, decoded.line);
+        reviewed.warnings = remarks(&decoded.warnings);
+        let notice = |message| Remark { file: String::new(), line: None, message };
+        reviewed.warnings.extend(decoded.notices.into_iter().map(notice));
+        let mut cluster = Cluster::default();
+        match (decoded.result, decoded.key) {
+            (Ok(object), Some(key)) => object.enter(&key, &mut cluster),
+            (Ok(_), None) => {}
+            (Err(invalid), _) => reviewed.faults = remarks(&invalid.faults),
+        }
+        Self { objects: vec![reviewed], view: View { cluster: Arc::new(cluster), ..View::default() } }
     }
 }
 
@@ -116,8 +163,8 @@ impl Manifests {
         Self([(name.into(), Content::Text(text.into()))].into())
     }
 
-    /// What an agent would have in force that found them at its start. `system_namespace` is the one of ConfigMap `istio`,
-    /// the mesh configuration.
+    /// What an agent would have in force that found them at its start. `system_namespace` is the one of ConfigMap
+    /// `istio`, the mesh configuration.
     pub fn view(self, system_namespace: &str) -> View {
         Folder::new(system_namespace).update(self.0)
     }
@@ -268,5 +315,71 @@ fn tls_in_tls(rule: &DestinationRuleSpec, port: u16, of: &str, warn: &mut impl F
             "{path}: starts TLS inside the application's own TLS on port {port} of {of}; remove tls, or give the port \
              protocol HTTP [SE.5]"
         ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::{super::kinds, *};
+
+    /// As an API server sends it, with all that only API servers write.
+    fn sent(group: &str, kind: &str, spec: serde_json::Value) -> serde_json::Value {
+        json!({
+            "apiVersion": format!("{group}/v1"), "kind": kind,
+            "metadata": {
+                "namespace": "shop", "name": "x", "generation": 3, "resourceVersion": "12", "generateName": "x-",
+                "uid": "6e7f2d2a-4a1c-4b3e-9d5e-000000000000", "creationTimestamp": "2026-01-02T03:04:05Z",
+                "deletionTimestamp": "2026-01-02T03:04:06Z", "deletionGracePeriodSeconds": 0,
+                "selfLink": "/apis", "finalizers": ["example.org/a"],
+                "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "{}\n"},
+                "ownerReferences": [{"apiVersion": "v1", "kind": "ConfigMap", "name": "a", "uid": "b"}],
+                "managedFields": [{
+                    "apiVersion": format!("{group}/v1"), "fieldsType": "FieldsV1", "manager": "kubectl",
+                    "fieldsV1": {"f:spec": {".": {}, "f:mtls": {}}}, "operation": "Update",
+                    "time": "2026-01-02T03:04:05Z", "subresource": "status",
+                }],
+            },
+            "spec": spec,
+            "status": {
+                "conditions": [{"type": "Accepted", "status": "False", "message": "a"}], "observedGeneration": "2",
+                "culvert": {"lastValid": {"generation": 1, "spec": {}}},
+            },
+        })
+    }
+
+    #[test]
+    fn what_only_api_servers_write_is_no_fault() {
+        for kind in kinds::istio() {
+            let spec = match kind.name {
+                "ServiceEntry" => json!({"hosts": ["a.example"], "resolution": "NONE",
+                    "ports": [{"number": 443, "name": "tls", "protocol": "TLS"}]}),
+                "DestinationRule" => json!({"host": "a.example"}),
+                "VirtualService" => json!({"hosts": ["a.example"],
+                    "http": [{"route": [{"destination": {"host": "a.example"}}]}]}),
+                "Gateway" => json!({"servers": [{"port": {"number": 80, "name": "http", "protocol": "HTTP"},
+                    "hosts": ["a.example"]}]}),
+                "Sidecar" => json!({"egress": [{"hosts": ["./*"]}]}),
+                "WorkloadEntry" => json!({"address": "10.0.0.1"}),
+                "WorkloadGroup" => json!({"template": {}}),
+                _ => json!({}),
+            };
+            let judged = judge(sent(kind.group, kind.name, spec), "istio-system");
+            assert_eq!(judged.faults, Vec::<String>::new(), "{}", kind.name);
+            assert_eq!(judged.warnings.is_empty(), kind.enforced, "{}: {:?}", kind.name, judged.warnings);
+        }
+    }
+
+    #[test]
+    fn an_object_that_an_api_server_sends_is_judged_without_lines() {
+        let spec = json!({"rules": [{"to": [{"operation": {"ports": ["http"]}}]}]});
+        let judged = judge(sent("security.istio.io", "AuthorizationPolicy", spec), "istio-system");
+        assert_eq!(judged.faults.len(), 1, "{judged:?}");
+        assert!(judged.faults[0].starts_with("spec.rules[0].to[0].operation.ports"), "{judged:?}");
+        assert!(judged.faults[0].contains("; "), "with the remedy: {judged:?}");
+        for json in [json!(null), json!([]), json!({}), json!({"apiVersion": "v1", "kind": 3}), json!("a")] {
+            assert_eq!(judge(json.clone(), "istio-system").faults.len(), 1, "{json}");
+        }
     }
 }

@@ -169,6 +169,7 @@ impl Schema {
         let properties = schema.get("properties").and_then(Json::as_object);
         let any = schema.get("additionalProperties").filter(|any| any.as_bool() != Some(false));
         let mut object = Map::new();
+        let before = faults.len();
         for (key, node) in entries {
             let path = join(at.path, &key.name);
             let below = At {
@@ -215,13 +216,13 @@ impl Schema {
         let required = schema.get("required").and_then(Json::as_array).into_iter().flatten();
         for name in required.filter_map(Json::as_str).filter(|name| !at.status && !object.contains_key(*name)) {
             let path = join(at.path, name);
-            // What is there but wrong, misspelled or in the wrong place has its own line already.
+            // What is there but wrong, misspelled or in the wrong place has its own line already, of this object.
             let said = |fault: &Fault| {
                 let misspelled = fault.what.ends_with(&format!("did you mean {name}?"));
                 let beside = entries.iter().any(|(key, _)| join(at.path, &key.name) == fault.path);
                 fault.path == path || misspelled && beside || fault.what.contains(&belongs_in(name))
             };
-            if !faults.iter().any(said) {
+            if !faults[before..].iter().any(said) {
                 faults.push(fault(line, &path, "is missing; add it".to_owned()));
             }
         }
@@ -310,7 +311,7 @@ fn scalar(node: &Node) -> Option<String> {
 }
 
 /// A value that no schema speaks about.
-fn free(node: &Node) -> Json {
+pub(super) fn free(node: &Node) -> Json {
     match &node.value {
         Value::Null => Json::Null,
         Value::Bool(value) => Json::Bool(*value),

@@ -190,6 +190,12 @@ pub(super) fn documents(text: &str) -> Result<Vec<Document>, Fault> {
     Ok(documents)
 }
 
+/// All documents of a file of ours.
+#[cfg(test)]
+pub(crate) fn json(text: &str) -> Vec<serde_json::Value> {
+    documents(text).expect("YAML").into_iter().map(|document| super::schema::free(&document.root)).collect()
+}
+
 #[derive(Default)]
 struct Loader {
     open: Vec<Open>,
