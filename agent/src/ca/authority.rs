@@ -1,8 +1,8 @@
 //! The CA's key and certificates, and signing with them ([I.6]).
 //!
-//! The folder has Istio's layout: `ca-cert.pem` (what signs), `ca-key.pem`, `root-cert.pem` (all roots that agents shall
-//! trust) and `cert-chain.pem` (from `ca-cert.pem` towards the root). Whether somebody may have a certificate is decided in
-//! [`super::caller`].
+//! A set of them has Istio's layout, in a folder here and in a Secret elsewhere: `ca-cert.pem` (what signs), `ca-key.pem`,
+//! `root-cert.pem` (all roots that agents shall trust) and `cert-chain.pem` (from `ca-cert.pem` towards the root). Whether somebody
+//! may have a certificate is decided in [`super::caller`].
 
 use std::{
     fmt,
@@ -36,10 +36,10 @@ use crate::{
     model::SpiffeId,
 };
 
-const CA_CERT: &str = "ca-cert.pem";
-const CA_KEY: &str = "ca-key.pem";
-const ROOT_CERT: &str = "root-cert.pem";
-const CERT_CHAIN: &str = "cert-chain.pem";
+pub(crate) const CA_CERT: &str = "ca-cert.pem";
+pub(crate) const CA_KEY: &str = "ca-key.pem";
+pub(crate) const ROOT_CERT: &str = "root-cert.pem";
+pub(crate) const CERT_CHAIN: &str = "cert-chain.pem";
 /// In the order in which a new set is put in place: what has `ca-cert.pem` has all.
 const FILES: [&str; 4] = [CA_KEY, CERT_CHAIN, ROOT_CERT, CA_CERT];
 /// Prefix of a file of a new set that is not in place yet.
@@ -52,8 +52,59 @@ const BACKDATE: Duration = Duration::from_secs(120);
 /// From this much of lifetime left, starting is accompanied by a warning.
 const SHORT_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
 
+/// What a CA consists of, as text: PEM.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Set {
+    /// What signs.
+    pub(crate) ca_cert: String,
+    /// Its private key.
+    pub(crate) ca_key: String,
+    /// All roots; `None` where what signs is its own root.
+    pub(crate) root_cert: Option<String>,
+    /// From what signs towards the root; `None` where there is nothing between.
+    pub(crate) cert_chain: Option<String>,
+}
+
+/// Never the key.
+impl fmt::Debug for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Set").finish_non_exhaustive()
+    }
+}
+
+impl Set {
+    /// Makes a self-signed root with a name of its own.
+    ///
+    /// # Errors
+    /// The clock is at a time that certificates cannot have.
+    pub(crate) fn make(now: u64) -> anyhow::Result<Self> {
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).context("make the CA's key")?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::OrganizationName, "culvert");
+        // Its own name for each root: chains are found by name, and two roots may be trusted at once.
+        params.distinguished_name.push(DnType::CommonName, format!("culvert root {:016x}", rand::random::<u64>()));
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.serial_number = Some(SerialNumber::from_slice(&random_serial()));
+        params.not_before = date(now.saturating_sub(BACKDATE.as_secs()))?;
+        params.not_after = date(now.saturating_add(ROOT_TTL.as_secs()))?;
+        let ca_cert = params.self_signed(&key).context("sign the root")?.pem();
+        let (root_cert, cert_chain) = (Some(ca_cert.clone()), Some(ca_cert.clone()));
+        Ok(Self { ca_cert, ca_key: key.serialize_pem(), root_cert, cert_chain })
+    }
+}
+
+/// Where a set is, for people.
+pub(crate) struct Place<'a> {
+    /// Of the whole: `the CA folder /etc/ca`.
+    pub(crate) whole: String,
+    /// Of one of its parts, by the part's name in the layout.
+    pub(crate) part: &'a dyn Fn(&str) -> String,
+}
+
 /// The CA's own certificates with the key.
-pub(super) struct Authority {
+pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
     /// From the certificate that signs towards the root, without roots; PEM and DER of the same.
     chain: Vec<(String, CertificateDer<'static>)>,
@@ -71,13 +122,13 @@ impl fmt::Debug for Authority {
 }
 
 /// A leaf that was signed.
-pub(super) struct Signed {
+pub(crate) struct Signed {
     /// Leaf, intermediates one by one, then all roots in one element: the answer of the API.
-    pub(super) cert_chain: Vec<String>,
+    pub(crate) cert_chain: Vec<String>,
     /// Hexadecimal.
-    pub(super) serial: String,
+    pub(crate) serial: String,
     /// Seconds since the epoch.
-    pub(super) expires_at: u64,
+    pub(crate) expires_at: u64,
 }
 
 impl Authority {
@@ -113,77 +164,87 @@ impl Authority {
                 );
             }
         }
-        let text = |name: &str| -> anyhow::Result<String> {
-            fs::read_to_string(path(name)).with_context(|| format!("read {}", path(name).display()))
+        let text = |name: &str| -> anyhow::Result<Option<String>> {
+            match fs::read_to_string(path(name)) {
+                Ok(text) => Ok(Some(text)),
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(error).with_context(|| format!("read {}", path(name).display())),
+            }
         };
         let mode = fs::metadata(path(CA_KEY)).context("look at the CA key")?.permissions().mode() & 0o777;
         if mode & 0o077 != 0 {
             warn!(file = %path(CA_KEY).display(), mode = format!("{mode:o}"),
                 "the CA's private key is open to others than its owner; chmod 600 it");
         }
-        let key = KeyPair::from_pem(&text(CA_KEY)?)
-            .with_context(|| format!("no usable private key in {}", path(CA_KEY).display()))?;
-        let ca_pem = text(CA_CERT)?;
-        let ca = only(&ca_pem).with_context(|| format!("in {}", path(CA_CERT).display()))?;
+        let set = Set {
+            ca_cert: text(CA_CERT)?.unwrap_or_default(),
+            ca_key: text(CA_KEY)?.unwrap_or_default(),
+            root_cert: text(ROOT_CERT)?,
+            cert_chain: text(CERT_CHAIN)?,
+        };
+        let part = |name: &str| path(name).display().to_string();
+        Self::new(&set, &Place { whole: format!("the CA folder {}", dir.display()), part: &part }, now)
+    }
+
+    /// Understands a set.
+    ///
+    /// # Errors
+    /// A key that is not the certificate's, a chain that does not lead to a root, or something expired: one line that names the part
+    /// and what to do.
+    pub(crate) fn new(set: &Set, place: &Place<'_>, now: u64) -> anyhow::Result<Self> {
+        let part = place.part;
+        let key =
+            KeyPair::from_pem(&set.ca_key).with_context(|| format!("no usable private key in {}", part(CA_KEY)))?;
+        let ca = only(&set.ca_cert).with_context(|| format!("in {}", part(CA_CERT)))?;
         let (_, parsed) = X509Certificate::from_der(&ca.1)
-            .map_err(|error| anyhow::anyhow!("{} cannot be read: {error}", path(CA_CERT).display()))?;
+            .map_err(|error| anyhow::anyhow!("{} cannot be read: {error}", part(CA_CERT)))?;
         if parsed.public_key().raw != key_info(&key) {
-            bail!("{} is not the key of {}", path(CA_KEY).display(), path(CA_CERT).display());
+            bail!("{} is not the key of {}", part(CA_KEY), part(CA_CERT));
         }
         if !parsed.is_ca() {
-            bail!("{} is not the certificate of a CA (basicConstraints)", path(CA_CERT).display());
+            bail!("{} is not the certificate of a CA (basicConstraints)", part(CA_CERT));
         }
         let self_signed = parsed.subject() == parsed.issuer();
 
-        let roots_pem = match fs::read_to_string(path(ROOT_CERT)) {
-            Ok(text) => text,
-            Err(error) if error.kind() == ErrorKind::NotFound && self_signed => ca_pem.clone(),
-            Err(error) if error.kind() == ErrorKind::NotFound => bail!(
-                "the CA folder {} has no {ROOT_CERT}, and {CA_CERT} is not self-signed; add the root",
-                dir.display()
-            ),
-            Err(error) => return Err(error).with_context(|| format!("read {}", path(ROOT_CERT).display())),
+        let roots_pem = match &set.root_cert {
+            Some(text) => text.clone(),
+            None if self_signed => set.ca_cert.clone(),
+            None => bail!("{} has no {ROOT_CERT}, and {CA_CERT} is not self-signed; add the root", place.whole),
         };
-        let roots = blocks(&roots_pem).with_context(|| format!("in {}", path(ROOT_CERT).display()))?;
-        let mut chain = match fs::read_to_string(path(CERT_CHAIN)) {
-            Ok(text) => blocks(&text).with_context(|| format!("in {}", path(CERT_CHAIN).display()))?,
-            Err(error) if error.kind() == ErrorKind::NotFound => vec![ca.clone()],
-            Err(error) => return Err(error).with_context(|| format!("read {}", path(CERT_CHAIN).display())),
+        let roots = blocks(&roots_pem).with_context(|| format!("in {}", part(ROOT_CERT)))?;
+        let mut chain = match &set.cert_chain {
+            Some(text) => blocks(text).with_context(|| format!("in {}", part(CERT_CHAIN)))?,
+            None => vec![ca.clone()],
         };
         if chain.first().map(|(_, der)| der) != Some(&ca.1) {
-            bail!("{} does not begin with the certificate of {}", path(CERT_CHAIN).display(), path(CA_CERT).display());
+            bail!("{} does not begin with the certificate of {}", part(CERT_CHAIN), part(CA_CERT));
         }
         let mut expires_at = u64::MAX;
         for (name, (_, der)) in chain.iter().map(|c| (CERT_CHAIN, c)).chain(roots.iter().map(|c| (ROOT_CERT, c))) {
-            let (from, until) = validity(der).with_context(|| format!("in {}", path(name).display()))?;
+            let (from, until) = validity(der).with_context(|| format!("in {}", part(name)))?;
             if now > until {
                 // A root beside others may have run out; what signs must not.
                 if name == ROOT_CERT && roots.len() > 1 {
-                    warn!(file = %path(name).display(), "one of the roots has expired");
+                    warn!(file = part(name), "one of the roots has expired");
                     continue;
                 }
-                bail!("a certificate in {} has expired; replace the set in {}", path(name).display(), dir.display());
+                bail!("a certificate in {} has expired; replace the set in {}", part(name), place.whole);
             }
             if now < from {
-                bail!("a certificate in {} is not valid yet; check this machine's clock", path(name).display());
+                bail!("a certificate in {} is not valid yet; check this machine's clock", part(name));
             }
             if name == CERT_CHAIN || roots.len() == 1 {
                 expires_at = expires_at.min(until.saturating_add(1));
             }
         }
         if expires_at.saturating_sub(now) < SHORT_LIFE.as_secs() {
-            warn!(expires_in_s = expires_at - now, folder = %dir.display(), "the CA's certificates expire soon");
+            warn!(expires_in_s = expires_at - now, of = place.whole, "the CA's certificates expire soon");
         }
         chain.retain(|(_, der)| !roots.iter().any(|(_, root)| root == der));
-        let issuer =
-            Issuer::from_ca_cert_der(&ca.1, key).with_context(|| format!("{} cannot sign", path(CA_CERT).display()))?;
+        let issuer = Issuer::from_ca_cert_der(&ca.1, key).with_context(|| format!("{} cannot sign", part(CA_CERT)))?;
         let authority = Self { issuer, chain, roots_pem, expires_at };
         authority.check(&roots, now).with_context(|| {
-            format!(
-                "{} with {CERT_CHAIN} does not lead to a root in {}",
-                path(CA_CERT).display(),
-                path(ROOT_CERT).display()
-            )
+            format!("{} with {CERT_CHAIN} does not lead to a root in {}", part(CA_CERT), part(ROOT_CERT))
         })?;
         Ok(authority)
     }
@@ -203,13 +264,18 @@ impl Authority {
         Ok(())
     }
 
+    /// Whether what `older` issues is believed by whoever has these roots.
+    pub(crate) fn trusts(&self, older: &Self, now: u64) -> bool {
+        blocks(&self.roots_pem).is_ok_and(|roots| older.check(&roots, now).is_ok())
+    }
+
     /// All roots, as PEM.
-    pub(super) fn roots_pem(&self) -> &str {
+    pub(crate) fn roots_pem(&self) -> &str {
         &self.roots_pem
     }
 
     /// A certificate for `identity` over the public key `spki` (DER), for `ttl` or until the CA's own end ([I.6]).
-    pub(super) fn sign(&self, identity: &SpiffeId, spki: &[u8], ttl: Duration, now: u64) -> anyhow::Result<Signed> {
+    pub(crate) fn sign(&self, identity: &SpiffeId, spki: &[u8], ttl: Duration, now: u64) -> anyhow::Result<Signed> {
         let public_key = SubjectPublicKeyInfo::from_der(spki).context("public key")?;
         let uri = identity.to_string().try_into().with_context(|| format!("identity {identity} in a SAN"))?;
         let mut params = CertificateParams::default();
@@ -224,7 +290,7 @@ impl Authority {
     }
 
     /// A certificate with a fresh key for our own server, and the second at which it expires.
-    pub(super) fn server(&self, names: &[String], ttl: Duration, now: u64) -> anyhow::Result<(CertifiedKey, u64)> {
+    pub(crate) fn server(&self, names: &[String], ttl: Duration, now: u64) -> anyhow::Result<(CertifiedKey, u64)> {
         let mut params = CertificateParams::default();
         for name in names {
             params.subject_alt_names.push(match name.parse::<IpAddr>() {
@@ -315,20 +381,10 @@ fn only(text: &str) -> anyhow::Result<(String, CertificateDer<'static>)> {
 
 /// Makes a self-signed root and puts its set into `dir`. The caller holds the lock.
 fn create(dir: &Path, now: u64) -> anyhow::Result<()> {
-    let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).context("make the CA's key")?;
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::OrganizationName, "culvert");
-    // Its own name for each root: chains are found by name, and two roots may be trusted at once.
-    params.distinguished_name.push(DnType::CommonName, format!("culvert root {:016x}", rand::random::<u64>()));
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.serial_number = Some(SerialNumber::from_slice(&random_serial()));
-    params.not_before = date(now.saturating_sub(BACKDATE.as_secs()))?;
-    params.not_after = date(now.saturating_add(ROOT_TTL.as_secs()))?;
-    let pem = params.self_signed(&key).context("sign the root")?.pem();
+    let set = Set::make(now)?;
     for name in FILES {
-        let (text, mode) = if name == CA_KEY { (key.serialize_pem(), 0o600) } else { (pem.clone(), 0o644) };
+        // All certificates of a root that signs itself are the same one.
+        let (text, mode) = if name == CA_KEY { (&set.ca_key, 0o600) } else { (&set.ca_cert, 0o644) };
         write(&dir.join(format!("{STAGED}{name}")), text.as_bytes(), mode)?;
     }
     sync(dir)?;

@@ -1,14 +1,16 @@
-//! Who is asking, and may they have it: bound service account tokens against configured keys, and the pods of the cluster
-//! ([I.4], [I.12]).
+//! Who is asking, and may they have it: bound service account tokens, and the pods of the cluster ([I.4], [I.12]).
 //!
-//! A token is believed if one of the configured keys signed it for our audience and it is valid now; its claims then have to
-//! agree with the cluster as we see it. Nothing is signed here.
+//! Whether a token is genuine, for our audience and valid now, somebody vouches for: configured keys ([`Tokens`]), or an API server
+//! (`control`). What it says then has to agree with the cluster as we see it. Nothing is signed here.
 
 use std::{collections::BTreeSet, fmt, path::Path, sync::Arc};
 
 use anyhow::{Context, bail};
+use futures_util::future::BoxFuture;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header, errors::ErrorKind};
 use serde::Deserialize;
+use tokio::sync::watch;
+use tonic::Status;
 use x509_parser::{
     pem::Pem,
     prelude::{FromDer, SubjectPublicKeyInfo},
@@ -24,8 +26,12 @@ const MAX_TOKEN_BYTES: usize = 16 * 1024;
 
 /// Why a request was refused: for our log. The client is told [`Denial::category`] alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Denial {
+pub(crate) enum Denial {
     NoToken,
+    /// Nobody could say whether the token is genuine; the same question later may have an answer.
+    Unavailable(String),
+    /// The API server does not accept the token, in its words.
+    Rejected(String),
     /// Not a JWT, or its claims are not those of a service account token.
     MalformedToken(String),
     /// Neither RS256 nor ES256; `none` is one of these.
@@ -58,10 +64,20 @@ pub(super) enum Denial {
 }
 
 impl Denial {
+    /// What the client gets to know: whether to come again, and of which kind the reason is.
+    pub(crate) fn status(&self) -> Status {
+        match self {
+            Self::Unavailable(_) => Status::unavailable(self.category()),
+            _ => Status::unauthenticated(self.category()),
+        }
+    }
+
     /// All that the client gets to know.
     pub(super) fn category(&self) -> &'static str {
         match self {
+            Self::Unavailable(_) => "tokens cannot be verified at the moment",
             Self::NoToken
+            | Self::Rejected(_)
             | Self::MalformedToken(_)
             | Self::Algorithm(_)
             | Self::UnknownKey
@@ -85,6 +101,8 @@ impl fmt::Display for Denial {
         let name = |object: &ObjectRef| format!("{:?}", format!("{}/{}", object.namespace, object.name));
         match self {
             Self::NoToken => f.write_str("no bearer token"),
+            Self::Unavailable(why) => write!(f, "the token could not be verified: {why}"),
+            Self::Rejected(why) => write!(f, "the API server does not accept the token: {why}"),
             Self::MalformedToken(why) => write!(f, "not a service account token: {why}"),
             Self::Algorithm(found) => write!(f, "signature algorithm {found:?}, expected RS256 or ES256"),
             Self::UnknownKey => f.write_str("no configured key has signed the token"),
@@ -131,21 +149,104 @@ struct Named {
     uid: String,
 }
 
-/// A node agent that may ask.
+/// Whom a genuine token was issued to.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Caller {
-    /// Its pod.
-    pub(super) pod: ObjectRef,
-    /// Where it runs.
-    pub(super) node: Arc<str>,
+pub(crate) struct Bound {
+    /// The service account.
+    pub(crate) account: ObjectRef,
+    /// Name and UID of the pod.
+    pub(crate) pod: (String, PodUid),
+    /// Name of the node.
+    pub(crate) node: String,
 }
 
-/// What a token must satisfy.
+/// Somebody who can tell a genuine token.
+pub(crate) trait Vouch: Send + Sync {
+    /// Whom the token was issued to, if it is genuine, for our audience and valid now.
+    fn vouch<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<Bound, Denial>>;
+}
+
+/// A node agent that may ask.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Caller {
+    /// Its pod.
+    pub(crate) pod: ObjectRef,
+    /// Where it runs.
+    pub(crate) node: Arc<str>,
+}
+
+/// Who may ask.
+pub(crate) struct Callers {
+    vouch: Box<dyn Vouch>,
+    trusted: BTreeSet<ObjectRef>,
+    cluster: watch::Receiver<Arc<Cluster>>,
+}
+
+impl Callers {
+    /// `trusted` are the service accounts of node agents.
+    ///
+    /// # Errors
+    /// There is none: nobody could ask.
+    pub(crate) fn new(
+        vouch: Box<dyn Vouch>,
+        trusted: BTreeSet<ObjectRef>,
+        cluster: watch::Receiver<Arc<Cluster>>,
+    ) -> anyhow::Result<Self> {
+        if trusted.is_empty() {
+            bail!("no trusted node account: nobody could ask for a certificate");
+        }
+        Ok(Self { vouch, trusted, cluster })
+    }
+
+    /// Finds out who sends `token`, and the cluster by which that holds.
+    pub(crate) async fn caller(&self, token: &str) -> Result<(Caller, Arc<Cluster>), Denial> {
+        if token.len() > MAX_TOKEN_BYTES {
+            return Err(Denial::MalformedToken(format!("{} bytes", token.len())));
+        }
+        let bound = self.vouch.vouch(token).await?;
+        // One snapshot for all questions, and as new as the answer.
+        let cluster = self.cluster.borrow().clone();
+        Ok((bound.caller(&self.trusted, &cluster)?, cluster))
+    }
+}
+
+impl Bound {
+    /// The agent that this is, by the cluster of the moment.
+    pub(super) fn caller(self, trusted: &BTreeSet<ObjectRef>, cluster: &Cluster) -> Result<Caller, Denial> {
+        let (name, uid) = self.pod;
+        if uid.0.is_empty() || name.is_empty() || self.node.is_empty() {
+            return Err(Denial::NotBound);
+        }
+        if !trusted.contains(&self.account) {
+            return Err(Denial::NotTrusted(self.account));
+        }
+        let object = ObjectRef { namespace: self.account.namespace.clone(), name: name.as_str().into() };
+        let live = cluster
+            .pods
+            .get(&uid)
+            .filter(|live| live.object == object && live.service_account == self.account.name)
+            .ok_or_else(|| Denial::NoSuchPod(object.clone()))?;
+        if live.finished || live.terminating {
+            return Err(Denial::PodNotRunning(object));
+        }
+        if *live.node != *self.node {
+            return Err(Denial::WrongNode { claimed: self.node, actual: live.node.clone() });
+        }
+        Ok(Caller { pod: object, node: live.node.clone() })
+    }
+}
+
+/// Vouches by configured keys.
 pub(super) struct Tokens {
     keys: Vec<(Algorithm, DecodingKey)>,
     audience: String,
     issuer: String,
-    trusted: BTreeSet<ObjectRef>,
+}
+
+impl Vouch for Tokens {
+    fn vouch<'a>(&'a self, token: &'a str) -> BoxFuture<'a, Result<Bound, Denial>> {
+        Box::pin(std::future::ready(self.bound(token)))
+    }
 }
 
 impl Tokens {
@@ -153,33 +254,22 @@ impl Tokens {
     ///
     /// # Errors
     /// The file has no key, or one that is neither RSA of 2048 bits and more nor P-256.
-    pub(super) fn new(
-        key_file: &Path,
-        audience: String,
-        issuer: String,
-        trusted: BTreeSet<ObjectRef>,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn new(key_file: &Path, audience: String, issuer: String) -> anyhow::Result<Self> {
         let pem = std::fs::read(key_file).with_context(|| format!("read the token key {}", key_file.display()))?;
         let keys = public_keys(&pem).with_context(|| format!("token key {}", key_file.display()))?;
-        if trusted.is_empty() {
-            bail!("no trusted node account: nobody could ask for a certificate");
-        }
         for (value, name) in [(&audience, "audience"), (&issuer, "issuer")] {
             if value.is_empty() {
                 bail!("the {name} of tokens must not be empty");
             }
         }
-        Ok(Self { keys, audience, issuer, trusted })
+        Ok(Self { keys, audience, issuer })
     }
 
-    /// Finds out who sends `token`, by the cluster of the moment.
-    pub(super) fn caller(&self, token: &str, cluster: &Cluster) -> Result<Caller, Denial> {
+    /// Whom `token` was issued to, if one of the keys has signed it.
+    pub(super) fn bound(&self, token: &str) -> Result<Bound, Denial> {
         let claims = self.claims(token)?;
         let kubernetes = claims.kubernetes.ok_or(Denial::NotBound)?;
         let (Some(pod), Some(node)) = (kubernetes.pod, kubernetes.node) else { return Err(Denial::NotBound) };
-        if pod.uid.is_empty() || pod.name.is_empty() || node.name.is_empty() {
-            return Err(Denial::NotBound);
-        }
         let account = ObjectRef {
             namespace: kubernetes.namespace.as_str().into(),
             name: kubernetes.serviceaccount.name.as_str().into(),
@@ -188,28 +278,10 @@ impl Tokens {
         if claims.sub.is_some_and(|sub| sub != subject) {
             return Err(Denial::MalformedToken("sub and kubernetes.io disagree".to_owned()));
         }
-        if !self.trusted.contains(&account) {
-            return Err(Denial::NotTrusted(account));
-        }
-        let object = ObjectRef { namespace: account.namespace.clone(), name: pod.name.as_str().into() };
-        let live = cluster
-            .pods
-            .get(&PodUid(pod.uid.as_str().into()))
-            .filter(|live| live.object == object && live.service_account == account.name)
-            .ok_or_else(|| Denial::NoSuchPod(object.clone()))?;
-        if live.finished || live.terminating {
-            return Err(Denial::PodNotRunning(object));
-        }
-        if *live.node != *node.name {
-            return Err(Denial::WrongNode { claimed: node.name, actual: live.node.clone() });
-        }
-        Ok(Caller { pod: object, node: live.node.clone() })
+        Ok(Bound { account, pod: (pod.name, PodUid(pod.uid.as_str().into())), node: node.name })
     }
 
     fn claims(&self, token: &str) -> Result<Claims, Denial> {
-        if token.len() > MAX_TOKEN_BYTES {
-            return Err(Denial::MalformedToken(format!("{} bytes", token.len())));
-        }
         let algorithm = match decode_header(token) {
             Ok(header) => header.alg,
             Err(error) => {

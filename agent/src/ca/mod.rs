@@ -1,12 +1,12 @@
-//! `culvert ca`: the server side of Istio's certificate API (specification §4), with its own root.
+//! The server side of Istio's certificate API (specification §4): `culvert ca` with a root in a folder, and part of `culvert control`.
 //!
 //! Who may ask for which identity is in `caller`, what may be asked for in `csr`, and the signing in `authority`.
 //! Here is the server around them: TLS, limits, and one log line per answer, as long as they are not too many. What pods
 //! there are is told by the source that the caller of [`run`] watches; until its first snapshot nobody is known and
 //! everybody is refused ([D.2]).
 
-mod authority;
-mod caller;
+pub(crate) mod authority;
+pub(crate) mod caller;
 mod csr;
 #[cfg(test)]
 #[expect(clippy::disallowed_methods, reason = "a test awaits what it has started, or ends with it")]
@@ -51,7 +51,7 @@ use tracing::{debug, error, info, warn};
 
 use self::{
     authority::Authority,
-    caller::{Caller, Denial, Tokens},
+    caller::{Caller, Callers, Denial, Tokens},
 };
 use crate::{
     identity::{
@@ -123,6 +123,30 @@ pub async fn run(
     Server::bind(config, cluster).await?.serve(shutdown).await
 }
 
+/// What certificates are issued on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Terms {
+    /// Lifetime where the request asks for none.
+    pub(crate) cert_ttl: Duration,
+    /// Longest lifetime; a request for more gets this.
+    pub(crate) max_cert_ttl: Duration,
+}
+
+impl Terms {
+    /// # Errors
+    /// Lifetimes that make no certificate.
+    pub(crate) fn check(self) -> anyhow::Result<Self> {
+        if self.cert_ttl.as_secs() == 0 || self.max_cert_ttl < self.cert_ttl {
+            bail!(
+                "lifetime of certificates {:?} must be at least a second and at most the longest lifetime {:?}",
+                self.cert_ttl,
+                self.max_cert_ttl
+            );
+        }
+        Ok(self)
+    }
+}
+
 /// A CA that listens but does not answer yet.
 pub struct Server {
     listener: TcpListener,
@@ -160,43 +184,36 @@ impl Server {
                  there is no unauthenticated mode"
             );
         };
-        if config.cert_ttl.as_secs() == 0 || config.max_cert_ttl < config.cert_ttl {
-            bail!(
-                "lifetime of certificates {:?} must be at least a second and at most the longest lifetime {:?}",
-                config.cert_ttl,
-                config.max_cert_ttl
-            );
-        }
-        if config.server_names.is_empty() {
-            bail!("no server name: agents could not verify the CA's server certificate");
-        }
-        let tokens = Tokens::new(token_key, config.token_audience, config.token_issuer, config.trusted_node_accounts)?;
+        let terms = Terms { cert_ttl: config.cert_ttl, max_cert_ttl: config.max_cert_ttl }.check()?;
+        let tokens = Tokens::new(token_key, config.token_audience, config.token_issuer)?;
+        let callers = Callers::new(Box::new(tokens), config.trusted_node_accounts, cluster)?;
         let authority = Arc::new(Authority::open(&config.ca_dir, clock.unix_seconds())?);
         if let Some(path) = &config.root_cert_out {
             authority::publish(path, authority.roots_pem())?;
         }
+        // The same one for as long as it serves.
+        let authority = watch::channel(authority).1;
         let certificate = ServerCertificate::new(authority.clone(), config.server_names, clock.clone())?;
-        let mut tls = ServerConfig::builder_with_details(provider(), Arc::new(clock.clone()))
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .context("set up TLS 1.3")?
-            .with_no_client_auth()
-            .with_cert_resolver(Arc::new(certificate));
-        tls.alpn_protocols = vec![b"h2".to_vec()];
-        let listener =
-            TcpListener::bind(config.listen).await.with_context(|| format!("listen on {}", config.listen))?;
-        Ok(Self {
-            listener,
-            acceptor: TlsAcceptor::from(Arc::new(tls)),
-            service: CertificateService(Arc::new(Inner {
-                authority,
-                tokens,
-                cluster,
-                cert_ttl: config.cert_ttl,
-                max_cert_ttl: config.max_cert_ttl,
-                clock,
-                restraint: Restraint::new(),
-            })),
-        })
+        let listener = bind(config.listen).await?;
+        Self::new(listener, certificate, authority, Arc::new(callers), terms, clock)
+    }
+
+    /// A server that signs with the authority of the moment.
+    ///
+    /// # Errors
+    /// TLS cannot be set up.
+    pub(crate) fn new(
+        listener: TcpListener,
+        certificate: ServerCertificate,
+        authority: watch::Receiver<Arc<Authority>>,
+        callers: Arc<Callers>,
+        terms: Terms,
+        clock: Clock,
+    ) -> anyhow::Result<Self> {
+        let tls = server_tls(Arc::new(certificate), &clock, b"h2")?;
+        let restraint = Restraint::new();
+        let inner = Inner { authority, callers, terms, clock, restraint };
+        Ok(Self { listener, acceptor: TlsAcceptor::from(Arc::new(tls)), service: CertificateService(Arc::new(inner)) })
     }
 
     /// Where it listens.
@@ -212,6 +229,28 @@ impl Server {
     /// # Errors
     /// None is expected: what goes wrong with one connection ends that connection.
     pub async fn serve(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let service = self.service.clone();
+        self.serve_as(service, shutdown).await
+    }
+
+    /// [`Server::serve`], with another API beside its own: the requests whose path `other` has.
+    ///
+    /// # Errors
+    /// As there.
+    pub(crate) async fn serve_beside<S>(
+        self,
+        path: &'static str,
+        other: S,
+        shutdown: impl Future<Output = ()>,
+    ) -> anyhow::Result<()>
+    where
+        S: GrpcService,
+    {
+        let own = self.service.clone();
+        self.serve_as(Beside { own, path, other }, shutdown).await
+    }
+
+    async fn serve_as(self, service: impl GrpcService, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
         info!(address = %self.local_addr()?, "certificate API is ready");
         let (stopping, mut stopped) = watch::channel(false);
         let restraint = self.service.0.restraint.clone();
@@ -222,14 +261,10 @@ impl Server {
             .http2_keepalive_timeout(Some(Duration::from_secs(20)))
             .max_connection_age(MAX_CONNECTION_AGE)
             .timeout(REQUEST_TIMEOUT)
-            .serve_with_incoming_shutdown(
-                self.service,
-                incoming(self.listener, self.acceptor, restraint.clone()),
-                async {
-                    shutdown.await;
-                    stopping.send_replace(true);
-                },
-            );
+            .serve_with_incoming_shutdown(service, incoming(self.listener, self.acceptor, restraint.clone()), async {
+                shutdown.await;
+                stopping.send_replace(true);
+            });
         let overdue = async {
             // An error means that the server has ended by itself.
             if stopped.wait_for(|stopped| *stopped).await.is_ok() {
@@ -247,24 +282,68 @@ impl Server {
     }
 }
 
-/// The server's own certificate, made anew by the first handshake after half of its life.
-struct ServerCertificate {
-    authority: Arc<Authority>,
+/// A socket that listens.
+///
+/// # Errors
+/// The address is taken, or not this machine's.
+pub(crate) async fn bind(address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("listen on {address}"))
+}
+
+/// TLS 1.3 as a server, for clients that have no certificate.
+///
+/// # Errors
+/// None that a configuration could cause.
+pub(crate) fn server_tls(
+    certificate: Arc<ServerCertificate>,
+    clock: &Clock,
+    protocol: &[u8],
+) -> anyhow::Result<ServerConfig> {
+    let mut tls = ServerConfig::builder_with_details(provider(), Arc::new(clock.clone()))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .context("set up TLS 1.3")?
+        .with_no_client_auth()
+        .with_cert_resolver(certificate);
+    tls.alpn_protocols = vec![protocol.to_vec()];
+    Ok(tls)
+}
+
+/// A server's own certificate, made anew by the first handshake after half of its life, or after another authority came.
+pub(crate) struct ServerCertificate {
+    authority: watch::Receiver<Arc<Authority>>,
     names: Vec<String>,
     clock: Clock,
-    /// With the second since the epoch from which it is replaced.
-    current: Mutex<(Arc<CertifiedKey>, u64)>,
+    current: Mutex<Made>,
+}
+
+struct Made {
+    key: Arc<CertifiedKey>,
+    by: Arc<Authority>,
+    /// Second since the epoch from which it is replaced.
+    until: u64,
 }
 
 impl ServerCertificate {
-    fn new(authority: Arc<Authority>, names: Vec<String>, clock: Clock) -> anyhow::Result<Self> {
-        let current = Mutex::new(Self::make(&authority, &names, clock.unix_seconds())?);
+    /// For a server that its clients know by any of `names`, DNS names and addresses.
+    ///
+    /// # Errors
+    /// No name, one that is neither, or the authority cannot sign.
+    pub(crate) fn new(
+        authority: watch::Receiver<Arc<Authority>>,
+        names: Vec<String>,
+        clock: Clock,
+    ) -> anyhow::Result<Self> {
+        if names.is_empty() {
+            bail!("no server name: agents could not verify the CA's server certificate");
+        }
+        let by = authority.borrow().clone();
+        let current = Mutex::new(Self::make(by, &names, clock.unix_seconds())?);
         Ok(Self { authority, names, clock, current })
     }
 
-    fn make(authority: &Authority, names: &[String], now: u64) -> anyhow::Result<(Arc<CertifiedKey>, u64)> {
-        let (key, expires_at) = authority.server(names, SERVER_TTL, now)?;
-        Ok((Arc::new(key), now + (expires_at - now) / 2))
+    fn make(by: Arc<Authority>, names: &[String], now: u64) -> anyhow::Result<Made> {
+        let (key, expires_at) = by.server(names, SERVER_TTL, now)?;
+        Ok(Made { key: Arc::new(key), by, until: now + (expires_at - now) / 2 })
     }
 }
 
@@ -277,14 +356,15 @@ impl fmt::Debug for ServerCertificate {
 impl ResolvesServerCert for ServerCertificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let now = self.clock.unix_seconds();
+        let authority = self.authority.borrow().clone();
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        if now >= current.1 {
-            match Self::make(&self.authority, &self.names, now) {
+        if now >= current.until || !Arc::ptr_eq(&current.by, &authority) {
+            match Self::make(authority, &self.names, now) {
                 Ok(renewed) => *current = renewed,
                 Err(error) => error!(error = format!("{error:#}"), "cannot renew the CA's server certificate"),
             }
         }
-        Some(current.0.clone())
+        Some(current.key.clone())
     }
 }
 
@@ -397,20 +477,20 @@ const TELL: Duration = Duration::from_secs(1);
 
 /// The log's share for those who are not known yet. Clones are the same.
 #[derive(Clone, Debug)]
-struct Restraint(Arc<Mutex<Limiter>>);
+pub(crate) struct Restraint(Arc<Mutex<Limiter>>);
 
 impl Restraint {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Arc::new(Mutex::new(Limit::fixed(LINES_PER_SECOND).limiter())))
     }
 
     /// Whether a line of this kind may be written now.
-    fn admits(&self, kind: &'static str) -> bool {
+    pub(crate) fn admits(&self, kind: &'static str) -> bool {
         self.limiter().admits(None, kind, Instant::now())
     }
 
     /// Tells from time to time how many lines were held back.
-    async fn tell_on(&self) -> Infallible {
+    pub(crate) async fn tell_on(&self) -> Infallible {
         loop {
             tokio::time::sleep(TELL).await;
             self.limiter().tell(Instant::now());
@@ -425,34 +505,29 @@ impl Restraint {
 
 /// What answers a request.
 struct Inner {
-    authority: Arc<Authority>,
-    tokens: Tokens,
-    cluster: watch::Receiver<Arc<Cluster>>,
-    cert_ttl: Duration,
-    max_cert_ttl: Duration,
+    authority: watch::Receiver<Arc<Authority>>,
+    callers: Arc<Callers>,
+    terms: Terms,
     clock: Clock,
     restraint: Restraint,
 }
 
 impl Inner {
-    fn create(&self, request: &Request<CertificateRequest>) -> Result<CertificateResponse, Status> {
+    async fn create(&self, request: &Request<CertificateRequest>) -> Result<CertificateResponse, Status> {
         let peer = request.remote_addr();
         let body = request.get_ref();
         let wanted = body.impersonated_identity();
         let shown = wanted.map(|wanted| wanted.chars().take(256).collect::<String>());
-        // One snapshot for all questions.
-        let cluster = self.cluster.borrow().clone();
         let refused = |denial: Denial, caller: Option<&Caller>| {
             // A node's agent has lines of its own, which those who have no token cannot use up.
             if self.restraint.admits(if caller.is_some() { "refused-agent" } else { "refused-caller" }) {
                 warn!(peer = ?peer, caller = caller.map(|c| format!("{}/{}", c.pod.namespace, c.pod.name)),
                     node = caller.map(|c| &*c.node), wanted = shown.as_deref(), reason = %denial, "certificate refused");
             }
-            Status::unauthenticated(denial.category())
+            denial.status()
         };
-        let token = bearer(request).ok_or(Denial::NoToken);
-        let caller =
-            token.and_then(|token| self.tokens.caller(token, &cluster)).map_err(|denial| refused(denial, None))?;
+        let token = bearer(request.metadata().as_ref()).ok_or_else(|| refused(Denial::NoToken, None))?;
+        let (caller, cluster) = self.callers.caller(token).await.map_err(|denial| refused(denial, None))?;
         let identity = caller::authorize(&caller, wanted, &cluster).map_err(|denial| refused(denial, Some(&caller)))?;
         let spki = csr::public_key(&body.csr, &identity).map_err(|bad| {
             if self.restraint.admits("refused-request") {
@@ -461,11 +536,12 @@ impl Inner {
             Status::invalid_argument(bad.to_string())
         })?;
         let ttl = match u64::try_from(body.validity_duration) {
-            Ok(seconds) if seconds > 0 => Duration::from_secs(seconds).min(self.max_cert_ttl),
-            _ => self.cert_ttl,
+            Ok(seconds) if seconds > 0 => Duration::from_secs(seconds).min(self.terms.max_cert_ttl),
+            _ => self.terms.cert_ttl,
         };
         let now = self.clock.unix_seconds();
-        let signed = self.authority.sign(&identity, &spki, ttl, now).map_err(|error| {
+        let authority = self.authority.borrow().clone();
+        let signed = authority.sign(&identity, &spki, ttl, now).map_err(|error| {
             error!(%identity, error = format!("{error:#}"), "cannot sign a certificate");
             Status::internal("the CA cannot sign")
         })?;
@@ -476,11 +552,64 @@ impl Inner {
 }
 
 /// The token of `authorization: Bearer <token>`; the scheme in any case (RFC 9110 §11.1).
-fn bearer<T>(request: &Request<T>) -> Option<&str> {
-    let value = request.metadata().get("authorization")?.to_str().ok()?;
+pub(crate) fn bearer(headers: &http::HeaderMap) -> Option<&str> {
+    let value = headers.get("authorization")?.to_str().ok()?;
     let (scheme, token) = value.split_once(' ')?;
     let token = token.trim();
     (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty()).then_some(token)
+}
+
+/// What serves requests of gRPC.
+pub(crate) trait GrpcService:
+    Service<
+        http::Request<tonic::body::Body>,
+        Response = http::Response<tonic::body::Body>,
+        Error = Infallible,
+        Future = BoxFuture<http::Response<tonic::body::Body>, Infallible>,
+    > + Clone
+    + Send
+    + Sync
+    + 'static
+{
+}
+
+impl<S> GrpcService for S where
+    S: Service<
+            http::Request<tonic::body::Body>,
+            Response = http::Response<tonic::body::Body>,
+            Error = Infallible,
+            Future = BoxFuture<http::Response<tonic::body::Body>, Infallible>,
+        > + Clone
+        + Send
+        + Sync
+        + 'static
+{
+}
+
+/// Two services, of which one has a path of its own.
+#[derive(Clone)]
+struct Beside<S> {
+    own: CertificateService,
+    path: &'static str,
+    other: S,
+}
+
+impl<S: GrpcService> Service<http::Request<tonic::body::Body>> for Beside<S> {
+    type Response = http::Response<tonic::body::Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Self::Error>;
+
+    fn poll_ready(&mut self, context: &mut TaskContext<'_>) -> Poll<Result<(), Infallible>> {
+        ready!(self.own.poll_ready(context))?;
+        self.other.poll_ready(context)
+    }
+
+    fn call(&mut self, request: http::Request<tonic::body::Body>) -> Self::Future {
+        match request.uri().path() == self.path {
+            true => self.other.call(request),
+            false => self.own.call(request),
+        }
+    }
 }
 
 /// `istio.v1.auth.IstioCertificateService`.
@@ -514,9 +643,10 @@ struct CreateCertificate(Arc<Inner>);
 
 impl UnaryService<CertificateRequest> for CreateCertificate {
     type Response = CertificateResponse;
-    type Future = std::future::Ready<Result<Response<CertificateResponse>, Status>>;
+    type Future = BoxFuture<Response<CertificateResponse>, Status>;
 
     fn call(&mut self, request: Request<CertificateRequest>) -> Self::Future {
-        std::future::ready(self.0.create(&request).map(Response::new))
+        let inner = self.0.clone();
+        Box::pin(async move { inner.create(&request).await.map(Response::new) })
     }
 }

@@ -81,15 +81,12 @@ impl Lab {
         mint(claims, Algorithm::ES256, &self.token_key)
     }
 
-    fn tokens(&self) -> Tokens {
+    /// Who may ask.
+    fn callers(&self) -> Callers {
         let config = self.config();
-        Tokens::new(
-            &self.path("token-key.pem"),
-            config.token_audience,
-            config.token_issuer,
-            config.trusted_node_accounts,
-        )
-        .expect("a key")
+        let tokens = Tokens::new(&self.path("token-key.pem"), config.token_audience, config.token_issuer);
+        Callers::new(Box::new(tokens.expect("a key")), config.trusted_node_accounts, self.cluster.subscribe())
+            .expect("an account")
     }
 }
 
@@ -105,6 +102,11 @@ fn edited(path: &str, value: Value) -> Value {
     claims
 }
 
+/// What waits for nobody.
+fn at_once<T>(question: impl Future<Output = T>) -> T {
+    question.now_or_never().expect("keys are asked, and nobody else")
+}
+
 fn now() -> u64 {
     Clock::default().unix_seconds()
 }
@@ -113,8 +115,8 @@ fn now() -> u64 {
 #[test]
 fn tokens_are_believed_only_if_everything_agrees() {
     let lab = Lab::new();
-    let (tokens, cluster) = (lab.tokens(), lab.cluster.borrow().clone());
-    let caller = |token: &str| tokens.caller(token, &cluster);
+    let callers = lab.callers();
+    let caller = |token: &str| at_once(callers.caller(token)).map(|(caller, _)| caller);
     let agent = object("istio-system/agent-node-a");
     let accepted = Caller { pod: agent.clone(), node: "node-a".into() };
     assert_eq!(caller(&lab.token(&claims("node-a"))), Ok(accepted.clone()));
@@ -158,19 +160,20 @@ fn tokens_are_believed_only_if_everything_agrees() {
     for (broken, node) in [(true, false), (false, true)] {
         let ended =
             Pod { finished: broken, terminating: node, ..pod("istio-system/agent-node-a", "culvert", "node-a") };
-        let cluster = testkit::cluster(vec![ended]);
-        assert_eq!(tokens.caller(&lab.token(&claims("node-a")), &cluster), Err(Denial::PodNotRunning(agent.clone())));
+        lab.cluster.send_replace(Arc::new(testkit::cluster(vec![ended])));
+        assert_eq!(caller(&lab.token(&claims("node-a"))), Err(Denial::PodNotRunning(agent.clone())));
     }
-    let impostor = testkit::cluster(vec![pod("istio-system/agent-node-a", "default", "node-a")]);
-    assert_eq!(tokens.caller(&lab.token(&claims("node-a")), &impostor), Err(Denial::NoSuchPod(agent)));
+    let impostor = pod("istio-system/agent-node-a", "default", "node-a");
+    lab.cluster.send_replace(Arc::new(testkit::cluster(vec![impostor])));
+    assert_eq!(caller(&lab.token(&claims("node-a"))), Err(Denial::NoSuchPod(agent)));
 }
 
 /// [I.12]: no key, no trust; and a token does not choose how it is verified.
 #[test]
 fn forged_tokens_are_refused() {
     let lab = Lab::new();
-    let (tokens, cluster) = (lab.tokens(), lab.cluster.borrow().clone());
-    let caller = |token: &str| tokens.caller(token, &cluster).expect_err("refused");
+    let callers = lab.callers();
+    let caller = |token: &str| at_once(callers.caller(token)).expect_err("refused");
     let good = lab.token(&claims("node-a"));
     let parts: Vec<&str> = good.split('.').collect();
     // {"alg":"none","typ":"JWT"}, {"alg":"None"}
@@ -200,9 +203,9 @@ fn any_of_several_keys_may_have_signed() {
     let (rsa, ec) = (KeyPair::generate_for(&PKCS_RSA_SHA256).expect("a key"), p256());
     let pem = format!("{}{}{}", ec.public_key_pem(), rsa.public_key_pem(), lab.token_key.public_key_pem());
     fs::write(lab.path("token-key.pem"), pem).expect("write");
-    let (tokens, cluster) = (lab.tokens(), lab.cluster.borrow().clone());
+    let callers = lab.callers();
     for (algorithm, key) in [(Algorithm::RS256, &rsa), (Algorithm::ES256, &ec), (Algorithm::ES256, &lab.token_key)] {
-        tokens.caller(&mint(&claims("node-a"), algorithm, key), &cluster).expect("accepted");
+        at_once(callers.caller(&mint(&claims("node-a"), algorithm, key))).expect("accepted");
     }
 }
 

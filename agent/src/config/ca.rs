@@ -5,8 +5,42 @@ use std::{net::SocketAddr, path::PathBuf};
 use super::{Invalid, Setting, Values};
 use crate::{
     ca,
-    model::ObjectRef,
     telemetry::{self, Format},
+};
+
+// What `culvert control` is given alike.
+pub(super) const TOKEN_AUDIENCE: Setting = Setting {
+    name: "token-audience",
+    value: "TEXT",
+    default: Some("istio-ca"),
+    help: "Audience that a token must have",
+};
+pub(super) const TRUSTED_NODE_ACCOUNTS: Setting = Setting {
+    name: "trusted-node-accounts",
+    value: "NAMES",
+    default: Some("istio-system/culvert"),
+    help: "Service accounts of node agents (namespace/name, separated by commas), which may ask for the identities \
+               of their node's pods",
+};
+pub(super) const CERT_TTL: Setting = Setting {
+    name: "cert-ttl",
+    value: "TIME",
+    default: Some("24h"),
+    help: "Lifetime of a certificate where the request asks for none",
+};
+pub(super) const MAX_CERT_TTL: Setting = Setting {
+    name: "max-cert-ttl",
+    value: "TIME",
+    default: Some("2160h"),
+    help: "Longest lifetime; a request for more gets this",
+};
+pub(super) const LOG_FORMAT: Setting =
+    Setting { name: "log-format", value: "FORMAT", default: Some("text"), help: "text or json" };
+pub(super) const LOG_LEVEL: Setting = Setting {
+    name: "log-level",
+    value: "FILTER",
+    default: Some("info"),
+    help: "error, warn, info, debug or trace, or per module as in info,culvert::ca=debug",
 };
 
 /// The table.
@@ -41,25 +75,14 @@ pub const SETTINGS: &[Setting] = &[
         default: None,
         help: "PEM public keys that service account tokens are signed with (RS256 or ES256)",
     },
-    Setting {
-        name: "token-audience",
-        value: "TEXT",
-        default: Some("istio-ca"),
-        help: "Audience that a token must have",
-    },
+    TOKEN_AUDIENCE,
     Setting {
         name: "token-issuer",
         value: "TEXT",
         default: Some(ca::DEFAULT_TOKEN_ISSUER),
         help: "Issuer that a token must have",
     },
-    Setting {
-        name: "trusted-node-accounts",
-        value: "NAMES",
-        default: Some("istio-system/culvert"),
-        help: "Service accounts of node agents (namespace/name, separated by commas), which may ask for the identities \
-               of their node's pods",
-    },
+    TRUSTED_NODE_ACCOUNTS,
     Setting {
         name: "server-names",
         value: "NAMES",
@@ -72,25 +95,10 @@ pub const SETTINGS: &[Setting] = &[
         default: None,
         help: "File that the roots are published to, for agents to read",
     },
-    Setting {
-        name: "cert-ttl",
-        value: "TIME",
-        default: Some("24h"),
-        help: "Lifetime of a certificate where the request asks for none",
-    },
-    Setting {
-        name: "max-cert-ttl",
-        value: "TIME",
-        default: Some("2160h"),
-        help: "Longest lifetime; a request for more gets this",
-    },
-    Setting { name: "log-format", value: "FORMAT", default: Some("text"), help: "text or json" },
-    Setting {
-        name: "log-level",
-        value: "FILTER",
-        default: Some("info"),
-        help: "error, warn, info, debug or trace, or per module as in info,culvert::ca=debug",
-    },
+    CERT_TTL,
+    MAX_CERT_TTL,
+    LOG_FORMAT,
+    LOG_LEVEL,
 ];
 
 /// The CA's configuration.
@@ -120,16 +128,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let (cert_ttl, max_cert_ttl) = (values.duration("cert-ttl"), values.duration("max-cert-ttl"));
     let log_format = values.optional::<Format>("log-format");
     let log_level = values.parse("log-level", |text| telemetry::parse_filter(text).map(|_| text.to_owned()));
-    let accounts = values.list("trusted-node-accounts").into_iter().filter_map(|text| match text.split_once('/') {
-        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
-            Some(ObjectRef::new(namespace, name))
-        }
-        _ => {
-            values.problem(format!("--trusted-node-accounts: {text:?}: must be <namespace>/<service account>"));
-            None
-        }
-    });
-    let trusted_node_accounts = accounts.collect();
+    let trusted_node_accounts = values.accounts("trusted-node-accounts");
     // Each is understood before any is missed, so that everything wrong is said at once.
     let (token_audience, token_issuer) = (values.optional("token-audience"), values.optional("token-issuer"));
     let (server_names, root_cert_out) = (values.list("server-names"), values.optional("root-cert-out"));

@@ -6,7 +6,7 @@
 //! together, each with the place that it came from.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env, fmt, fs,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -18,8 +18,9 @@ use anyhow::Context as _;
 
 pub mod agent;
 pub mod ca;
+pub mod control;
 
-use crate::source::yaml;
+use crate::{model::ObjectRef, source::yaml};
 
 /// One setting: the row of the table that everything else is made from.
 #[derive(Clone, Copy, Debug)]
@@ -212,6 +213,20 @@ impl Values {
         items.into_iter().flatten().filter(|item| !item.is_empty()).map(str::to_owned).collect()
     }
 
+    /// A comma-separated list of service accounts, `<namespace>/<name>`.
+    pub fn accounts(&mut self, name: &'static str) -> BTreeSet<ObjectRef> {
+        let mut accounts = BTreeSet::new();
+        for text in self.list(name) {
+            match text.split_once('/') {
+                Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => {
+                    accounts.insert(ObjectRef::new(namespace, name));
+                }
+                _ => self.problem(format!("--{name}: {text:?}: must be <namespace>/<service account>")),
+            }
+        }
+        accounts
+    }
+
     /// The file that `--config` names.
     pub fn file(&self) -> Option<&Path> {
         self.file.as_deref()
@@ -328,7 +343,7 @@ pub fn markdown() -> String {
          the first of these\nthat is given counts. Values that are wrong are reported together, each with its place. This page is made \
          from the tables in\n`agent/src/config`.\n",
     );
-    for (command, settings) in [("agent", agent::SETTINGS), ("ca", ca::SETTINGS)] {
+    for (command, settings) in [("agent", agent::SETTINGS), ("ca", ca::SETTINGS), ("control", control::SETTINGS)] {
         page += &format!(
             "\n## culvert {command}\n\n| flag and key | environment | default | meaning |\n|---|---|---|---|\n"
         );
@@ -447,7 +462,8 @@ mod tests {
             let collect = |settings| Values::collect_from(settings, flag, |_| None);
             let of_agent = collect(agent::SETTINGS).map(|values| agent::understand(values).map(drop));
             let of_ca = collect(ca::SETTINGS).map(|values| ca::understand(values).map(drop));
-            for wrong in [of_agent, of_ca].into_iter().flatten().filter_map(Result::err) {
+            let of_control = collect(control::SETTINGS).map(|values| control::understand(values).map(drop));
+            for wrong in [of_agent, of_ca, of_control].into_iter().flatten().filter_map(Result::err) {
                 assert!(!wrong.0.is_empty(), "a refusal says why");
             }
         });

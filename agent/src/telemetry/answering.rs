@@ -11,6 +11,7 @@ use hyper::{
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     task::{AbortHandle, JoinSet},
 };
@@ -65,13 +66,14 @@ where
     Ok(())
 }
 
-/// Answers one request of HTTP/1.1: its head must come within `head_patience` and in `head_bytes`.
-pub(crate) async fn http1<F, B>(
-    stream: TcpStream,
+/// Answers one request of HTTP/1.1, in TLS or not: its head must come within `head_patience` and in `head_bytes`.
+pub(crate) async fn http1<S, F, B>(
+    stream: S,
     head_patience: Duration,
     head_bytes: usize,
     answer: impl Fn(Request<Incoming>) -> F,
 ) where
+    S: AsyncRead + AsyncWrite + Unpin,
     F: Future<Output = Result<Response<B>, Infallible>>,
     B: Body<Data: Send, Error: std::error::Error + Send + Sync> + 'static,
 {
