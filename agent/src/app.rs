@@ -37,6 +37,7 @@ use crate::{
         agent::{self, Again, Certificates, Config},
     },
     connections::{self, Passed, Stranger},
+    control,
     datapath::{self, Datapath, NetnsCookie, Predecessor, Turn},
     drain::{self, Cause},
     enroll::{self, Enrollments},
@@ -48,7 +49,7 @@ use crate::{
     pods::{self, Kubelet, PodNetwork},
     policy::{self, Snapshot},
     proxy::Context,
-    resident,
+    report, resident,
     source::{self, View},
     telemetry::{
         self, LogLevel, access, exposition, limit::Limit, lines::Lines, metrics, open, panics, readiness, tally, trace,
@@ -116,21 +117,29 @@ pub fn ca(config: config::ca::Config) -> anyhow::Result<()> {
             path: config.manifests,
             system_namespace: config.system_namespace,
         })?;
-        let (sender, clusters) = watch::channel(views.borrow().cluster.clone());
-        let forwarding = async {
-            let mut views = views;
-            while views.changed().await.is_ok() {
-                let cluster = views.borrow_and_update().cluster.clone();
-                sender.send_replace(cluster);
-            }
-            anyhow::Ok(())
-        };
+        let (clusters, following) = source::clusters(views);
+        let ended = || Err(anyhow!("the source of manifests has ended"));
         tokio::select! {
             result = ca::run(config.ca, clusters, stopped()?) => result,
-            result = reading => result.and_then(|()| Err(anyhow!("the source of manifests has ended"))),
-            result = forwarding => result,
+            result = reading => result.and_then(|()| ended()),
+            () = following => ended(),
         }
     });
+    drop(runtime);
+    log.finish(LAST_LINES);
+    ended
+}
+
+/// Runs `culvert control` until SIGTERM or SIGINT.
+///
+/// # Errors
+/// What kept it from starting, or ended it: one line.
+pub fn control(config: config::control::Config) -> anyhow::Result<()> {
+    let log = telemetry::init(config.log_format, &config.log_level)?;
+    panics::install();
+    info!(version = env!("CARGO_PKG_VERSION"), settings = config::describe(&config.given), "culvert control starts");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("build the runtime")?;
+    let ended = runtime.block_on(async { control::run(config.control, stopped()?).await });
     drop(runtime);
     log.finish(LAST_LINES);
     ended
@@ -166,7 +175,9 @@ async fn source(config: &Config) -> anyhow::Result<Source> {
         }
         agent::Source::Kubernetes(kubeconfig) => {
             let client = source::kubernetes::client(kubeconfig.as_deref()).await?;
-            let (views, reading) = source::kubernetes::watch(kubeconfig.as_deref(), &system_namespace).await?;
+            let (views, reading) =
+                source::kubernetes::watch(kubeconfig.as_deref(), &system_namespace, source::kubernetes::Kinds::All)
+                    .await?;
             Source { views, reading: reading.boxed_local(), client: Some(client) }
         }
     })
@@ -284,6 +295,9 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         let (name, ready) = (config.node_name.clone(), ready.clone());
         announce::run(client, name, ready, views.clone(), enrolled.clone()).map(|never| match never {}).boxed_local()
     });
+    let (in_force, told) = watch::channel(Arc::default());
+    let reporting =
+        report_config(&config).map(|to| report::run(to, ready.clone(), told).map(|never| match never {}).boxed_local());
     admin.publish(admin::Handles {
         node_name: config.node_name.clone(),
         started_at: admin::dump::unix_now(),
@@ -358,6 +372,7 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         enrollments: Enrollments::new(limits.clone(), guard),
         limits,
         states,
+        in_force,
         passed,
         registry,
         questions,
@@ -398,6 +413,7 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
     ]
     .into_iter()
     .chain(announcing)
+    .chain(reporting)
     .collect();
     let mut end = tokio::select! {
         () = &mut stop => Ok(Cause::End),
@@ -563,6 +579,8 @@ struct Control {
     limits: Arc<Limits>,
     /// Where each pod stands, for operators.
     states: watch::Sender<Arc<BTreeMap<PodUid, enroll::State>>>,
+    /// What holds for every pod of the node and every connection, for whoever counts that.
+    in_force: watch::Sender<Arc<report::InForce>>,
     passed: Passed,
     registry: open::Registry,
     /// What operators and metrics want to know.
@@ -639,10 +657,11 @@ impl Control {
                 if self.knows_all(&view) {
                     self.compile(&view, &node);
                     self.settle(&node);
-                    if let Stage::Serving = self.stage
-                        && self.first_pass.is_some()
-                    {
-                        self.begin();
+                    if let Stage::Serving = self.stage {
+                        if self.first_pass.is_some() {
+                            self.begin();
+                        }
+                        self.report(&view);
                     }
                 }
             }
@@ -773,8 +792,18 @@ impl Control {
         self.answering.send_replace(true);
         if self.knows_all {
             self.begin();
+            // The next pass says what is in force.
+            self.retry = true;
         }
         Ok(())
+    }
+
+    /// Says what is in force, which is what `view` says if the kernel has taken all of it and open connections were judged by
+    /// it; the workers have had it since it was compiled.
+    fn report(&self, view: &View) {
+        if self.failed == 0 && !self.unjudged.values().any(|left| left.told) {
+            report::InForce::publish(&self.in_force, view);
+        }
     }
 
     /// Settles what an earlier agent left: from now on this one serves every pod that it knows.
@@ -1125,6 +1154,16 @@ fn options(config: &Config) -> policy::Options {
         exclude_namespaces: config.exclude_namespaces.clone(),
         own_accounts: BTreeSet::from([ObjectRef::new(config.system_namespace.as_str(), "culvert")]),
     }
+}
+
+fn report_config(config: &Config) -> Option<report::Config> {
+    let Certificates::Ca { root, server_name, token, .. } = &config.certificates else { return None };
+    Some(report::Config {
+        address: config.control_address.clone()?,
+        root_file: root.clone(),
+        server_name: server_name.clone(),
+        token_file: token.clone(),
+    })
 }
 
 fn identity_config(config: &Config, view: &View) -> identity::Config {

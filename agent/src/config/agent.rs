@@ -86,7 +86,8 @@ pub const SETTINGS: &[Setting] = &[
         name: "ca-root",
         value: "FILE",
         default: None,
-        help: "PEM certificates that the CA's own certificate must chain to (root-cert.pem of istio-ca-root-cert)",
+        help: "PEM certificates that the CA's own certificate must chain to (root-cert.pem of istio-ca-root-cert); when they change, \
+               all certificates are renewed",
     },
     Setting {
         name: "ca-server-name",
@@ -111,6 +112,13 @@ pub const SETTINGS: &[Setting] = &[
         value: "NAME",
         default: Some("cluster.local"),
         help: "DNS domain of the cluster: a Service is NAME.NAMESPACE.svc.<this>",
+    },
+    Setting {
+        name: "control-address",
+        value: "HOST:PORT",
+        default: None,
+        help: "culvert control, which is told which policies are in force on this node; its certificate and the agent's token are \
+               as with the CA. Not told to anybody unless set",
     },
     Setting {
         name: "cert-dir",
@@ -262,6 +270,8 @@ pub struct Config {
     pub system_namespace: String,
     /// Where certificates come from.
     pub certificates: Certificates,
+    /// `--control-address`, as `HOST:PORT`; only where the objects come from an API server and certificates from a CA.
+    pub control_address: Option<String>,
     /// `--cluster-id`
     pub cluster_id: String,
     /// `--cluster-domain`
@@ -401,6 +411,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let certificates = certificates(&mut values);
     let node_name = values.required::<String>("node-name");
     let source = source(&mut values, std::env::var_os(IN_CLUSTER).is_some());
+    let control_address = control_address(&mut values);
     let log_format = values.optional::<Format>("log-format");
     let log_level = values.parse("log-level", |text| telemetry::parse_filter(text).map(|_| text.to_owned()));
     let workers = if values.has("workers") {
@@ -452,6 +463,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             exclude_namespaces,
             system_namespace: system_namespace?,
             certificates: certificates?,
+            control_address,
             cluster_id: cluster_id?,
             cluster_domain: cluster_domain?,
             metrics_address: metrics_address?,
@@ -560,9 +572,41 @@ fn certificates(values: &mut Values) -> Option<Certificates> {
     }
 }
 
+fn control_address(values: &mut Values) -> Option<String> {
+    if !values.has("control-address") {
+        return None;
+    }
+    if values.has("manifests") {
+        values.problem("--control-address: there is nobody to tell of a folder's policies; remove it, or --manifests");
+    }
+    if values.has("cert-dir") {
+        values.problem(
+            "--control-address: culvert control knows agents by what --ca-root and --ca-token name; give --ca-address \
+             instead of --cert-dir, or remove it",
+        );
+    }
+    values.parse("control-address", |text| dns::host_port(text).map(|_| text.to_owned()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reports_are_of_what_an_api_server_holds() {
+        let of = |given: &[&'static str]| {
+            let flag = |name: &str| given.contains(&name).then(|| "here:1".to_owned());
+            let mut values = Values::collect(SETTINGS, flag).expect("collected");
+            let address = control_address(&mut values);
+            values.finish(Some(address)).map_err(|error| error.to_string())
+        };
+        assert_eq!(of(&[]), Ok(None));
+        assert_eq!(of(&["control-address", "kubeconfig", "ca-address"]), Ok(Some("here:1".to_owned())));
+        let folder = of(&["control-address", "manifests"]).expect_err("nobody asks");
+        assert!(folder.contains("--manifests"), "{folder}");
+        let files = of(&["control-address", "cert-dir"]).expect_err("no token");
+        assert!(files.contains("--ca-token"), "{files}");
+    }
 
     #[test]
     fn the_objects_have_one_source() {
@@ -602,6 +646,7 @@ mod tests {
             ("log-format", "xml"),
             ("log-level", "=="),
             ("ca-address", "nowhere"),
+            ("control-address", "nowhere"),
         ];
         let flag = |name: &str| typed.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned());
         let values = Values::collect(SETTINGS, flag).expect("collected");

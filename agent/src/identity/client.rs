@@ -1,4 +1,5 @@
-//! The client of Istio's certificate API (specification §4): makes a key, asks, and hands back what came.
+//! The client of Istio's certificate API (specification §4): makes a key, asks, and hands back what came. How it reaches
+//! its server, and shows who we are, is in [`Dialer`], which asks other servers of the mesh as well.
 //!
 //! When to ask, and whether to believe the answer, is decided by its callers.
 
@@ -15,6 +16,7 @@ use rcgen::{CertificateParams, DistinguishedName, KeyPair, PKCS_ECDSA_P256_SHA25
 use rustls::pki_types::PrivatePkcs8KeyDer;
 use tokio::net::TcpStream;
 use tonic::{
+    Request, Status,
     client::Grpc,
     codegen::http::uri::PathAndQuery,
     metadata::MetadataValue,
@@ -29,7 +31,7 @@ use super::{
 };
 use crate::{dns, model::SpiffeId};
 
-/// How long connecting to the CA may take.
+/// How long connecting to a server may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long one request may take, connecting included.
 pub(super) const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -53,10 +55,12 @@ pub struct CaConfig {
 }
 
 /// Why no answer came.
-pub(super) struct Failed {
-    pub(super) error: anyhow::Error,
-    /// The CA did not answer at all, so the other identities fail for the same reason.
-    pub(super) unreachable: bool,
+pub(crate) struct Failed {
+    pub(crate) error: anyhow::Error,
+    /// The server did not answer at all, so whatever else is asked of it fails for the same reason.
+    pub(crate) unreachable: bool,
+    /// What it answered, if it did, and that was a refusal.
+    pub(crate) status: Option<Box<Status>>,
 }
 
 /// Port of Istio's CA, where the address names none.
@@ -64,44 +68,62 @@ const DEFAULT_PORT: u16 = 15012;
 
 impl From<anyhow::Error> for Failed {
     fn from(error: anyhow::Error) -> Self {
-        Self { error, unreachable: false }
+        Self { error, unreachable: false, status: None }
     }
 }
 
-/// The client, and its connection while requests are under way.
-pub(super) struct CaClient {
-    config: CaConfig,
+/// A server of the mesh's own: how it proves who it is, and how we do.
+pub(crate) struct Server {
+    /// What errors call it: `the CA`.
+    pub(crate) name: &'static str,
+    /// `host:port`, IPv6 in brackets.
+    pub(crate) address: String,
+    /// PEM file with the roots that its certificate chains to. Read anew for each request.
+    pub(crate) root_file: PathBuf,
+    /// DNS name that its certificate must have.
+    pub(crate) server_name: String,
+    /// File with the service account token that it knows us by. Read anew for each request.
+    pub(crate) token_file: PathBuf,
+}
+
+/// Asks a [`Server`], and keeps the connection until it is told otherwise or the roots change.
+pub(crate) struct Dialer {
+    server: Server,
     /// The connection with the root PEM that it was verified by.
     channel: Mutex<Option<(Vec<u8>, Channel)>>,
 }
 
-impl CaClient {
-    pub(super) fn new(config: CaConfig) -> Self {
-        Self { config, channel: Mutex::new(None) }
+impl Dialer {
+    pub(crate) fn new(server: Server) -> Self {
+        Self { server, channel: Mutex::new(None) }
     }
 
     /// Drops the connection; the next request makes another.
-    pub(super) fn disconnect(&self) {
+    pub(crate) fn disconnect(&self) {
         *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
+    /// What the file has by which it is trusted.
+    pub(super) async fn roots(&self) -> anyhow::Result<Vec<u8>> {
+        read(&self.server.root_file, &format!("root certificates of {}", self.server.name)).await
+    }
+
     async fn channel(&self) -> anyhow::Result<Channel> {
-        let roots = read(&self.config.root_file, "root certificates of the CA").await?;
+        let Server { name, address, root_file, server_name, .. } = &self.server;
+        let roots = self.roots().await?;
         let mut slot = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((pem, channel)) = &*slot
             && *pem == roots
         {
             return Ok(channel.clone());
         }
-        certificates(&roots)
-            .with_context(|| format!("root certificates of the CA in {}", self.config.root_file.display()))?;
-        let tls = ClientTlsConfig::new()
-            .ca_certificate(PemCertificate::from_pem(&roots))
-            .domain_name(self.config.server_name.clone());
-        let channel = Endpoint::from_shared(format!("https://{}", self.config.address))
-            .with_context(|| format!("address of the CA {:?}, expected host:port", self.config.address))?
+        certificates(&roots).with_context(|| format!("root certificates of {name} in {}", root_file.display()))?;
+        let tls =
+            ClientTlsConfig::new().ca_certificate(PemCertificate::from_pem(&roots)).domain_name(server_name.clone());
+        let channel = Endpoint::from_shared(format!("https://{address}"))
+            .with_context(|| format!("address of {name} {address:?}, expected host:port"))?
             .tls_config(tls)
-            .with_context(|| format!("set up TLS to the CA with server name {:?}", self.config.server_name))?
+            .with_context(|| format!("set up TLS to {name} with server name {server_name:?}"))?
             .connect_timeout(CONNECT_TIMEOUT)
             .timeout(REQUEST_TIMEOUT)
             .connect_with_connector_lazy(service_fn(connect));
@@ -109,72 +131,114 @@ impl CaClient {
         Ok(channel)
     }
 
-    /// Asks for a certificate for `identity` with a fresh key.
-    pub(super) async fn request(&self, identity: &SpiffeId) -> Result<Answer, Failed> {
-        match tokio::time::timeout(REQUEST_TIMEOUT, self.request_unbounded(identity)).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(failed)) => {
-                if failed.unreachable {
-                    self.disconnect();
-                }
-                Err(failed)
-            }
+    /// Calls the method at `path`, with the token as it is now. No message of more than `max_message_bytes` is accepted.
+    pub(crate) async fn ask<Q, A>(
+        &self,
+        path: &'static str,
+        max_message_bytes: usize,
+        request: Request<Q>,
+    ) -> Result<A, Failed>
+    where
+        Q: prost::Message + 'static,
+        A: prost::Message + Default + 'static,
+    {
+        let asked = self.ask_unbounded(path, max_message_bytes, request);
+        let failed = match tokio::time::timeout(REQUEST_TIMEOUT, asked).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(failed)) => failed,
             Err(_) => {
-                self.disconnect();
-                let error = anyhow::anyhow!(
-                    "the CA at {} did not answer within {} s",
-                    self.config.address,
-                    REQUEST_TIMEOUT.as_secs()
-                );
-                Err(Failed { error, unreachable: true })
+                let (Server { name, address, .. }, seconds) = (&self.server, REQUEST_TIMEOUT.as_secs());
+                let error = anyhow::anyhow!("{name} at {address} did not answer within {seconds} s");
+                Failed { error, unreachable: true, status: None }
             }
+        };
+        if failed.unreachable {
+            self.disconnect();
         }
+        Err(failed)
     }
 
-    async fn request_unbounded(&self, identity: &SpiffeId) -> Result<Answer, Failed> {
-        let (key, csr) = signing_request(identity)?;
-        let token = read(&self.config.token_file, "service account token").await?;
+    async fn ask_unbounded<Q, A>(
+        &self,
+        path: &'static str,
+        max_message_bytes: usize,
+        mut request: Request<Q>,
+    ) -> Result<A, Failed>
+    where
+        Q: prost::Message + 'static,
+        A: prost::Message + Default + 'static,
+    {
+        let Server { name, address, token_file, .. } = &self.server;
+        let token = read(token_file, "service account token").await?;
         let token = String::from_utf8(token).map_err(|_| anyhow::anyhow!("the service account token is not text"))?;
         let mut authorization: MetadataValue<_> = format!("Bearer {}", token.trim())
             .parse()
             .map_err(|_| anyhow::anyhow!("the service account token has characters that a header cannot carry"))?;
         authorization.set_sensitive(true);
-        let mut request = tonic::Request::new(CertificateRequest {
-            csr,
-            validity_duration: i64::try_from(self.config.ttl.as_secs()).unwrap_or(i64::MAX),
-            metadata: Some(wire::impersonate(&identity.to_string())),
-        });
         request.metadata_mut().insert("authorization", authorization);
-        let cluster = self.config.cluster_id.parse().map_err(|_| {
-            anyhow::anyhow!("cluster id {:?} has characters that a header cannot carry", self.config.cluster_id)
-        })?;
-        request.metadata_mut().insert(wire::CLUSTER_ID, cluster);
 
-        let mut grpc = Grpc::new(self.channel().await?).max_decoding_message_size(wire::MAX_MESSAGE_BYTES);
+        let mut grpc = Grpc::new(self.channel().await?).max_decoding_message_size(max_message_bytes);
         let unreachable = |error: String| Failed {
-            error: anyhow::anyhow!("no connection to the CA at {}: {error}", self.config.address),
+            error: anyhow::anyhow!("no connection to {name} at {address}: {error}"),
             unreachable: true,
+            status: None,
         };
         grpc.ready().await.map_err(|error| unreachable(causes(&error)))?;
-        let codec = ProstCodec::<CertificateRequest, CertificateResponse>::default();
-        let response = grpc.unary(request, PathAndQuery::from_static(wire::CREATE_CERTIFICATE), codec).await;
-        match response {
-            Ok(response) => Ok(answer(response.into_inner(), key)?),
+        let answer = grpc.unary(request, PathAndQuery::from_static(path), ProstCodec::<Q, A>::default()).await;
+        match answer {
+            Ok(answer) => Ok(answer.into_inner()),
             Err(status) if std::error::Error::source(&status).is_some() => Err(unreachable(causes(&status))),
             Err(status) => Err(Failed {
                 unreachable: status.code() == tonic::Code::Unavailable,
-                error: anyhow::anyhow!(
-                    "the CA at {} answered {:?}: {}",
-                    self.config.address,
-                    status.code(),
-                    status.message()
-                ),
+                error: anyhow::anyhow!("{name} at {address} answered {:?}: {}", status.code(), status.message()),
+                status: Some(Box::new(status)),
             }),
         }
     }
 }
 
-/// A connection to the host of the CA's address, by whichever of its addresses answers first.
+/// The client of the CA.
+pub(super) struct CaClient {
+    dialer: Dialer,
+    cluster_id: String,
+    ttl: Duration,
+}
+
+impl CaClient {
+    /// The roots by which the CA is trusted, as their file has them.
+    pub(super) async fn roots(&self) -> anyhow::Result<Vec<u8>> {
+        self.dialer.roots().await
+    }
+
+    pub(super) fn new(config: CaConfig) -> Self {
+        let CaConfig { address, root_file, server_name, token_file, cluster_id, ttl } = config;
+        let server = Server { name: "the CA", address, root_file, server_name, token_file };
+        Self { dialer: Dialer::new(server), cluster_id, ttl }
+    }
+
+    /// Drops the connection; the next request makes another.
+    pub(super) fn disconnect(&self) {
+        self.dialer.disconnect();
+    }
+
+    /// Asks for a certificate for `identity` with a fresh key.
+    pub(super) async fn request(&self, identity: &SpiffeId) -> Result<Answer, Failed> {
+        let (key, csr) = signing_request(identity)?;
+        let mut request = Request::new(CertificateRequest {
+            csr,
+            validity_duration: i64::try_from(self.ttl.as_secs()).unwrap_or(i64::MAX),
+            metadata: Some(wire::impersonate(&identity.to_string())),
+        });
+        let cluster = self.cluster_id.parse().map_err(|_| {
+            anyhow::anyhow!("cluster id {:?} has characters that a header cannot carry", self.cluster_id)
+        })?;
+        request.metadata_mut().insert(wire::CLUSTER_ID, cluster);
+        let response = self.dialer.ask(wire::CREATE_CERTIFICATE, wire::MAX_MESSAGE_BYTES, request).await?;
+        Ok(answer(response, key)?)
+    }
+}
+
+/// A connection to the host of a server's address, by whichever of its addresses answers first.
 async fn connect(uri: http::Uri) -> io::Result<TokioIo<TcpStream>> {
     let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
     let addresses = dns::addresses(host, uri.port_u16().unwrap_or(DEFAULT_PORT)).await.map_err(io::Error::other)?;

@@ -36,7 +36,11 @@ use self::{
     renewal::{Entry, Origin, Table},
     trust::Trust,
 };
-pub(crate) use self::{certificate::certificates, trust::provider};
+pub(crate) use self::{
+    certificate::certificates,
+    client::{Dialer, Failed, Server},
+    trust::provider,
+};
 pub use self::{
     client::CaConfig,
     clock::Clock,
@@ -207,7 +211,7 @@ impl Identities {
     pub fn with_clock(config: Config, clock: Clock) -> anyhow::Result<(Self, Renewal)> {
         let from_files = matches!(config.source, Source::Files(_));
         let (origin, watch) = match config.source {
-            Source::Ca(ca) => (Origin::Ca(CaClient::new(ca)), None),
+            Source::Ca(ca) => (Origin::Ca(Box::new(CaClient::new(ca))), None),
             Source::Files(dir) => {
                 let watch = Watch::new(&dir)?;
                 (Origin::Files(dir), Some(watch))

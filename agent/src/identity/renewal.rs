@@ -38,6 +38,10 @@ const MAX_BACKGROUND_FETCHES: usize = 6;
 const MAX_SLEEP: Duration = Duration::from_secs(60);
 /// Pause between a change of the certificate folder and reading it, since a certificate and its key are two files.
 const SETTLE: Duration = Duration::from_millis(100);
+/// How often it is looked whether the CA's own roots are others.
+const LOOK_AT_ROOTS: Duration = Duration::from_secs(10);
+/// Within this time, each at another moment, agents then renew: the roots come to all nodes at once.
+const SPREAD: Duration = Duration::from_secs(10);
 /// Largest pause between two attempts, before ±20 %: the largest with them is 150 s ([I.7]).
 const MAX_BACKOFF: Duration = Duration::from_secs(125);
 
@@ -47,11 +51,19 @@ const WAITED_PAUSE: Duration = Duration::from_millis(2500);
 
 /// Where answers come from.
 pub(super) enum Origin {
-    Ca(CaClient),
+    Ca(Box<CaClient>),
     Files(PathBuf),
 }
 
 impl Origin {
+    /// The roots that the CA is trusted by, as its file has them; `None` where there is no CA, or the file cannot be read.
+    async fn roots(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Ca(client) => client.roots().await.ok(),
+            Self::Files(_) => None,
+        }
+    }
+
     async fn fetch(&self, identity: SpiffeId) -> (SpiffeId, Result<Answer, Failed>) {
         let answer = match self {
             Self::Ca(client) => client.request(&identity).await,
@@ -289,6 +301,7 @@ impl Renewal {
         let mut shutdown = std::pin::pin!(shutdown);
         let mut fetches = FuturesUnordered::new();
         let mut reload_at: Option<Instant> = None;
+        let (mut roots, mut look_at) = (self.origin.roots().await, Instant::now() + LOOK_AT_ROOTS);
         loop {
             if let Some(watch) = &self.watch {
                 watch.cover(&self.table.identities());
@@ -299,6 +312,17 @@ impl Renewal {
                     watch.drain();
                 }
                 self.table.reload(true);
+            }
+            if look_at <= Instant::now() {
+                look_at = Instant::now() + LOOK_AT_ROOTS;
+                let found = self.origin.roots().await;
+                // A root that is to come is learnt before the first certificate that it signs is met.
+                if found.is_some() && found != roots {
+                    let after = SPREAD.mul_f64(rand::random());
+                    info!(?after, "the CA's roots have changed: all certificates are renewed");
+                    reload_at = Some(Instant::now() + after);
+                    roots = found;
+                }
             }
             while let Some(identity) = self.table.take_due(Instant::now(), self.clock.unix_seconds(), fetches.len()) {
                 fetches.push(self.origin.fetch(identity));
@@ -313,6 +337,9 @@ impl Renewal {
             let mut until = now + self.table.pause(now, self.clock.unix_seconds());
             if let Some(at) = reload_at {
                 until = until.min(at);
+            }
+            if matches!(self.origin, Origin::Ca(_)) {
+                until = until.min(look_at);
             }
             tokio::select! {
                 () = &mut shutdown => return,
@@ -378,7 +405,7 @@ fn finish(
                 }
             }
         }
-        Err(Failed { error, unreachable }) => {
+        Err(Failed { error, unreachable, .. }) => {
             entry.failures = entry.failures.saturating_add(1);
             if entry.failures == 1 {
                 entry.first_pause = Duration::from_millis(500 + rand::random_range(0..=500));
@@ -487,15 +514,15 @@ mod tests {
         let table = Table::new();
         table.want(&[id("a"), id("b")].into());
         let first = table.take_due(Instant::now(), 0, 0).expect("due");
-        let failed = Failed { error: anyhow::anyhow!("refused"), unreachable: false };
-        let origin = Origin::Ca(CaClient::new(super::super::CaConfig {
+        let failed = Failed { error: anyhow::anyhow!("refused"), unreachable: false, status: None };
+        let origin = Origin::Ca(Box::new(CaClient::new(super::super::CaConfig {
             address: "127.0.0.1:1".into(),
             root_file: "/nonexistent".into(),
             server_name: "ca".into(),
             token_file: "/nonexistent".into(),
             cluster_id: "Kubernetes".into(),
             ttl: Duration::from_secs(60),
-        }));
+        })));
         let (trust, clock) = (Trust::new(Vec::new(), Clock::default()), Clock::default());
         finish(&origin, &table, &trust, &clock, first.clone(), Err(failed));
         let other = table.take_due(Instant::now(), 0, 0).expect("the other one is due");
@@ -509,7 +536,7 @@ mod tests {
 
         // After many failures the pause is long, unless a connection waits.
         for _ in 0..12 {
-            let failed = Failed { error: anyhow::anyhow!("refused"), unreachable: false };
+            let failed = Failed { error: anyhow::anyhow!("refused"), unreachable: false, status: None };
             finish(&origin, &table, &trust, &clock, first.clone(), Err(failed));
         }
         tokio::time::advance(WAITED_PAUSE).await;

@@ -370,7 +370,8 @@ impl Folder {
 
 impl Given {
     fn place(&self, file: &str) -> Place {
-        Place { at: format!("{file} document {} (line {})", self.document, self.line), stale: self.stale }
+        let at = format!("{file} document {} (line {})", self.document, self.line);
+        Place { at, generation: None, stale: self.stale }
     }
 }
 

@@ -30,8 +30,11 @@ use tokio::{
 };
 use tracing::{info, warn};
 
+pub use self::follow::Heard;
+pub(crate) use self::follow::describe;
+
 use self::{
-    follow::{Heard, Scope, follow},
+    follow::{Scope, follow},
     store::{Sent, Store},
 };
 use super::{View, Watched, kinds::Kind};
@@ -47,6 +50,8 @@ const MAX_DELAY: Duration = Duration::from_millis(500);
 const FIRST_LISTS: Duration = Duration::from_secs(5);
 /// For a connection to the API server, TLS included.
 const CONNECT: Duration = Duration::from_secs(10);
+/// Silence of the API server before an answer, or half-way through, after which there will be none.
+const ANSWER: Duration = Duration::from_secs(10);
 /// News that wait to be taken in; whoever brings more waits.
 const QUEUE: usize = 256;
 
@@ -56,7 +61,21 @@ const QUEUE: usize = 256;
 /// # Errors
 /// The kubeconfig cannot be read, or this runs in no pod; with the remedy. That the server answers is not asked.
 pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
-    set_up(config(kubeconfig).await?)
+    let mut config = config(kubeconfig).await?;
+    config.read_timeout = Some(ANSWER);
+    set_up(config)
+}
+
+/// [`client`], for watches: they are silent for minutes.
+///
+/// # Errors
+/// As there.
+pub async fn watcher(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
+    let mut config = config(kubeconfig).await?;
+    // Each watch has a connection of its own, to a server that takes new ones: one that is ending answers on those that it has,
+    // and tells nothing new.
+    config.headers.push((http::header::CONNECTION, http::HeaderValue::from_static("close")));
+    set_up(config)
 }
 
 fn set_up(config: ClientConfig) -> anyhow::Result<Client> {
@@ -83,8 +102,17 @@ async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<ClientConfig> {
     Ok(config)
 }
 
-/// Watches the API server; `system_namespace` is that of ConfigMap `istio`, the mesh configuration. The view that is there at first may lack everything: what has not been listed is named in
-/// [`View::unread`]. The future keeps the receiver up to date for as long as it is polled, and ends when every receiver is
+/// Which kinds are watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kinds {
+    /// All that decide.
+    All,
+    /// Pods, namespaces and the mesh configuration: who may have which identity.
+    Identities,
+}
+
+/// Watches the API server; `system_namespace` is that of ConfigMap `istio`, the mesh configuration. The view that is there at first
+/// may lack everything: what has not been listed is named in [`View::unread`]. The future keeps the receiver up to date for as long as it is polled, and ends when every receiver is
 /// gone. Dropping the future ends it as well.
 ///
 /// Waits some seconds for the first lists, and then for nothing: a server that is down is asked until it answers. The future
@@ -95,14 +123,11 @@ async fn config(kubeconfig: Option<&Path>) -> anyhow::Result<ClientConfig> {
 pub async fn watch(
     kubeconfig: Option<&Path>,
     system_namespace: &str,
+    kinds: Kinds,
 ) -> anyhow::Result<(watch::Receiver<Arc<View>>, impl Future<Output = anyhow::Result<()>> + use<>)> {
-    let mut config = config(kubeconfig).await?;
-    // Each watch has a connection of its own, to a server that takes new ones: one that is ending answers on those that it has,
-    // and tells nothing new.
-    config.headers.push((http::header::CONNECTION, http::HeaderValue::from_static("close")));
-    let client = set_up(config)?;
+    let client = watcher(kubeconfig).await?;
     let (sender, receiver) = watch::channel(Arc::new(View::default()));
-    let mut source = Source::new(client, system_namespace);
+    let mut source = Source::new(client, system_namespace, kinds);
     source.publish(&sender);
     // Until the first lists are there, or for some time.
     let until = Instant::now() + FIRST_LISTS;
@@ -138,7 +163,7 @@ struct Source {
 }
 
 impl Source {
-    fn new(client: Client, system_namespace: &str) -> Self {
+    fn new(client: Client, system_namespace: &str, kinds: Kinds) -> Self {
         let (sender, news) = mpsc::channel(QUEUE);
         let followers = FuturesUnordered::new();
         let mut watched = BTreeMap::new();
@@ -156,20 +181,27 @@ impl Source {
         }
         watch!(Kind::Pod, Api::<core::Pod>::all(client.clone()), Scope::default(), Sent::Pod);
         watch!(Kind::Namespace, Api::<core::Namespace>::all(client.clone()), Scope::default(), Sent::Namespace);
-        watch!(Kind::Node, Api::<core::Node>::all(client.clone()), Scope::default(), Sent::Node);
-        watch!(Kind::Service, Api::<core::Service>::all(client.clone()), Scope::default(), Sent::Service);
-        watch!(
-            Kind::EndpointSlice,
-            Api::<discovery::EndpointSlice>::all(client.clone()),
-            Scope::default(),
-            Sent::EndpointSlice
-        );
         let config_maps = Api::<core::ConfigMap>::namespaced(client.clone(), system_namespace);
         watch!(Kind::ConfigMap, config_maps, Scope::named("istio"), Sent::ConfigMap);
-        for policy in &POLICIES {
-            watched.insert(policy.definition, Watched::default());
-            watched.insert(policy.kind.name(), Watched::default());
-            followers.push(policies(client.clone(), policy, sender.clone()).boxed_local());
+        if kinds == Kinds::All {
+            watch!(Kind::Node, Api::<core::Node>::all(client.clone()), Scope::default(), Sent::Node);
+            watch!(Kind::Service, Api::<core::Service>::all(client.clone()), Scope::default(), Sent::Service);
+            watch!(
+                Kind::EndpointSlice,
+                Api::<discovery::EndpointSlice>::all(client.clone()),
+                Scope::default(),
+                Sent::EndpointSlice
+            );
+            for policy in &POLICIES {
+                watched.insert(policy.definition, Watched::default());
+                watched.insert(policy.kind.name(), Watched::default());
+                let (kind, sender) = (policy.kind, sender.clone());
+                let tell = async move |name, heard: Heard<DynamicObject>| {
+                    let heard = heard.map(|object| Sent::Policy(kind, Box::new(object)));
+                    sender.send((name, kind, heard)).await.is_ok()
+                };
+                followers.push(policies(client.clone(), policy, tell).boxed_local());
+            }
         }
         let (told, logged) = (HashMap::new(), BTreeSet::new());
         Self { store: Store::new(system_namespace), news, followers, watched, told, logged, since: None }
@@ -344,11 +376,23 @@ impl Definition {
     }
 }
 
+/// Tells what the API server has of the kinds of policies, until `tell` says that nobody listens any more. What is told comes
+/// with the name of the kind, as `kind` spells it, each object with its `apiVersion` and `kind`; what is told of a kind's
+/// definition comes with the definition's name, and is never an object.
+pub async fn follow_policies(client: Client, tell: impl AsyncFn(&'static str, Heard<DynamicObject>) -> bool) {
+    let [first, second] = &POLICIES;
+    tokio::join!(policies(client.clone(), first, &tell), policies(client, second, &tell));
+}
+
 /// Watches a kind of policy for as long as the cluster has it.
-async fn policies(client: Client, policy: &'static Policy, news: mpsc::Sender<News>) {
-    let (kind, name) = (policy.kind, policy.kind.name());
+async fn policies(
+    client: Client,
+    policy: &'static Policy,
+    tell: impl AsyncFn(&'static str, Heard<DynamicObject>) -> bool,
+) {
+    let (name, tell) = (policy.kind.name(), &tell);
     let (definitions, mut now) = watch::channel(Definition::Unknown);
-    let (listed, about) = (std::cell::RefCell::new(Definition::Absent), news.clone());
+    let listed = std::cell::RefCell::new(Definition::Absent);
     let definition = follow(
         Api::<CustomResourceDefinition>::all(client.clone()),
         Scope::named(policy.name),
@@ -361,13 +405,13 @@ async fn policies(client: Client, policy: &'static Policy, news: mpsc::Sender<Ne
                 Heard::Deleted(_) | Heard::NoSuchKind => drop(definitions.send_replace(Definition::Absent)),
                 Heard::Well | Heard::Trouble(_) => {}
             }
-            // Of the definition itself the store keeps nothing.
+            // Of the definition itself nobody keeps anything.
             let heard = match heard {
                 Heard::Complete => Heard::Complete,
                 Heard::Trouble(error) => Heard::Trouble(error),
                 _ => Heard::Well,
             };
-            about.send((policy.definition, kind, heard)).await.is_ok()
+            tell(policy.definition, heard).await
         },
     );
     let objects = async {
@@ -376,20 +420,19 @@ async fn policies(client: Client, policy: &'static Policy, news: mpsc::Sender<Ne
             let wanted = async {
                 match at.clone() {
                     Definition::Unknown => {}
-                    Definition::Absent => drop(news.send((name, kind, Heard::NoSuchKind)).await),
-                    Definition::Unserved(why) => drop(news.send((name, kind, Heard::Trouble(why))).await),
+                    Definition::Absent => drop(tell(name, Heard::NoSuchKind).await),
+                    Definition::Unserved(why) => drop(tell(name, Heard::Trouble(why)).await),
                     Definition::Served(resource) => {
                         let api = Api::<DynamicObject>::all_with(client.clone(), &resource);
-                        let news = news.clone();
                         follow(api, Scope::default(), async move |heard: Heard<DynamicObject>| {
                             let heard = heard.map(|mut object| {
                                 object.types.get_or_insert_with(|| kube::core::TypeMeta {
                                     api_version: resource.api_version.clone(),
                                     kind: resource.kind.clone(),
                                 });
-                                Sent::Policy(kind, Box::new(object))
+                                object
                             });
-                            news.send((name, kind, heard)).await.is_ok()
+                            tell(name, heard).await
                         })
                         .await;
                     }

@@ -6,6 +6,8 @@
 
 use std::{collections::BTreeMap, fmt, sync::Arc};
 
+use tokio::sync::watch;
+
 use crate::model::{Cluster, ObjectRef};
 
 mod api;
@@ -53,6 +55,20 @@ pub struct View {
     pub authorization_policies: Arc<Places>,
 }
 
+/// The clusters of views, for whoever needs no more; they follow for as long as the future is polled, which ends with the views.
+pub fn clusters(
+    mut views: watch::Receiver<Arc<View>>,
+) -> (watch::Receiver<Arc<Cluster>>, impl Future<Output = ()> + use<>) {
+    let (sender, clusters) = watch::channel(views.borrow_and_update().cluster.clone());
+    let following = async move {
+        while views.changed().await.is_ok() {
+            let cluster = views.borrow_and_update().cluster.clone();
+            sender.send_replace(cluster);
+        }
+    };
+    (clusters, following)
+}
+
 /// Where objects of one kind are written, by name.
 pub type Places = BTreeMap<ObjectRef, Place>;
 
@@ -61,6 +77,8 @@ pub type Places = BTreeMap<ObjectRef, Place>;
 pub struct Place {
     /// File, document and line; or, of an object of the API server, its generation.
     pub at: String,
+    /// Of an object of the API server: the generation that is in force. `None` where only a part of one is, and in a folder.
+    pub generation: Option<i64>,
     /// Something else is written there now, which is invalid or unreadable, and this is what is in force meanwhile ([C.6]).
     pub stale: bool,
 }

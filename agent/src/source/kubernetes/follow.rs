@@ -43,7 +43,7 @@ const INITIAL_END: &str = "k8s.io/initial-events-end";
 
 /// News of one kind.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Heard<K> {
+pub enum Heard<K> {
     /// The whole list follows.
     List,
     /// One of the list.
@@ -365,7 +365,7 @@ fn is_without_streams(status: &Status) -> bool {
 }
 
 /// In one line, without what is only for debugging; the message of the server names a missing right with its verb.
-fn describe(error: &Error) -> String {
+pub(crate) fn describe(error: &Error) -> String {
     match error {
         Error::Api(status) => {
             let what = if status.message.is_empty() { &status.reason } else { &status.message };

@@ -58,8 +58,6 @@ pub(super) struct Store {
     authorization_policies: Arc<Places>,
     /// The pods of the cluster by name: there they are by UID.
     pods: HashSet<ByName>,
-    /// The generation of each policy that is in force, where all of it is: of those that never were valid, a part is.
-    whole: HashMap<Key, i64>,
     /// What is to be said of objects.
     remarks: BTreeMap<Key, Remarks>,
     /// What came of lists that are not complete.
@@ -102,8 +100,6 @@ struct Decoded {
     /// `None`: of no effect, or refused, and nothing of it is in force.
     object: Option<Object>,
     place: Place,
-    /// Of a policy: the generation that the object is, if it is all of one.
-    whole: Option<i64>,
     remarks: Remarks,
 }
 
@@ -116,7 +112,6 @@ impl Store {
             policies: Arc::default(),
             authorization_policies: Arc::default(),
             pods: HashSet::new(),
-            whole: HashMap::new(),
             remarks: BTreeMap::new(),
             lists: HashMap::new(),
             pool: Pool::default(),
@@ -174,8 +169,8 @@ impl Store {
         }
         let before = self.slot(&key).and_then(|slot| slot.get(&self.cluster));
         let generation = sent.meta().generation.unwrap_or_default();
-        let place = Place { at: format!("generation {generation}"), stale: false };
-        let mut decoded = Decoded { key, object: None, place, whole: None, remarks: Remarks::default() };
+        let place = Place { at: format!("generation {generation}"), generation: None, stale: false };
+        let mut decoded = Decoded { key, object: None, place, remarks: Remarks::default() };
         match sent {
             Sent::Pod(pod) => decoded.take(
                 before.clone(),
@@ -234,23 +229,25 @@ impl Store {
         let invalid = match found.result {
             Ok(object) => {
                 decoded.object = Some(object);
-                decoded.whole = Some(generation);
+                decoded.place.generation = Some(generation);
                 return;
             }
             Err(invalid) => invalid,
         };
         decoded.place.stale = true;
         let kept = kept.and_then(|kept| {
+            // It was the version of an earlier time, or nobody was to write it.
+            let of = kept.get("generation")?.as_i64().filter(|of| *of < generation)?;
             let mut json = json;
             *json.get_mut("spec")? = kept.get("spec")?.clone();
-            Some((kept.get("generation")?.as_i64()?, self.read(json).result.ok()?))
+            Some((of, self.read(json).result.ok()?))
         });
-        let before = self.whole.get(&decoded.key).copied().zip(before);
+        let before = self.generation(&decoded.key).zip(before);
         let last_valid = kept.into_iter().chain(before).max_by_key(|(generation, _)| *generation);
         let effect = match (last_valid, invalid.restricting) {
             (Some((generation, object)), _) => {
                 decoded.object = Some(object);
-                decoded.whole = Some(generation);
+                decoded.place.generation = Some(generation);
                 decoded.place.at = format!("generation {generation}");
                 "the last valid version stays in force"
             }
@@ -275,13 +272,9 @@ impl Store {
             decoded.remarks.problems.push(problem);
             return self.say(decoded.key, decoded.remarks);
         }
-        let Decoded { key, object, place, whole, remarks } = decoded;
+        let Decoded { key, object, place, remarks } = decoded;
         self.say(key.clone(), remarks);
         let Some(object) = object.filter(|object| *object != Object::Inert) else { return self.clear(&key) };
-        match whole {
-            Some(generation) => drop(self.whole.insert(key.clone(), generation)),
-            None => drop(self.whole.remove(&key)),
-        }
         self.place(&key, Some(place));
         let before = self.slot(&key);
         if before.as_ref().and_then(|slot| slot.get(&self.cluster)).as_ref() == Some(&object) {
@@ -321,7 +314,6 @@ impl Store {
 
     fn clear(&mut self, key: &Key) {
         self.place(key, None);
-        self.whole.remove(key);
         self.clear_slot(key);
     }
 
@@ -355,6 +347,16 @@ impl Store {
             true => drop(self.remarks.remove(&key)),
             false => drop(self.remarks.insert(key, remarks)),
         }
+    }
+
+    /// The generation of a policy that is in force, if all of it is: of one that never was valid, a part is.
+    fn generation(&self, key: &Key) -> Option<i64> {
+        let places = match key.kind {
+            Kind::PeerAuthentication => &self.policies,
+            Kind::AuthorizationPolicy => &self.authorization_policies,
+            _ => return None,
+        };
+        places.get(&key.object)?.generation
     }
 
     fn place(&mut self, key: &Key, place: Option<Place>) {
@@ -542,13 +544,16 @@ mod tests {
     fn of_a_wrong_policy_the_last_valid_version_is_in_force() {
         let kept = json!({"culvert": {"lastValid": {"generation": 3, "spec": {"mtls": {"mode": "STRICT"}}}}});
         let broken = json!({"culvert": {"lastValid": {"generation": 3, "spec": {"mtls": {"mode": "NONE"}}}}});
-        for (generation, written, status, expected, at, stale) in [
-            (1, "PERMISSIVE", json!({}), Some(MtlsMode::Permissive), "generation 1", false),
-            (4, "STRIKT", kept.clone(), Some(MtlsMode::Strict), "generation 3", true),
-            (5, "PERMISSIVE", kept, Some(MtlsMode::Permissive), "generation 5", false),
-            (6, "STRIKT", broken, None, "", true),
-            (7, "STRIKT", json!({}), None, "", true),
+        let younger = json!({"culvert": {"lastValid": {"generation": 3, "spec": {"mtls": {"mode": "DISABLE"}}}}});
+        for (generation, written, status, expected, in_force) in [
+            (1, "PERMISSIVE", json!({}), Some(MtlsMode::Permissive), Some(1)),
+            (4, "STRIKT", kept.clone(), Some(MtlsMode::Strict), Some(3)),
+            (5, "PERMISSIVE", kept, Some(MtlsMode::Permissive), Some(5)),
+            (6, "STRIKT", broken, None, None),
+            (3, "STRIKT", younger, None, None),
+            (7, "STRIKT", json!({}), None, None),
         ] {
+            let stale = in_force != Some(generation);
             let mut store = Store::new("istio-system");
             let written = peer_authentication("p", generation, written, status);
             let view = list(&mut store, Kind::PeerAuthentication, vec![written]);
@@ -557,10 +562,9 @@ mod tests {
             let found = mode(&view, "p").filter(|mode| *mode != MtlsMode::Unset);
             assert_eq!(found, expected, "{context}");
             assert_eq!(view.problems.is_empty(), !stale, "{context}: {:?}", view.problems);
-            if expected.is_some() {
-                let place = &view.policies[&ObjectRef::new("test", "p")];
-                assert_eq!((&*place.at, place.stale), (at, stale), "{context}");
-            }
+            let place = view.policies.get(&ObjectRef::new("test", "p")).cloned();
+            let at = |in_force| Place { at: format!("generation {in_force}"), generation: Some(in_force), stale };
+            assert_eq!(place, in_force.map(at), "{context}");
         }
     }
 
@@ -569,11 +573,10 @@ mod tests {
     fn what_a_wrong_edit_finds_in_force_stays() {
         let older = json!({"culvert": {"lastValid": {"generation": 1, "spec": {"mtls": {"mode": "DISABLE"}}}}});
         let younger = json!({"culvert": {"lastValid": {"generation": 3, "spec": {"mtls": {"mode": "PERMISSIVE"}}}}});
-        for (status, expected, at) in [
-            (json!({}), MtlsMode::Strict, "generation 2"),
-            (older, MtlsMode::Strict, "generation 2"),
-            (younger, MtlsMode::Permissive, "generation 3"),
-        ] {
+        for (status, expected, in_force) in
+            [(json!({}), MtlsMode::Strict, 2), (older, MtlsMode::Strict, 2), (younger, MtlsMode::Permissive, 3)]
+        {
+            let at = format!("generation {in_force}");
             let mut store = Store::new("istio-system");
             let strict = peer_authentication("p", 2, "STRICT", json!({}));
             list(&mut store, Kind::PeerAuthentication, vec![strict]);
@@ -587,7 +590,8 @@ mod tests {
             let wrong = peer_authentication("p", 5, "STRIKT", status);
             for view in [store.view(), list(&mut store, Kind::PeerAuthentication, vec![wrong])] {
                 let place = &view.policies[&ObjectRef::new("test", "p")];
-                assert_eq!((mode(&view, "p"), &*place.at, place.stale), (Some(expected), at, true));
+                assert_eq!((mode(&view, "p"), place.generation), (Some(expected), Some(in_force)));
+                assert_eq!((&place.at, place.stale), (&at, true));
             }
         }
     }
@@ -607,7 +611,6 @@ mod tests {
         let wrong = peer_authentication("p", 2, "STRIKT", json!({}));
         store.hear(Kind::PeerAuthentication, Heard::Applied(wrong));
         assert_eq!(mode(&store.view(), "p"), None);
-        assert!(store.whole.is_empty());
     }
 
     /// Another object of this name has no past.
