@@ -18,6 +18,7 @@
 //! | [`policy`] | compiles the model; routes and decides one connection; pure, and the answer names the rule |
 //! | [`drain`], [`telemetry`], [`dns`] | orderly shutdown; logs, access log, metrics, traces, open connections, refusals and readiness; from names to addresses |
 //! | [`source`] | a folder of manifests, or an API server, as whole snapshots of the model |
+//! | [`validate`] | what is to be said of objects by themselves: decoding's word, and that of policies |
 //! | [`netns`] | enter a network namespace and come back; list, read and destroy the sockets in it |
 //! | [`pods`] | the pods of this node, joined with their cgroup and network namespace |
 //! | [`datapath`] | load, attach, and make the maps equal to what is wanted; the only place that imports aya |
@@ -32,8 +33,10 @@
 //! | [`gate`] | which pods the kernel lets through before they are in the mesh, and which it holds |
 //! | [`enroll`] | bring a pod in and out, in the right order, and again without harm |
 //! | [`announce`] | tell the cluster what became of the node's pods |
+//! | [`report`] | tell `culvert control` which policies are in force on the node |
 //! | [`admin`] | what an operator can ask a running agent: what it believes, its connections, why one was refused, what can go to STRICT, its log level |
 //! | [`ca`] | the server side of the CA API: who may ask for which identity, and the signing |
+//! | [`control`] | the cluster's part: the CA by the API server's word, its roots, the webhook, the status of policies, and who leads; no data path, no aya |
 //! | [`resident`] | gives back text of the program that does not run |
 //! | [`cli`], [`config`] | what was typed; then what it means |
 //! | [`app`] | wiring, and nothing clever |
@@ -76,6 +79,7 @@ pub mod ca;
 pub mod cli;
 pub mod config;
 pub mod connections;
+pub mod control;
 pub mod datapath;
 pub mod dns;
 pub mod drain;
@@ -91,8 +95,10 @@ pub mod netns;
 pub mod pods;
 pub mod policy;
 pub mod proxy;
+pub mod report;
 pub mod resident;
 pub mod source;
 pub mod telemetry;
 pub mod tunnel;
+pub mod validate;
 pub mod worker;

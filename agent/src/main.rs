@@ -22,6 +22,7 @@ fn main() -> ExitCode {
     let result = cli::parse().and_then(|cli| match cli {
         cli::Cli::Agent(config, again) => app::agent(*config, again).map(|()| ExitCode::SUCCESS),
         cli::Cli::Ca(config) => app::ca(*config).map(|()| ExitCode::SUCCESS),
+        cli::Cli::Control(config) => app::control(*config).map(|()| ExitCode::SUCCESS),
         cli::Cli::Look(look) => look.run().map(|()| ExitCode::SUCCESS),
         cli::Cli::Judge(judge) => judge.run(),
         cli::Cli::Offline(offline) => offline.run(),

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use culvert_tests::apiserver::ApiServer;
 use culvert_tests::programs::HttpResult;
 use culvert_tests::sandbox::{
-    Family, MeshPlan, Node, Plan, PodPlan, Sandbox, Source, built, expect_no_traces, own_name, place_of,
+    Family, MeshPlan, Node, Plan, PodPlan, Sandbox, Source, agent_process, built, expect_no_traces, own_name, place_of,
 };
 use culvert_tests::{command, patience};
 use serde_json::Value;
@@ -246,4 +246,159 @@ fn agents_live_with_an_api_server_and_without_it() -> Result<()> {
     })?;
     ensure!(scene.readiness()?.body == "ready\n", "{}", scene.readiness()?.body);
     Ok(())
+}
+
+impl Scene {
+    /// As a kubelet does with a volume: what is published comes to the agents' file.
+    fn project_roots(&self, expected: &str) -> Result<()> {
+        let path = r"jsonpath={.data.root-cert\.pem}";
+        command::wait_for("the roots are published", LIMIT * patience(), || {
+            let roots =
+                self.api()?.kubectl(&["get", "configmap", "istio-ca-root-cert", "-n", "istio-system", "-o", path])?;
+            Ok((roots == expected).then_some(()))
+        })?;
+        Ok(fs::write(self.sandbox.root_certificate(), expected)?)
+    }
+
+    /// Waits until every certificate of both nodes was issued since, and calls all the while: each is answered.
+    fn renewed(&self, since: &str, offsets: &mut [u64; 2], identities: usize) -> Result<()> {
+        for (node, offset) in Node::ALL.into_iter().zip(offsets.iter_mut()) {
+            let (mut renewed, from) = (0, *offset);
+            command::wait_for(&format!("{node} has new certificates: {since}"), LIMIT * patience(), || {
+                let got = self.call("rotation")?;
+                ensure!(got.status == Some(200), "{since}: {got:?}");
+                let (lines, end) = self.sandbox.agent_log(node, from)?;
+                renewed = lines.iter().filter(|line| line.message() == "certificate ready").count();
+                *offset = end;
+                Ok((renewed >= identities).then_some(()))
+            })?;
+        }
+        Ok(())
+    }
+}
+
+/// Specification §4: from one root to another one while calls go on. First both are trusted, then the new one signs, then the old one
+/// goes; none of the calls is lost.
+#[test]
+fn the_root_is_replaced_under_traffic() -> Result<()> {
+    let mut sandbox = Sandbox::build(Plan::bookinfo(&own_name("rotation")).source(Source::Api))?;
+    sandbox.start_mesh(&MeshPlan::new(built("culvert")?))?;
+    let scene = Scene { sandbox };
+    scene.sandbox.manifests().apply(POLICY, &strict("all").replace("namespace: test", "namespace: istio-system"))?;
+    scene.expect_answer("at first")?;
+    let api = scene.api()?;
+    let secret = |name: &str, key: &str| -> Result<String> {
+        let template = format!("go-template={{{{index .data \"{key}\" | base64decode}}}}");
+        api.kubectl(&["get", "secret", name, "-n", "istio-system", "-o", &template])
+    };
+    let parts = ["ca-cert.pem", "ca-key.pem", "cert-chain.pem"];
+    let old = parts.map(|part| secret("istio-ca-secret", part));
+    let [old_cert, old_key, old_chain] = old;
+    let (old_cert, old_key, old_chain) = (old_cert?, old_key?, old_chain?);
+    let new = new_root()?;
+    let put = |cert: &str, key: &str, chain: &str, roots: &str| -> Result<()> {
+        let data = serde_json::json!({
+            "ca-cert.pem": cert, "ca-key.pem": key, "cert-chain.pem": chain, "root-cert.pem": roots
+        });
+        let metadata = serde_json::json!({ "name": "cacerts", "namespace": "istio-system" });
+        let secret =
+            serde_json::json!({ "apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": data });
+        api.apply(&secret.to_string()).map(drop)
+    };
+    let both = format!("{old_cert}{}", new.0);
+    let mut offsets = [0; 2];
+    for (node, offset) in Node::ALL.into_iter().zip(offsets.iter_mut()) {
+        *offset = scene.sandbox.agent_log(node, 0)?.1;
+    }
+
+    put(&old_cert, &old_key, &old_chain, &both)?;
+    scene.project_roots(&both)?;
+    scene.renewed("both roots are trusted", &mut offsets, 1)?;
+    put(&new.0, &new.1, &new.0, &format!("{}{old_cert}", new.0))?;
+    scene.project_roots(&format!("{}{old_cert}", new.0))?;
+    scene.renewed("the new root signs", &mut offsets, 1)?;
+    put(&new.0, &new.1, &new.0, &new.0)?;
+    scene.project_roots(&new.0)?;
+    scene.renewed("the old root is gone", &mut offsets, 1)?;
+    let (lines, _) = scene.sandbox.agent_log(Node::A, 0)?;
+    let refused = lines.iter().find(|line| line.message().contains("handshake"));
+    ensure!(refused.is_none(), "{refused:?}");
+    scene.expect_answer("with the new root")
+}
+
+/// Allows callers of namespace test, at a port.
+fn allow(port: &str) -> String {
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: front, namespace: default}}\nspec:\n  rules:\n  \
+         - from: [{{source: {{namespaces: [test]}}}}]\n    to: [{{operation: {{ports: [\"{port}\"]}}}}]\n"
+    )
+}
+
+/// [C.6], §1.5: what became of a policy stands in the policy, with on how many agents it is in force; and of an object with a wrong
+/// version the last valid one is in force, also after the agents were started anew.
+#[test]
+fn a_policy_says_where_it_is_in_force() -> Result<()> {
+    let mut sandbox = Sandbox::build(Plan::bookinfo(&own_name("in-force")).source(Source::Api))?;
+    let plan = MeshPlan::new(built("culvert")?);
+    sandbox.start_mesh(&plan)?;
+    let mut scene = Scene { sandbox };
+    let condition = |scene: &Scene, name: &str, field: &str| -> Result<String> {
+        let path = format!("jsonpath={{.status.conditions[?(@.type=='{name}')].{field}}}");
+        scene.api()?.kubectl(&["get", "authorizationpolicy", "front", "-n", "default", "-o", &path])
+    };
+    let until = |scene: &Scene, name: &str, field: &str, expected: &str| {
+        let mut found = String::new();
+        command::wait_for(&format!("{field} of {name} is {expected:?}"), LIMIT * patience(), || {
+            found = condition(scene, name, field)?;
+            Ok((found == expected).then_some(()))
+        })
+        .with_context(|| format!("found {found:?}"))
+    };
+    scene.api()?.apply(&allow("9080"))?;
+    scene.api()?.kubectl(&["wait", "ap/front", "-n", "default", "--for=condition=InForce", "--timeout=60s"])?;
+    until(&scene, "InForce", "message", "in force on 2 of 2 agents")?;
+    scene.expect_answer("it is allowed")?;
+    let wide = scene.api()?.kubectl(&["get", "ap", "front", "-n", "default", "-o", "wide"])?;
+    println!("{wide}");
+    ensure!(wide.contains("ACCEPTED") && wide.contains("True"), "{wide}");
+    let described = scene.api()?.kubectl(&["describe", "ap", "front", "-n", "default"])?;
+    ensure!(described.contains("in force on 2 of 2 agents") && described.contains("Last Valid"), "{described}");
+
+    // A wrong version is refused when it is written; where nobody is asked it is stored. The part of it that could not open anything
+    // would refuse everybody.
+    let refused = scene.api()?.apply(&allow("http")).err().context("a port is a number")?;
+    ensure!(format!("{refused:#}").contains("\"http\" is not a port; write a number"), "{refused:#}");
+    scene.api()?.kubectl(&["delete", "validatingwebhookconfiguration", "culvert-validator"])?;
+    scene.api()?.apply(&allow("http"))?;
+    until(&scene, "Accepted", "reason", "Invalid")?;
+    until(&scene, "InForce", "message", "generation 1 is in force on 2 of 2 agents")?;
+    for arguments in [&["get", "ap", "-n", "default", "-o", "wide"][..], &["describe", "ap", "front", "-n", "default"]]
+    {
+        println!("# kubectl {}\n{}", arguments.join(" "), scene.api()?.kubectl(arguments)?);
+    }
+    scene.expect_answer("the last valid version is in force")?;
+    for node in Node::ALL {
+        scene.sandbox.stop(&agent_process(node))?;
+        scene.sandbox.start_agent(&plan, node)?;
+        scene.sandbox.wait_ready(node)?;
+    }
+    command::wait_for("calls are answered", LIMIT * patience(), || {
+        Ok((scene.call("restarted")?.status == Some(200)).then_some(()))
+    })?;
+
+    // Of an agent that does not run nobody says that it has something in force.
+    scene.sandbox.stop(&agent_process(Node::B))?;
+    scene.api()?.apply(&allow("9081"))?;
+    until(&scene, "InForce", "message", "in force on 1 of 2 agents")?;
+    ensure!(condition(&scene, "InForce", "reason")? == "Pending");
+    Ok(())
+}
+
+/// A self-signed root, and its key.
+fn new_root() -> Result<(String, String)> {
+    let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
+    let mut params = rcgen::CertificateParams::default();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "the next root");
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    Ok((params.self_signed(&key)?.pem(), key.serialize_pem()))
 }

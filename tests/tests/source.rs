@@ -40,7 +40,8 @@ impl Watching {
         let thread = thread::spawn(move || -> Result<()> {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
-                let (views, reading) = kubernetes::watch(Some(&kubeconfig), "istio-system").await?;
+                let (views, reading) =
+                    kubernetes::watch(Some(&kubeconfig), "istio-system", kubernetes::Kinds::All).await?;
                 let mut news = views.clone();
                 give.send(views)?;
                 let recording = async {

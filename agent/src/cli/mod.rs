@@ -13,7 +13,7 @@
 use anyhow::Context as _;
 use clap::{Command, FromArgMatches as _, Subcommand as _};
 
-use crate::config::{self, Values, agent, ca};
+use crate::config::{self, Values, agent, ca, control};
 
 mod client;
 pub mod decide;
@@ -32,6 +32,8 @@ pub enum Cli {
     Agent(Box<agent::Config>, agent::Again),
     /// `culvert ca`
     Ca(Box<ca::Config>),
+    /// `culvert control`
+    Control(Box<control::Config>),
     /// `culvert workloads` and the others that ask a running agent.
     Look(look::Look),
     /// `culvert decide` and `culvert diff`.
@@ -47,7 +49,7 @@ pub fn command() -> Command {
     let command = Command::new("culvert")
         .version(env!("CARGO_PKG_VERSION"))
         .after_help(
-            "Every flag of agent and ca can be given in the environment or in the YAML file that --config names; flags \
+            "Every flag of agent, ca and control can be given in the environment or in the YAML file that --config names; flags \
              win. validate, enrollment, decide and diff read files and need nothing else. The other commands ask the \
              agent that runs on this node.",
         )
@@ -62,6 +64,12 @@ pub fn command() -> Command {
             "ca",
             "A certificate authority that speaks Istio's API, fed from a folder of manifests",
             ca::SETTINGS,
+        ))
+        .subcommand(config::clap_command(
+            "control",
+            "The cluster's part, of which there are replicas: the CA, its roots in every namespace, what is wrong with a policy \
+             before it is stored, and its status afterwards",
+            control::SETTINGS,
         ));
     let command = look::Look::augment_subcommands(command);
     let command = offline::Offline::augment_subcommands(decide::Judge::augment_subcommands(command));
@@ -87,6 +95,7 @@ pub fn parse() -> anyhow::Result<Cli> {
             Ok(Cli::Agent(Box::new(config), again))
         }
         "ca" => Ok(Cli::Ca(Box::new(ca::understand(Values::collect(ca::SETTINGS, flag)?)?))),
+        "control" => Ok(Cli::Control(Box::new(control::understand(Values::collect(control::SETTINGS, flag)?)?))),
         name if reference::Print::has_subcommand(name) => Ok(Cli::Print(reference::Print::from_arg_matches(&all)?)),
         name if decide::Judge::has_subcommand(name) => Ok(Cli::Judge(decide::Judge::from_arg_matches(&all)?)),
         name if offline::Offline::has_subcommand(name) => Ok(Cli::Offline(offline::Offline::from_arg_matches(&all)?)),
@@ -122,7 +131,7 @@ mod tests {
 
     #[test]
     fn help_names_every_setting_with_its_environment() {
-        for (name, settings) in [("agent", agent::SETTINGS), ("ca", ca::SETTINGS)] {
+        for (name, settings) in [("agent", agent::SETTINGS), ("ca", ca::SETTINGS), ("control", control::SETTINGS)] {
             let mut command = command();
             let help = command.find_subcommand_mut(name).expect("the command").render_long_help().to_string();
             for setting in settings {

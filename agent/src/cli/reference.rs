@@ -138,7 +138,7 @@ pub fn markdown() -> String {
 fn section(page: &mut String, name: &str, command: &mut Command) {
     let about = command.get_about().map(ToString::to_string).unwrap_or_default();
     *page += &format!("\n## culvert {name}\n\n{about}.\n");
-    if matches!(name, "agent" | "ca") {
+    if matches!(name, "agent" | "ca" | "control") {
         *page += "Its settings are in [configuration](configuration.md).\n";
         return;
     }

@@ -44,6 +44,7 @@ use crate::sandbox::{Place, base64url, sweep};
 use assets::Assets;
 use nursery::Nursery;
 use pki::Authority;
+pub(crate) use pki::write_secret;
 
 /// How long it may take until the API server says that it is ready: 2 to 3 s on an idle machine.
 const READY_LIMIT: Duration = Duration::from_secs(60);

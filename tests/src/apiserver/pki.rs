@@ -40,10 +40,10 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?).context("make the cluster's CA")?;
         let authority = Self { dir: dir.to_owned(), issuer };
-        write(&authority.certificate(), &authority.issuer.pem())?;
+        write_secret(&authority.certificate(), authority.issuer.pem().as_bytes())?;
         let accounts = KeyPair::generate().context("make a key for service account tokens")?;
-        write(&authority.accounts_key(), &accounts.serialize_pem())?;
-        write(&authority.accounts_public_key(), &accounts.public_key_pem())?;
+        write_secret(&authority.accounts_key(), accounts.serialize_pem().as_bytes())?;
+        write_secret(&authority.accounts_public_key(), accounts.public_key_pem().as_bytes())?;
         Ok(authority)
     }
 
@@ -106,7 +106,7 @@ impl Authority {
             "current-context": "test",
         });
         // JSON is YAML, and needs nobody to quote it.
-        write(&self.kubeconfig_file(user), &serde_json::to_string_pretty(&config)?)
+        write_secret(&self.kubeconfig_file(user), serde_json::to_string_pretty(&config)?.as_bytes())
     }
 
     fn sign(&self, name: &str, params: &CertificateParams) -> Result<Files> {
@@ -114,8 +114,8 @@ impl Authority {
         let certificate = params.signed_by(&key, &self.issuer).with_context(|| format!("sign {name}"))?;
         let files =
             Files { certificate: self.dir.join(format!("{name}.crt")), key: self.dir.join(format!("{name}.key")) };
-        write(&files.certificate, &certificate.pem())?;
-        write(&files.key, &key.serialize_pem())?;
+        write_secret(&files.certificate, certificate.pem().as_bytes())?;
+        write_secret(&files.key, key.serialize_pem().as_bytes())?;
         Ok(files)
     }
 }
@@ -138,7 +138,7 @@ fn file_name(user: &str) -> String {
 }
 
 /// Writes a file that only its owner reads.
-fn write(path: &Path, text: &str) -> Result<()> {
+pub(crate) fn write_secret(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = fs::OpenOptions::new()
         .create(true)
         .truncate(true)
@@ -146,7 +146,7 @@ fn write(path: &Path, text: &str) -> Result<()> {
         .mode(0o600)
         .open(path)
         .with_context(|| format!("open {}", path.display()))?;
-    file.write_all(text.as_bytes()).with_context(|| format!("write {}", path.display()))
+    file.write_all(bytes).with_context(|| format!("write {}", path.display()))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -19,8 +19,10 @@ use serde_json::{Value, json};
 
 use super::built;
 use super::manifests::{AGENT_ACCOUNT, SYSTEM};
+use super::mesh::webhook_address;
 use super::place::Place;
 use super::plan::{Node, Plan};
+use super::tokens::AUDIENCE;
 use crate::apiserver::{ApiPlan, ApiServer};
 use crate::{command, patience};
 
@@ -32,8 +34,15 @@ const SERVICES: &str = "10.96.0.0/24,fd00:10:96::/112";
 const SERVED_LIMIT: Duration = Duration::from_secs(30);
 /// In whose name objects are applied.
 const MANAGER: &str = "--field-manager=culvert-sandbox";
-/// What an agent may do at the API server, as it is deployed.
-const RIGHTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/agent/rbac.yaml");
+/// What the agents and `culvert control` may do at the API server, as they are deployed.
+const RIGHTS: [&str; 2] = [
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/agent/rbac.yaml"),
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/control/rbac.yaml"),
+];
+/// The webhook of `culvert control`, as it is deployed.
+const WEBHOOK: &str = include_str!("../../../deploy/control/webhook.yaml");
+/// Where `culvert control` publishes the roots (specification §4).
+const ROOTS: &str = "istio-ca-root-cert";
 
 /// An API server with the sandbox's objects.
 #[derive(Debug)]
@@ -120,7 +129,10 @@ impl Cluster {
         let definitions = command::finish(Command::new(built("culvert")?).arg("crds"), None)?;
         self.server.kubectl_with(&["create", "--filename", "-"], &definitions)?;
         self.server.kubectl(&["create", "namespace", SYSTEM])?;
-        self.server.kubectl(&["apply", "--filename", RIGHTS])?;
+        for rights in RIGHTS {
+            self.server.kubectl(&["apply", "--filename", rights])?;
+        }
+        self.server.kubectl_with(&["apply", "--filename", "-"], &webhook_at(webhook_address())?)?;
         let limit = format!("--timeout={}s", SERVED_LIMIT.as_secs() * u64::from(patience()));
         self.server.kubectl(&["wait", "--for=condition=Established", "crd", "--all", &limit])?;
         command::wait_for("policies are served", SERVED_LIMIT, || {
@@ -133,9 +145,21 @@ impl Cluster {
         &self.server
     }
 
-    /// Writes the kubeconfig of the agents: in a cluster they are known by a token of this service account.
-    pub(super) fn agents_kubeconfig(&self) -> Result<PathBuf> {
-        self.server.kubeconfig(&format!("system:serviceaccount:{SYSTEM}:{AGENT_ACCOUNT}"), None)
+    /// Kubeconfig of a service account of the system namespace.
+    pub(super) fn kubeconfig(&self, account: &str) -> Result<PathBuf> {
+        self.server.kubeconfig(&format!("system:serviceaccount:{SYSTEM}:{account}"), None)
+    }
+
+    /// A token as a kubelet has it made for an agent's pod.
+    pub(super) fn token(&self, pod: &str) -> Result<String> {
+        self.server.token(SYSTEM, AGENT_ACCOUNT, AUDIENCE, Some(pod))
+    }
+
+    /// The roots that are published in the agents' namespace, if they are.
+    pub(super) fn roots(&self) -> Result<Option<String>> {
+        let path = r"jsonpath={.data.root-cert\.pem}";
+        let get = ["get", "configmap", ROOTS, "--namespace", SYSTEM, "--ignore-not-found", "--output", path];
+        Ok(Some(self.server.kubectl(&get)?).filter(|roots| !roots.is_empty()))
     }
 
     /// The UID that the API server gave to what [`Plan::uid`] knows by this name.
@@ -276,6 +300,17 @@ impl Cluster {
         let mode = fs::Permissions::from_mode(0o755);
         fs::set_permissions(path, mode).with_context(|| format!("make {} executable", path.display()))
     }
+}
+
+/// The configuration of deploy/ for a webhook that answers at an address: in no sandbox a Service leads API servers anywhere.
+///
+/// # Errors
+/// The configuration names no Service.
+pub fn webhook_at(address: SocketAddr) -> Result<String> {
+    let (before, service) =
+        WEBHOOK.split_once("    service:\n").context("deploy/control/webhook.yaml names the Service")?;
+    let after = service.find("\n  rules:").context("deploy/control/webhook.yaml has rules")?;
+    Ok(format!("{before}    url: https://{address}/validate{}", &service[after..]))
 }
 
 /// The documents that kubectl printed; of a list, its items.

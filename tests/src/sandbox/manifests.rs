@@ -15,6 +15,8 @@ use crate::apiserver::ApiServer;
 
 /// The agents' own pods run under this service account, which the CA trusts as a node's.
 pub(super) const AGENT_ACCOUNT: &str = "culvert";
+/// The one of `culvert control`, as in deploy/control.
+pub(super) const CONTROL_ACCOUNT: &str = "culvert-control";
 /// Namespace of the agents, the CA and mesh-wide policy.
 pub(super) const SYSTEM: &str = "istio-system";
 

@@ -1,4 +1,5 @@
-//! The mesh on a sandbox: the CA on node a and one agent per node, the real binary with the flags a cluster would give it.
+//! The mesh on a sandbox: the CA on node a and one agent per node, the real binary with the flags a cluster would give it. Where the
+//! sandbox has an API server, the CA is `culvert control`, and the agents' tokens are the API server's.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -10,10 +11,12 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::manifests::{self, AGENT_ACCOUNT, SYSTEM};
+use super::manifests::{self, AGENT_ACCOUNT, CONTROL_ACCOUNT, SYSTEM};
+use super::place::Place;
 use super::plan::Node;
 use super::tokens::{AUDIENCE, Claims, ISSUER};
 use super::{Process, Sandbox};
+use crate::apiserver::write_secret;
 use crate::programs::HttpResult;
 use crate::{command, patience};
 
@@ -21,10 +24,16 @@ use crate::{command, patience};
 const CA_PORT: u16 = 15012;
 /// Port of an agent's readiness.
 const READINESS_PORT: u16 = 15021;
+/// Port of the readiness of `culvert control`: on a node of its own it would be an agent's.
+const CONTROL_READINESS_PORT: u16 = 15022;
+/// Port of the webhook of `culvert control`.
+const WEBHOOK_PORT: u16 = 15017;
 /// Port of an agent's metrics.
 const METRICS_PORT: u16 = 15020;
 /// How long it may take to answer there.
 const METRICS_LIMIT: Duration = Duration::from_secs(10);
+/// What a kubelet asks there, and how long it waits.
+const READY_REQUEST: [&str; 4] = ["--path", "/healthz/ready", "--timeout-ms", "500"];
 /// How long the CA or an agent may take until it is ready.
 const READY_LIMIT: Duration = Duration::from_secs(30);
 
@@ -98,6 +107,9 @@ impl Sandbox {
     /// It ended or was not ready in time.
     pub fn start_ca(&mut self, mesh: &MeshPlan) -> Result<()> {
         let place = self.service_place(Node::A, "culvert-ca")?;
+        if self.manifests().cluster().is_some() {
+            return self.start_control(mesh, &place);
+        }
         let dir = self.dir().join("ca");
         fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
         let mut ca = place.command(&mesh.binary)?;
@@ -128,6 +140,41 @@ impl Sandbox {
         .with_context(|| self.end_of_log("ca"))
     }
 
+    /// Starts `culvert control` on node a, waits until it is ready, and gives the roots that it publishes to the agents, as a kubelet
+    /// does with a volume.
+    fn start_control(&mut self, mesh: &MeshPlan, place: &Place) -> Result<()> {
+        let cluster = self.manifests().cluster().context("the sandbox has an API server")?;
+        let mut control = place.command(&mesh.binary)?;
+        let readiness = SocketAddr::new(Node::A.v4().into(), CONTROL_READINESS_PORT);
+        control
+            .arg("control")
+            .arg("--kubeconfig")
+            .arg(cluster.kubeconfig(CONTROL_ACCOUNT)?)
+            .args(["--pod-name", CONTROL_ACCOUNT, "--pod-ip", &Node::A.v4().to_string()])
+            .args(["--listen", &ca_address().to_string(), "--readiness-address", &readiness.to_string()])
+            .args(["--webhook-listen", &webhook_address().to_string()])
+            .args(["--server-names", &format!("istiod.istio-system.svc,{}", Node::A.v4())]);
+        if let Some(ttl) = &mesh.cert_ttl {
+            control.args(["--cert-ttl", ttl, "--max-cert-ttl", ttl]);
+        }
+        control.args(&mesh.ca_arguments);
+        self.start("ca", control)?;
+        let published = command::wait_for("the CA is ready and publishes its roots", READY_LIMIT, || {
+            self.expect_running("ca")?;
+            let to = readiness.to_string();
+            let got: HttpResult =
+                self.call_on_node(Node::A, &[&["http-get", "--to", &to][..], &READY_REQUEST].concat())?;
+            let roots = match (got.status, self.manifests().cluster()) {
+                (Some(200), Some(cluster)) => cluster.roots()?,
+                _ => None,
+            };
+            Ok(roots)
+        });
+        let roots = published.with_context(|| self.end_of_log("ca"))?;
+        let path = self.root_certificate();
+        fs::write(&path, roots).with_context(|| format!("write {}", path.display()))
+    }
+
     /// Starts the agent of a node, as its own pod's process; [`Self::wait_ready`] waits for it.
     ///
     /// # Errors
@@ -143,7 +190,10 @@ impl Sandbox {
     pub fn start_agent_as(&mut self, mesh: &MeshPlan, node: Node, name: &str) -> Result<()> {
         let place = self.agent_place(node)?;
         let token = self.dir().join(format!("token-{}", node.letter()));
-        self.signer().sign_to(&self.agent_claims(node), &token)?;
+        match self.manifests().cluster() {
+            Some(cluster) => write_secret(&token, cluster.token(&manifests::agent_name(node))?.as_bytes())?,
+            None => self.signer().sign_to(&self.agent_claims(node), &token)?,
+        }
         let pins = self.pin_dir(node);
         self.ledger.will_pin(&pins)?;
         let mut agent = place.command(&mesh.binary)?;
@@ -158,7 +208,10 @@ impl Sandbox {
             .arg(&pins)
             .args(["--log-format", if mesh.text_log { "text" } else { "json" }]);
         match self.manifests().cluster() {
-            Some(cluster) => agent.arg("--kubeconfig").arg(cluster.agents_kubeconfig()?),
+            Some(cluster) => agent
+                .arg("--kubeconfig")
+                .arg(cluster.kubeconfig(AGENT_ACCOUNT)?)
+                .args(["--control-address", &ca_address().to_string()]),
             None => agent.arg("--manifests").arg(self.manifests().path()),
         };
         match &mesh.cert_dir {
@@ -183,10 +236,8 @@ impl Sandbox {
         let to = SocketAddr::new(node.v4().into(), READINESS_PORT);
         command::wait_for(&format!("the agent of {node} is ready"), READY_LIMIT, || {
             self.expect_running(&name)?;
-            let got: HttpResult = self.call_on_node(
-                node,
-                &["http-get", "--to", &to.to_string(), "--path", "/healthz/ready", "--timeout-ms", "500"],
-            )?;
+            let got: HttpResult =
+                self.call_on_node(node, &[&["http-get", "--to", &to.to_string()][..], &READY_REQUEST].concat())?;
             Ok((got.status == Some(200)).then_some(()))
         })
         .with_context(|| self.end_of_log(&name))
@@ -300,6 +351,11 @@ pub(super) fn mount_bpffs() -> Result<()> {
 /// Name of an agent's process in the sandbox.
 pub fn agent_process(node: Node) -> String {
     format!("agent-{}", node.letter())
+}
+
+/// Where `culvert control` says what is wrong with a policy before it is stored.
+pub(super) fn webhook_address() -> SocketAddr {
+    SocketAddr::new(Node::A.v4().into(), WEBHOOK_PORT)
 }
 
 fn ca_address() -> SocketAddr {

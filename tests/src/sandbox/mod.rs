@@ -47,6 +47,7 @@ use nix::sys::signal::Signal;
 use serde::de::DeserializeOwned;
 
 pub use cgroups::mount as cgroup2_mount;
+pub use cluster::webhook_at;
 pub use ledger::{Swept, sweep};
 pub use manifests::Manifests;
 pub use mesh::{LogLine, MeshPlan, agent_process};

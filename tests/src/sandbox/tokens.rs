@@ -2,7 +2,6 @@
 //!
 //! The key is made and used by `openssl`, so the harness needs no cryptography of its own.
 
-use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -10,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 
+use crate::apiserver::write_secret;
 use crate::command;
 
 /// `iss` of the tokens.
@@ -106,15 +106,7 @@ impl Signer {
 
     /// Writes a token to a file that only root reads.
     pub(super) fn sign_to(&self, claims: &Claims, path: &Path) -> Result<()> {
-        use std::os::unix::fs::OpenOptionsExt;
-        let mut file = fs::OpenOptions::new()
-            .create(true)
-            .truncate(true)
-            .write(true)
-            .mode(0o600)
-            .open(path)
-            .with_context(|| format!("open {}", path.display()))?;
-        file.write_all(self.sign(claims)?.as_bytes()).with_context(|| format!("write {}", path.display()))
+        write_secret(path, self.sign(claims)?.as_bytes())
     }
 }
 
