@@ -69,7 +69,8 @@
 //! # Ports
 //!
 //! In a pod: 15008 tunnels (by `sk_lookup`; the sockets themselves listen from 65000 on), 512 to 1023 the redirected
-//! connections of the pod to itself. On the node: 15021 readiness, 15020 metrics, 15012 the CA, 15000 (loopback) operators.
+//! connections of the pod to itself. On the node: 15021 readiness, 15020 metrics, 15000 (loopback) operators. The CA answers at 15012,
+//! the webhook at 15017.
 
 pub mod admin;
 pub mod announce;
