@@ -575,6 +575,18 @@ fn a_wrong_policy_is_refused_when_it_is_written() -> Result<()> {
     let (taken, text) = cluster.kubectl(&apply, &cluster.allow("right", "80"))?;
     ensure!(taken && !text.contains("Warning"), "{text}");
 
+    // In an editor it is the same.
+    let edit = |change: &str| -> Result<(bool, String)> {
+        let mut kubectl = cluster.server.kubectl_command(&cluster.server.admin())?;
+        kubectl.args(["edit", "authorizationpolicy", "right", "-n", cluster.namespace]);
+        let output = kubectl.env("KUBE_EDITOR", format!("sed -i {change}")).output()?;
+        Ok((output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned()))
+    };
+    let (edited, text) = edit("s/\"80\"/\"81\"/")?;
+    ensure!(edited && cluster.field("right", "{.spec.rules[0].to[0].operation.ports[0]}")? == "81", "{text}");
+    let (edited, text) = edit("s/\"81\"/\"http\"/")?;
+    ensure!(!edited && text.contains("no valid changes were saved"), "{text}");
+
     // Another root: API servers trust the new certificate within moments.
     let theirs = PluggedIn::make()?;
     cluster.server.apply(&theirs.secret(cluster.namespace, &theirs.root))?;
