@@ -7,13 +7,14 @@
 //! | unit | libraries and programs by themselves, with property tests |
 //! | kernel | the eBPF object and what uses it, in this machine's kernel |
 //! | scenarios | the sandbox with real packets, and the ends of the supported kernels under QEMU |
+//! | istiod | agents with a real istiod as their CA: with `--full` only, since building it takes minutes |
 //! | benchmarks | those of criterion run, once each, and unoptimised: what they measure is for `cargo bench` |
 //!
 //! Where the tests' API server is not built yet, that runs beside the stages that only compile. No test begins before it is there:
 //! many have limits of time.
 //!
 //! A stage that fails does not stop the others. One that cannot run here has failed; only advisories may say loudly that
-//! they could not run.
+//! they could not run, and what is for `--full` alone that it did not.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -67,6 +68,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     stages.compile()?;
     stages.api_server(kubernetes)?;
     stages.tests(arguments.filter.as_deref())?;
+    stages.istiod()?;
     if arguments.filter.is_none() {
         stages.benchmarks()?;
     }
@@ -199,6 +201,23 @@ impl Stages<'_> {
             self.harness(name, cargo)?;
         }
         Ok(())
+    }
+
+    /// The one test that is ignored elsewhere.
+    fn istiod(&mut self) -> Result<()> {
+        const NAME: &str = "agents with a real istiod";
+        if !self.full {
+            self.not_run(NAME, "only `cargo xtask test --full` builds istiod, which takes minutes".to_owned());
+            return Ok(());
+        }
+        if let Err(error) = setup::build_istiod() {
+            interrupt::check()?;
+            self.failed(NAME, &format!("{error:#}"));
+            return Ok(());
+        }
+        let mut cargo = self.ready.cargo_command(&["test", "--package", "culvert-tests", "--test", "istiod"])?;
+        cargo.args(["--", "--ignored"]).env("RUST_BACKTRACE", "0").env(RESULTS_VARIABLE, &self.results);
+        self.harness(NAME, cargo)
     }
 
     /// Each once, without measuring: that they still run. Those of `cargo bench`, with optimisation, take minutes to build.

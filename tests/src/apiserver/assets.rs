@@ -46,6 +46,29 @@ pub fn istio_module() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("istio")
 }
 
+/// The package of istiod, in the module that names its version.
+pub const ISTIOD_PACKAGE: &str = "istio.io/istio/pilot/cmd/pilot-discovery";
+
+/// The module that names the version of istiod, with the checksums of all that it consists of.
+pub fn istiod_module() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("istiod")
+}
+
+/// Arguments of `go build` for istiod, besides the output and the package.
+pub fn istiod_arguments() -> Vec<String> {
+    ["-trimpath", "-buildvcs=false", "-ldflags", "-s -w"].map(str::to_owned).to_vec()
+}
+
+/// File of istiod, once it is built: the name of its folder says what it was built from and how.
+///
+/// # Errors
+/// There is no cache directory.
+pub fn istiod() -> Result<PathBuf> {
+    let (go_mod, go_sum) = (include_str!("../../istiod/go.mod"), include_str!("../../istiod/go.sum"));
+    let name = format!("istiod-{:016x}", key(&[go_mod, go_sum, &istiod_arguments().join(" ")]));
+    Ok(crate::cache().context("where built programs are kept")?.join("tools").join(name).join("istiod"))
+}
+
 /// Where Istio's own definitions lie once they have been fetched.
 ///
 /// # Errors

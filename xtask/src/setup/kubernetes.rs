@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use culvert_tests::apiserver::assets::{
-    Assets, ETCD, ETCD_PACKAGE, ISTIO, ISTIO_FILE, ISTIO_MODULE, KUBERNETES, KUBERNETES_PACKAGES, PROGRAMS, VARIABLE,
-    build_arguments, istio_cached, istio_module, module,
+    Assets, ETCD, ETCD_PACKAGE, ISTIO, ISTIO_FILE, ISTIO_MODULE, ISTIOD_PACKAGE, KUBERNETES, KUBERNETES_PACKAGES,
+    PROGRAMS, VARIABLE, build_arguments, istio_cached, istio_module, istiod, istiod_arguments, istiod_module, module,
 };
 use culvert_tests::{command, interrupt};
 
@@ -56,13 +56,14 @@ pub(super) fn begin() -> Result<Building> {
     if built {
         return Ok(Building { thread: None, stop });
     }
-    let build = Build { go, dir: Assets::cached()?, stop: Arc::clone(&stop) };
+    let (dir, module, arguments) = (Assets::cached()?, module(), build_arguments());
+    let build = Build { go, dir, what: "the API server of the tests", module, arguments, stop: Arc::clone(&stop) };
     eprintln!(
         "• build the API server of the tests (Kubernetes {KUBERNETES}, etcd {ETCD}) with Go, once, into {}, beside what follows: \
          about 5 minutes on 2 cores, 5 GB meanwhile; {VARIABLE} names a directory to use instead",
         build.dir.display()
     );
-    let thread = thread::Builder::new().name("go build".to_owned()).spawn(move || build.run());
+    let thread = thread::Builder::new().name("go build".to_owned()).spawn(move || build.api_server());
     Ok(Building { thread: Some(thread.context("start the thread that builds")?), stop })
 }
 
@@ -116,18 +117,58 @@ fn fetch_istio(go: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Builds istiod, if it is not there.
+///
+/// # Errors
+/// No Go can be had, or the build failed; the error has the end of what it said.
+pub(crate) fn build_istiod() -> Result<()> {
+    let file = istiod()?;
+    if file.is_file() {
+        return Ok(());
+    }
+    let dir = file.parent().context("its folder")?.to_owned();
+    let (module, arguments) = (istiod_module(), istiod_arguments());
+    let build = Build { go: go()?, dir, what: "istiod", module, arguments, stop: Arc::default() };
+    eprintln!("• build istiod with Go, once, into {}: about 5 minutes on 2 cores, 4 GB meanwhile", build.dir.display());
+    build.once(
+        || Ok(file.is_file()),
+        |work, fresh| build.go_build(work, &fresh.join("istiod"), &[ISTIOD_PACKAGE], &mut 0),
+    )
+}
+
 struct Build {
     go: PathBuf,
     /// Where the set shall lie.
     dir: PathBuf,
+    /// What it is, for people.
+    what: &'static str,
+    /// The module that names the versions.
+    module: PathBuf,
+    /// Of `go build`, besides the output and the packages.
+    arguments: Vec<String>,
     stop: Arc<AtomicBool>,
 }
 
 impl Build {
-    fn run(&self) -> Result<()> {
+    fn api_server(&self) -> Result<()> {
+        self.once(Assets::is_built, |work, fresh| {
+            let mut compiled = 0;
+            let etcd = fresh.join("etcd");
+            self.go_build(work, &etcd, &[ETCD_PACKAGE], &mut compiled)?;
+            self.go_build(work, fresh, &KUBERNETES_PACKAGES, &mut compiled)?;
+            for program in PROGRAMS {
+                ensure!(fresh.join(program).is_file(), "Go built no {program} in {}", fresh.display());
+            }
+            Ok(())
+        })
+    }
+
+    /// Builds into a folder of its own, which is put in place when it is complete; `build` is told where its caches and its
+    /// programs belong.
+    fn once(&self, is_built: impl Fn() -> Result<bool>, build: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<()> {
         let begun = Instant::now();
         let _lock = self.lock()?;
-        if Assets::is_built()? {
+        if is_built()? {
             // Another checkout has built it meanwhile.
             return Ok(());
         }
@@ -138,19 +179,13 @@ impl Build {
             remove(left)?;
             fs::create_dir_all(left).with_context(|| format!("create {}", left.display()))?;
         }
-        let mut compiled = 0;
-        let etcd = fresh.join("etcd");
-        self.go_build(&work, &etcd, &[ETCD_PACKAGE], &mut compiled)?;
-        self.go_build(&work, &fresh, &KUBERNETES_PACKAGES, &mut compiled)?;
-        for program in PROGRAMS {
-            ensure!(fresh.join(program).is_file(), "Go built no {program} in {}", fresh.display());
-        }
+        build(&work, &fresh)?;
         // 4 GB of sources and objects, for 190 MB of programs that nobody compiles a second time.
         remove(&work)?;
         // Of one that lost a program, the rest is in the way.
         remove(&self.dir)?;
         fs::rename(&fresh, &self.dir).with_context(|| format!("rename {} into place", fresh.display()))?;
-        say::done(&format!("the API server of the tests is built, in {:.0} s", begun.elapsed().as_secs_f64()));
+        say::done(&format!("{} is built, in {:.0} s", self.what, begun.elapsed().as_secs_f64()));
         Ok(())
     }
 
@@ -171,7 +206,7 @@ impl Build {
                 }
             }
             if !told {
-                say::warn("another process builds the API server of the tests; this one waits for it");
+                say::warn(&format!("another process builds {}; this one waits for it", self.what));
                 told = true;
             }
             self.check()?;
@@ -189,8 +224,8 @@ impl Build {
     fn go_build(&self, work: &Path, output: &Path, packages: &[&str], compiled: &mut u32) -> Result<()> {
         // Below what the user waits for.
         let mut go = Command::new("nice");
-        go.args(["-n", "10"]).arg(&self.go).args(["build", "-v"]).args(build_arguments());
-        go.arg("-o").arg(output).args(packages).current_dir(module());
+        go.args(["-n", "10"]).arg(&self.go).args(["build", "-v"]).args(&self.arguments);
+        go.arg("-o").arg(output).args(packages).current_dir(&self.module);
         environment(&mut go, work);
         let text = command::describe(&go);
         go.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
@@ -224,7 +259,7 @@ impl Build {
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
                 let count = compiled.load(Ordering::Relaxed);
-                eprintln!("  API server: {count} packages compiled after {:.0} s", begun.elapsed().as_secs_f64());
+                eprintln!("  {}: {count} packages compiled after {:.0} s", self.what, begun.elapsed().as_secs_f64());
             }
             thread::sleep(Duration::from_millis(100));
         }
@@ -232,7 +267,7 @@ impl Build {
 
     fn check(&self) -> Result<()> {
         interrupt::check()?;
-        ensure!(!self.stop.load(Ordering::SeqCst), "the build of the API server was given up");
+        ensure!(!self.stop.load(Ordering::SeqCst), "the build of {} was given up", self.what);
         Ok(())
     }
 }
@@ -374,7 +409,8 @@ mod tests {
     #[test]
     fn a_build_that_is_given_up_ends_at_once() {
         let stop = Arc::new(AtomicBool::new(true));
-        let build = Build { go: "/nowhere/go".into(), dir: "/nowhere/set".into(), stop };
+        let (go, dir, module) = ("/nowhere/go".into(), "/nowhere/set".into(), "/nowhere/module".into());
+        let build = Build { go, dir, what: "something", module, arguments: Vec::new(), stop };
         let mut sleeper = Command::new("sleep");
         command::end_with_starter(sleeper.arg("60"));
         let mut child = sleeper.spawn().expect("sleep starts");

@@ -21,7 +21,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 use culvert_tests::{cache, command, interrupt};
 
-pub(crate) use kubernetes::Building;
+pub(crate) use kubernetes::{Building, build_istiod};
 pub(crate) use toolchain::Toolchain;
 
 /// What the machine is wanted for; each includes the one before it.
