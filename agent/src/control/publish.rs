@@ -50,7 +50,10 @@ pub(super) async fn keep(
         let mut next = Instant::now() + LOOK;
         if Instant::now() >= look_at {
             match list(&client).await {
-                Ok(found) => known = found,
+                Ok(found) => {
+                    tell(&mut said, "", None);
+                    known = found;
+                }
                 Err(error) => {
                     tell(&mut said, "", Some(error));
                     next = Instant::now() + AGAIN;

@@ -112,8 +112,8 @@ pub enum Kinds {
 }
 
 /// Watches the API server; `system_namespace` is that of ConfigMap `istio`, the mesh configuration. The view that is there at first
-/// may lack everything: what has not been listed is named in [`View::unread`]. The future keeps the receiver up to date for as long as it is polled, and ends when every receiver is
-/// gone. Dropping the future ends it as well.
+/// may lack everything: what has not been listed is named in [`View::unread`]. The future keeps the receiver up to date for as long
+/// as it is polled, and ends when every receiver is gone. Dropping the future ends it as well.
 ///
 /// Waits some seconds for the first lists, and then for nothing: a server that is down is asked until it answers. The future
 /// does not fail.

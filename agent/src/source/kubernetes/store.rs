@@ -242,7 +242,8 @@ impl Store {
             *json.get_mut("spec")? = kept.get("spec")?.clone();
             Some((of, self.read(json).result.ok()?))
         });
-        let before = self.generation(&decoded.key).zip(before);
+        // Of one that is not younger than its past, the past is another object's, whose end was not heard of.
+        let before = self.generation(&decoded.key).filter(|of| *of < generation).zip(before);
         let last_valid = kept.into_iter().chain(before).max_by_key(|(generation, _)| *generation);
         let effect = match (last_valid, invalid.restricting) {
             (Some((generation, object)), _) => {
@@ -620,8 +621,12 @@ mod tests {
         let strict = || peer_authentication("p", 1, "STRICT", json!({}));
         list(&mut store, Kind::PeerAuthentication, vec![strict()]);
         store.hear(Kind::PeerAuthentication, Heard::Deleted(strict()));
-        store.hear(Kind::PeerAuthentication, Heard::Applied(peer_authentication("p", 1, "STRIKT", json!({}))));
+        let wrong = || peer_authentication("p", 1, "STRIKT", json!({}));
+        store.hear(Kind::PeerAuthentication, Heard::Applied(wrong()));
         assert_eq!(mode(&store.view(), "p"), None);
+        // While nothing was heard of it.
+        list(&mut store, Kind::PeerAuthentication, vec![peer_authentication("p", 7, "STRICT", json!({}))]);
+        assert_eq!(mode(&list(&mut store, Kind::PeerAuthentication, vec![wrong()]), "p"), None);
     }
 
     #[test]
