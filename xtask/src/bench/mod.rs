@@ -171,7 +171,9 @@ fn tools(peers: &[Peer], binaries: Option<&Path>) -> Result<Tools> {
 
 fn target() -> PathBuf {
     // Cargo's own word for another place is obeyed by the build above.
-    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| setup::root().join("target"), PathBuf::from)
+    let all = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| setup::root().join("target"), PathBuf::from);
+    // .cargo/config.toml names the host as the target, which so has a folder of its own.
+    all.join(format!("{}-unknown-linux-gnu", std::env::consts::ARCH))
 }
 
 /// Every chosen measure of one peer: those that share a session, then each that has one of its own.
