@@ -5,7 +5,8 @@
 //! access log), and whether the request's marker crossed the link between the nodes readably (the capture).
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::fs;
+use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use crate::capture::Capture;
 use crate::command;
 use crate::interrupt;
 use crate::programs::{Failure, HttpResult};
-use crate::sandbox::{Family, Node, Plan, Sandbox};
+use crate::sandbox::{Family, LogLine, Node, Plan, Sandbox};
 
 /// The server.
 const SERVER: &str = "default/productpage";
@@ -252,36 +253,145 @@ const STEPS: &[Step] = &[
     },
 ];
 
-/// Plays the scenario on a sandbox whose mesh is up; `tell` gets each row as soon as it is known.
+/// Where the scenario is played: two nodes with its pods, and a mesh that is up. Pods are named `namespace/name`.
+pub trait Stage {
+    /// Makes these the policies that the scenario has, and there are no others of it; their text may have several objects, or none.
+    ///
+    /// # Errors
+    /// They could not be put into force.
+    fn put(&self, policies: &str) -> Result<()>;
+
+    /// Records everything that crosses between the nodes.
+    ///
+    /// # Errors
+    /// It cannot be recorded.
+    fn capture(&self) -> Result<Capture>;
+
+    /// The cluster IP of the Service that has a pod's name.
+    ///
+    /// # Errors
+    /// There is none.
+    fn cluster_ip(&self, of: &str) -> Result<IpAddr>;
+
+    /// A pod's address.
+    ///
+    /// # Errors
+    /// There is no such pod.
+    fn pod_ip(&self, pod: &str) -> Result<IpAddr>;
+
+    /// One request of a pod, with a marker in it.
+    ///
+    /// # Errors
+    /// It could not be made; that it was refused is a result.
+    fn call(&self, client: &str, to: SocketAddr, marker: &str) -> Result<HttpResult>;
+
+    /// The lines of a node's agent since `offset` (bytes; past the end: none), and the offset after the last.
+    ///
+    /// # Errors
+    /// The log could not be read.
+    fn log(&self, node: Node, offset: u64) -> Result<(Vec<LogLine>, u64)>;
+
+    /// Starts a program of [`crate::programs`] in a pod, under a name.
+    ///
+    /// # Errors
+    /// It could not be started.
+    fn begin(&mut self, name: &str, pod: &str, arguments: &[&str]) -> Result<()>;
+
+    /// What a started program has printed so far.
+    ///
+    /// # Errors
+    /// It could not be read.
+    fn printed(&self, name: &str) -> Result<String>;
+
+    /// Fails if a started program has ended.
+    ///
+    /// # Errors
+    /// It has.
+    fn expect(&mut self, name: &str) -> Result<()>;
+
+    /// Ends a started program.
+    ///
+    /// # Errors
+    /// It had ended.
+    fn end(&mut self, name: &str) -> Result<()>;
+}
+
+impl Stage for Sandbox {
+    fn put(&self, policies: &str) -> Result<()> {
+        match policies.is_empty() {
+            true => self.manifests().delete(POLICY_FILE),
+            false => self.manifests().apply(POLICY_FILE, policies),
+        }
+    }
+
+    fn capture(&self) -> Result<Capture> {
+        Sandbox::capture(self)
+    }
+
+    fn cluster_ip(&self, of: &str) -> Result<IpAddr> {
+        Sandbox::cluster_ip(self, of, Family::V4)
+    }
+
+    fn pod_ip(&self, pod: &str) -> Result<IpAddr> {
+        Ok(self.pod(pod)?.v4.into())
+    }
+
+    fn call(&self, client: &str, to: SocketAddr, marker: &str) -> Result<HttpResult> {
+        self.http(client, to, marker)
+    }
+
+    fn log(&self, node: Node, offset: u64) -> Result<(Vec<LogLine>, u64)> {
+        self.agent_log(node, offset)
+    }
+
+    fn begin(&mut self, name: &str, pod: &str, arguments: &[&str]) -> Result<()> {
+        self.start_in_pod(name, pod, arguments)
+    }
+
+    fn printed(&self, name: &str) -> Result<String> {
+        let path = self.log_path(name);
+        fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+    }
+
+    fn expect(&mut self, name: &str) -> Result<()> {
+        self.expect_running(name)
+    }
+
+    fn end(&mut self, name: &str) -> Result<()> {
+        self.stop(name).map(drop)
+    }
+}
+
+/// Plays the scenario on a stage whose mesh is up; `tell` gets each row as soon as it is known.
 ///
 /// # Errors
 /// A row could not be observed at all. A row that is not as expected is no error.
-pub fn play(sandbox: &mut Sandbox, mut tell: impl FnMut(&Row)) -> Result<Vec<Row>> {
+pub fn play<S: Stage>(stage: &mut S, mut tell: impl FnMut(&Row)) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for step in STEPS {
-        apply(sandbox, step.policy)?;
+        apply(stage, step.policy)?;
         // The recording starts afresh, so that a row is proven by its own step's traffic.
-        let capture = sandbox.capture()?;
+        let capture = stage.capture()?;
         for (who, client) in [("Nginx", NGINX), ("Legacy-app", LEGACY)] {
             let treated = |plaintext| if client == NGINX { step.nginx } else { plaintext };
-            for (way, to) in ways(sandbox, PORT)? {
+            for (way, to) in ways(stage, PORT)? {
                 let call = format!("{who} → {way}");
                 let expected = expected(client, treated(step.legacy))?;
-                let row = observe(sandbox, &capture, step.title, call, client, to, expected)?;
+                let row = observe(stage, &capture, step.title, call, client, to, expected)?;
                 tell(&row);
                 rows.push(row);
             }
             if let Some(other) = step.other_port {
-                let to = sandbox.pod(SERVER)?.at(Family::V4, OTHER_PORT);
+                let to = SocketAddr::new(stage.pod_ip(SERVER)?, OTHER_PORT);
                 let call = format!("{who} → pod IP:{OTHER_PORT}");
-                let row = observe(sandbox, &capture, step.title, call, client, to, expected(client, treated(other))?)?;
+                let row = observe(stage, &capture, step.title, call, client, to, expected(client, treated(other))?)?;
                 tell(&row);
                 rows.push(row);
             }
         }
     }
-    for last in [change, rotate] {
-        let row = last(sandbox)?;
+    for last in [change::<S>, rotate::<S>] {
+        let row = last(stage)?;
         tell(&row);
         rows.push(row);
     }
@@ -293,17 +403,17 @@ pub fn plan(instance: &str) -> Plan {
     Plan::bookinfo(instance)
 }
 
-/// The policy that the sandbox is left with, for the user to edit.
+/// The policy that the stage is left with, for the user to edit.
 ///
 /// # Errors
 /// The file could not be written.
-pub fn leave_policy_to_edit(sandbox: &Sandbox) -> Result<()> {
-    apply(sandbox, STEPS[1].policy)
+pub fn leave_policy_to_edit(stage: &impl Stage) -> Result<()> {
+    apply(stage, STEPS[1].policy)
 }
 
-fn apply(sandbox: &Sandbox, policies: &[Policy]) -> Result<()> {
+fn apply(stage: &impl Stage, policies: &[Policy]) -> Result<()> {
     if policies.is_empty() {
-        return sandbox.manifests().delete(POLICY_FILE);
+        return stage.put("");
     }
     let text: String = policies
         .iter()
@@ -315,13 +425,13 @@ fn apply(sandbox: &Sandbox, policies: &[Policy]) -> Result<()> {
             )
         })
         .collect();
-    sandbox.manifests().apply(POLICY_FILE, &text)
+    stage.put(&text)
 }
 
-fn ways(sandbox: &Sandbox, port: u16) -> Result<[(&'static str, SocketAddr); 2]> {
+fn ways(stage: &impl Stage, port: u16) -> Result<[(&'static str, SocketAddr); 2]> {
     Ok([
-        ("cluster IP", SocketAddr::new(sandbox.cluster_ip(SERVER, Family::V4)?, port)),
-        ("pod IP", sandbox.pod(SERVER)?.at(Family::V4, port)),
+        ("cluster IP", SocketAddr::new(stage.cluster_ip(SERVER)?, port)),
+        ("pod IP", SocketAddr::new(stage.pod_ip(SERVER)?, port)),
     ])
 }
 
@@ -335,7 +445,7 @@ fn expected(client: &str, treated: Treated) -> Result<Outcome> {
     })
 }
 
-/// A sandbox's pods run under service accounts of their own names.
+/// The pods run under service accounts of their own names.
 fn identity(pod: &str) -> Result<String> {
     let (namespace, name) = pod.split_once('/').context("a pod without a namespace")?;
     Ok(format!("spiffe://cluster.local/ns/{namespace}/sa/{name}"))
@@ -343,7 +453,7 @@ fn identity(pod: &str) -> Result<String> {
 
 /// Makes the call until it ends as expected or the time for a change to take effect has passed.
 fn observe(
-    sandbox: &Sandbox,
+    stage: &impl Stage,
     capture: &Capture,
     step: &'static str,
     call: String,
@@ -355,13 +465,13 @@ fn observe(
     for attempt in 0.. {
         interrupt::check()?;
         let marker = format!("culvert-secret-{}-{attempt}-{}", step.replace(' ', "-"), unique());
-        let (_, before) = sandbox.agent_log(SERVER_NODE, u64::MAX)?;
-        let got = sandbox.http(client, to, &marker)?;
+        let (_, before) = stage.log(SERVER_NODE, u64::MAX)?;
+        let got = stage.call(client, to, &marker)?;
         let readable = capture.contains(marker.as_bytes())?;
         let answer = Answer::of(&got);
         // An answer that is not the expected one decides the attempt; its log line would only cost time.
         let peer = match (&answer, answer == expected.answer) {
-            (Answer::Status(_), true) => seen_by_server(sandbox, client, before)?,
+            (Answer::Status(_), true) => seen_by_server(stage, client, before)?,
             (Answer::Status(_), false) | (Answer::Refused | Answer::Held | Answer::Otherwise(_), _) => {
                 Peer::NoConnection
             }
@@ -380,11 +490,11 @@ fn observe(
 }
 
 /// Whom the server's agent saw in the first connection from `client` that its access log shows after `offset`.
-fn seen_by_server(sandbox: &Sandbox, client: &str, offset: u64) -> Result<Peer> {
-    let source = sandbox.pod(client)?.v4;
+fn seen_by_server(stage: &impl Stage, client: &str, offset: u64) -> Result<Peer> {
+    let source = stage.pod_ip(client)?;
     let begun = Instant::now();
     loop {
-        for line in sandbox.agent_log(SERVER_NODE, offset)?.0 {
+        for line in stage.log(SERVER_NODE, offset)?.0 {
             let from = line.field("src.addr").and_then(|a| a.parse::<SocketAddr>().ok());
             let inbound = line.field("direction").is_some_and(|d| d == "inbound");
             if inbound && from.is_some_and(|a| a.ip().to_canonical() == source) {
@@ -400,10 +510,10 @@ fn seen_by_server(sandbox: &Sandbox, client: &str, offset: u64) -> Result<Peer> 
 
 /// Requests without a pause while policy changes three times: to another that says the same, to a DENY, and back. There is
 /// one moment for each change: before it all are answered by the old policy, after it by the new one.
-fn change(sandbox: &mut Sandbox) -> Result<Row> {
+fn change<S: Stage>(stage: &mut S) -> Result<Row> {
     const STEP: &str = "change under traffic";
-    apply(sandbox, &[STRICT, ALLOW_TEST])?;
-    let traffic = Traffic::start(sandbox, "change")?;
+    apply(stage, &[STRICT, ALLOW_TEST])?;
+    let traffic = Traffic::start(stage, "change")?;
     // Each phase lasts until its policy is at work, and some requests longer.
     for (policy, answer) in [
         (&[STRICT, ALLOW_TEST][..], Answer::Status(200)),
@@ -411,14 +521,14 @@ fn change(sandbox: &mut Sandbox) -> Result<Row> {
         (&[STRICT, ALLOW_NGINX, DENY_NGINX], Answer::Refused),
         (&[STRICT, ALLOW_TEST], Answer::Status(200)),
     ] {
-        apply(sandbox, policy)?;
+        apply(stage, policy)?;
         let what = format!("requests are answered by {answer}");
         command::wait_for(&what, EFFECT_LIMIT, || {
-            Ok(traffic.results(sandbox)?.last().is_some_and(|last| Answer::of(last) == answer).then_some(()))
+            Ok(traffic.results(stage)?.last().is_some_and(|last| Answer::of(last) == answer).then_some(()))
         })?;
         thread::sleep(Duration::from_millis(500));
     }
-    let (results, readable) = traffic.end(sandbox)?;
+    let (results, readable) = traffic.end(stage)?;
     let mut phases: Vec<Answer> = results.iter().map(Answer::of).collect();
     phases.dedup();
     let shown: Vec<String> = phases.iter().map(Answer::to_string).collect();
@@ -445,27 +555,27 @@ struct Traffic {
 }
 
 impl Traffic {
-    fn start(sandbox: &mut Sandbox, what: &str) -> Result<Self> {
-        let capture = sandbox.capture()?;
+    fn start(stage: &mut impl Stage, what: &str) -> Result<Self> {
+        let capture = stage.capture()?;
         let marker = format!("culvert-secret-{what}-{}", unique());
-        let to = SocketAddr::new(sandbox.cluster_ip(SERVER, Family::V4)?, PORT).to_string();
+        let to = SocketAddr::new(stage.cluster_ip(SERVER)?, PORT).to_string();
         let name = format!("{what}-traffic");
         let calls = ["http-get", "--to", &to, "--marker", &marker, "--count", "100000", "--interval-ms", "20"];
-        sandbox.start_in_pod(&name, NGINX, &calls)?;
+        stage.begin(&name, NGINX, &calls)?;
         Ok(Self { name, capture, marker })
     }
 
     /// The results so far.
-    fn results(&self, sandbox: &Sandbox) -> Result<Vec<HttpResult>> {
-        let text = std::fs::read_to_string(sandbox.log_path(&self.name)).context("read the results of the traffic")?;
+    fn results(&self, stage: &impl Stage) -> Result<Vec<HttpResult>> {
+        let text = stage.printed(&self.name)?;
         let whole = &text[..text.rfind('\n').map_or(0, |at| at + 1)];
         whole.lines().map(serde_json::from_str).collect::<Result<_, _>>().context("read a result of the traffic")
     }
 
     /// All results, and whether one was readable on the link.
-    fn end(self, sandbox: &mut Sandbox) -> Result<(Vec<HttpResult>, bool)> {
-        sandbox.stop(&self.name)?;
-        let results = self.results(sandbox)?;
+    fn end(self, stage: &mut impl Stage) -> Result<(Vec<HttpResult>, bool)> {
+        stage.end(&self.name)?;
+        let results = self.results(stage)?;
         if results.is_empty() {
             bail!("the traffic made no request");
         }
@@ -474,15 +584,15 @@ impl Traffic {
 }
 
 /// Requests without a pause while both ends get new certificates; not one may fail, or be readable.
-fn rotate(sandbox: &mut Sandbox) -> Result<Row> {
+fn rotate<S: Stage>(stage: &mut S) -> Result<Row> {
     const STEP: &str = "certificate rotation";
-    let offsets = [sandbox.agent_log(Node::A, u64::MAX)?.1, sandbox.agent_log(Node::B, u64::MAX)?.1];
-    let traffic = Traffic::start(sandbox, "rotation")?;
+    let offsets = [stage.log(Node::A, u64::MAX)?.1, stage.log(Node::B, u64::MAX)?.1];
+    let traffic = Traffic::start(stage, "rotation")?;
     let ends = [(Node::A, identity(NGINX)?), (Node::B, identity(SERVER)?)];
     let waited = command::wait_for("both ends have renewed their certificates", Duration::from_secs(60), || {
-        sandbox.expect_running(&traffic.name)?;
+        stage.expect(&traffic.name)?;
         for ((node, identity), offset) in ends.iter().zip(offsets) {
-            let renewed = sandbox.agent_log(*node, offset)?.0.iter().any(|line| {
+            let renewed = stage.log(*node, offset)?.0.iter().any(|line| {
                 line.message() == "certificate ready" && line.field("identity").as_deref() == Some(identity)
             });
             if !renewed {
@@ -493,12 +603,12 @@ fn rotate(sandbox: &mut Sandbox) -> Result<Row> {
     });
     // Some requests after the renewal belong to the observation.
     thread::sleep(Duration::from_millis(500));
-    let (results, readable) = traffic.end(sandbox)?;
+    let (results, readable) = traffic.end(stage)?;
     waited?;
     let failed = results.iter().find(|r| Answer::of(r) != Answer::Status(200));
     let expected = expected(NGINX, Treated::Served)?;
     let answer = failed.map_or(Answer::Status(200), Answer::of);
-    let peer = everybody_seen(sandbox, offsets[1], &expected.peer)?;
+    let peer = everybody_seen(stage, offsets[1], &expected.peer)?;
     let observed = Outcome { answer, peer, readable };
     let note = match failed {
         Some(result) => format!("of {} requests one failed: {}", results.len(), result.error.as_deref().unwrap_or("")),
@@ -508,10 +618,10 @@ fn rotate(sandbox: &mut Sandbox) -> Result<Row> {
 }
 
 /// The expected peer if every connection from Nginx since `offset` was its own, else the first that was not.
-fn everybody_seen(sandbox: &Sandbox, offset: u64, expected: &Peer) -> Result<Peer> {
-    let source = sandbox.pod(NGINX)?.v4;
+fn everybody_seen(stage: &impl Stage, offset: u64, expected: &Peer) -> Result<Peer> {
+    let source = stage.pod_ip(NGINX)?;
     let mut seen = Peer::Unlogged;
-    for line in sandbox.agent_log(SERVER_NODE, offset)?.0 {
+    for line in stage.log(SERVER_NODE, offset)?.0 {
         let from = line.field("src.addr").and_then(|a| a.parse::<SocketAddr>().ok());
         if line.field("direction").is_none_or(|d| d != "inbound")
             || from.is_none_or(|a| a.ip().to_canonical() != source)
