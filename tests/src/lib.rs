@@ -9,6 +9,7 @@
 //! | [`wire`] | count what crosses the link by port; cut it |
 //! | [`apps`] | applications of others in pods: how each is started and asked |
 //! | [`tour`] | the user's scenario: each policy, what must happen, what did happen |
+//! | [`oci`] | write a container image as an archive, the same bytes each time |
 //! | [`vm`] | boot another kernel under QEMU and run a script in it |
 //! | [`libtest`] | what the output of Rust's test harness adds up to |
 //! | [`load`] | a load generator and its server, for `cargo xtask bench` |
@@ -25,6 +26,7 @@ pub mod command;
 pub mod interrupt;
 pub mod libtest;
 pub mod load;
+pub mod oci;
 pub mod programs;
 pub mod sandbox;
 pub mod tour;
