@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod down;
+mod image;
 mod run;
 mod say;
 mod setup;
@@ -28,6 +29,8 @@ enum Command {
     Setup,
     /// Build the eBPF object and the binary `culvert`
     Build,
+    /// Build the container image of `culvert` as an archive, the same bytes from every clone
+    Image(image::Arguments),
     /// Show the mesh at work: two nodes, one scenario, expected against observed
     Run(run::Arguments),
     /// Open a shell in a pod of the sandbox that `run` keeps up
@@ -56,6 +59,7 @@ fn dispatch(arguments: Arguments) -> Result<()> {
     match arguments.command {
         Command::Setup => setup::all().map(|()| say::done("this machine has all it needs")),
         Command::Build => build::run(&setup::run(setup::For::Build)?),
+        Command::Image(arguments) => image::run(&arguments),
         Command::Run(arguments) => run::run(&arguments),
         Command::Shell(arguments) => run::shell(&arguments),
         Command::Test(arguments) => test::run(&arguments),

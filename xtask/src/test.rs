@@ -8,6 +8,7 @@
 //! | kernel | the eBPF object and what uses it, in this machine's kernel |
 //! | scenarios | the sandbox with real packets, and the ends of the supported kernels under QEMU |
 //! | istiod | agents with a real istiod as their CA: with `--full` only, since building it takes minutes |
+//! | image | the image is the same from two clones: with `--full` only, since two optimised builds take long |
 //! | benchmarks | those of criterion run, once each, and unoptimised: what they measure is for `cargo bench` |
 //!
 //! Where the tests' API server is not built yet, that runs beside the stages that only compile. No test begins before it is there:
@@ -27,7 +28,7 @@ use culvert_tests::libtest::Count;
 use culvert_tests::{RESULTS_VARIABLE, interrupt, sandbox};
 
 use crate::setup::{self, Building, Ready, root};
-use crate::{build, say};
+use crate::{build, image, say};
 
 /// Arguments of `test`.
 #[derive(clap::Args)]
@@ -71,6 +72,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     stages.istiod()?;
     if arguments.filter.is_none() {
         stages.benchmarks()?;
+        stages.image()?;
     }
     stages.finish(begun.elapsed(), arguments.filter.is_none())
 }
@@ -224,6 +226,25 @@ impl Stages<'_> {
     fn benchmarks(&mut self) -> Result<()> {
         let cargo = self.ready.cargo_command(&["test", "--bench", "policy", "--", "--test"])?;
         self.check("benchmarks", cargo)
+    }
+
+    /// Optimised builds in this checkout and in a copy at another path.
+    fn image(&mut self) -> Result<()> {
+        const NAME: &str = "image from two clones";
+        if !self.full {
+            self.not_run(NAME, "only `cargo xtask test --full` builds it twice, which takes long".to_owned());
+            return Ok(());
+        }
+        let step = say::step(NAME);
+        let begun = Instant::now();
+        if let Err(error) = image::from_two_clones(self.ready) {
+            interrupt::check()?;
+            self.failed(NAME, &format!("{error:#}"));
+            return Ok(());
+        }
+        self.add(NAME, true, begun.elapsed());
+        step.done();
+        Ok(())
     }
 
     /// A command whose success is one passed check.

@@ -1,0 +1,400 @@
+//! `image`: the container image of `culvert`, as an archive, from this checkout alone.
+//!
+//! The binary is built without the places that it was built in, so two clones at different paths, and machines with the same
+//! compilers, make the same image: same bytes, same digest. Nothing else is in the image but what Kubernetes and a static
+//! program ask for; who runs it is for the pod to say.
+
+use std::env;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{self, Command};
+
+use anyhow::{Context, Result, bail, ensure};
+use culvert_tests::oci::{self, Digest, Image};
+use culvert_tests::sandbox::built;
+use culvert_tests::{command, interrupt};
+
+use crate::setup::{self, Ready, root};
+use crate::{build, say};
+
+/// Where the binary is in the image.
+const BINARY: &str = "/usr/local/bin/culvert";
+/// What an archive may have; each node pulls it.
+const MAX_BYTES: u64 = 40 << 20;
+const MIB: f64 = (1 << 20) as f64;
+
+/// Arguments of `image`.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The archive to write [default: target/image/culvert.tar]
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// What the image is called
+    #[arg(long, value_name = "NAME:TAG", default_value = concat!("culvert:", env!("CARGO_PKG_VERSION")))]
+    name: String,
+    /// Take the binary of `cargo xtask build`, stripped: not optimised, and with this machine's paths in it
+    #[arg(long)]
+    debug: bool,
+    /// Build it again in a copy of this checkout at another path, and fail unless both images are the same
+    #[arg(long)]
+    twice: bool,
+}
+
+/// How the binary is compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Profile {
+    /// As it is installed.
+    Image,
+    /// Quicker to build; for tests.
+    Dev,
+}
+
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let name = oci::Name::parse(&arguments.name)?;
+    let output = arguments.output.clone().unwrap_or_else(|| root().join("target/image/culvert.tar"));
+    let folder = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+    let ready = setup::run(setup::For::Build)?;
+    let profile = if arguments.debug { Profile::Dev } else { Profile::Image };
+    let digest = match (profile, arguments.twice) {
+        (_, true) => twice(&ready, profile, &arguments.name, &output)?,
+        (Profile::Image, false) => pack(&compile(&ready, root(), profile)?, &arguments.name, &output)?,
+        (Profile::Dev, false) => {
+            build::run(&ready)?;
+            pack(&strip(&built("culvert")?, root())?, &arguments.name, &output)?
+        }
+    };
+    let bytes = fs::metadata(&output).with_context(|| format!("look at {}", output.display()))?.len();
+    println!("name    {name}\ndigest  {digest}\nsize    {:.1} MiB\narchive {}", bytes as f64 / MIB, output.display());
+    if profile == Profile::Image && bytes > MAX_BYTES {
+        bail!("the archive has {bytes} bytes, more than {MAX_BYTES}: look at what the binary has become big by");
+    }
+    Ok(())
+}
+
+/// Builds the image in this checkout and in a copy of it at another path, and leaves the first as `output`.
+///
+/// # Errors
+/// The images differ, or one could not be built.
+pub(crate) fn twice(ready: &Ready, profile: Profile, name: &str, output: &Path) -> Result<Digest> {
+    let here = pack(&compile(ready, root(), profile)?, name, output)?;
+    let copy = Copy::make()?;
+    let other = copy.0.join("culvert.tar");
+    let there = pack(&compile(ready, &copy.checkout(), profile)?, name, &other)?;
+    ensure!(
+        here == there,
+        "the same files at another path made another image, {there} instead of {here}: compare the output of `strings` \
+         for both binaries, one of them has a path or a time in it"
+    );
+    say::done(&format!("{} makes the same image", copy.checkout().display()));
+    Ok(here)
+}
+
+/// Builds the image in two clones with `ready`, for `test --full`.
+///
+/// # Errors
+/// As for [`twice`].
+pub(crate) fn from_two_clones(ready: &Ready) -> Result<Digest> {
+    let output = root().join("target/image/culvert.tar");
+    twice(ready, Profile::Image, concat!("culvert:", env!("CARGO_PKG_VERSION")), &output)
+}
+
+fn pack(binary: &Path, name: &str, output: &Path) -> Result<Digest> {
+    let bytes = fs::read(binary).with_context(|| format!("read {}", binary.display()))?;
+    let machine =
+        static_machine(&bytes).with_context(|| format!("{} cannot be the image's binary", binary.display()))?;
+    Image::new(name)
+        .architecture(oci::architecture_of(machine)?)
+        .file(binary, BINARY, 0o755)
+        .bytes("root:x:0:0:root:/:/sbin/nologin\nnonroot:x:65532:65532:nonroot:/:/sbin/nologin\n", "/etc/passwd", 0o644)
+        .bytes("root:x:0:\nnonroot:x:65532:\n", "/etc/group", 0o644)
+        .directory("/tmp", 0o1777)
+        .entrypoint([BINARY])
+        .write(output)
+}
+
+/// Which machine runs a static executable, in Rust's word.
+///
+/// # Errors
+/// It is no such executable: nothing in the image could load its libraries.
+fn static_machine(elf: &[u8]) -> Result<&'static str> {
+    const PT_INTERP: u64 = 3;
+    ensure!(elf.starts_with(b"\x7fELF\x02\x01"), "it is not a little-endian 64-bit ELF file");
+    let machine = match number(elf, 18, 2)? {
+        62 => "x86_64",
+        183 => "aarch64",
+        other => bail!("it is for machine {other} of ELF, not for x86_64 (62) or aarch64 (183)"),
+    };
+    let (headers, size, count) = (number(elf, 32, 8)?, number(elf, 54, 2)?, number(elf, 56, 2)?);
+    ensure!(count > 0, "it has no program headers");
+    for at in 0..count {
+        let header = at.checked_mul(size).and_then(|offset| offset.checked_add(headers)).context("no such header")?;
+        if number(elf, usize::try_from(header)?, 4)? == PT_INTERP {
+            bail!(
+                "it is linked dynamically, and the image has no libraries: build it with -Ctarget-feature=+crt-static"
+            );
+        }
+    }
+    Ok(machine)
+}
+
+/// A number of `size` bytes in an ELF file.
+fn number(elf: &[u8], at: usize, size: usize) -> Result<u64> {
+    let bytes = at.checked_add(size).and_then(|end| elf.get(at..end)).context("the ELF file is cut short")?;
+    Ok(bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
+}
+
+/// Builds the binary of a checkout so that no place is in it, and gives its path.
+fn compile(ready: &Ready, checkout: &Path, profile: Profile) -> Result<PathBuf> {
+    let name = match profile {
+        Profile::Image => "image",
+        Profile::Dev => "dev",
+    };
+    let step =
+        say::step(&format!("build culvert for the image in {} (a first build takes minutes)", checkout.display()));
+    let compiler = Compiler::of(&["rustc"])?;
+    // A folder of its own: cargo does not see that what is in another was compiled without the wrapper.
+    let target = checkout.join("target/image/build");
+    fs::create_dir_all(&target).with_context(|| format!("create {}", target.display()))?;
+    let places = Places::find(checkout, &compiler, &Compiler::of(&["rustup", "run", &ready.toolchain.name, "rustc"])?)?;
+    let mut cargo = ready.cargo_command(&["build", "--locked", "--package", "culvert", "--bin", "culvert"])?;
+    cargo.args(["--profile", name, "--target-dir"]).arg(&target).current_dir(checkout);
+    // The flags of the checkout's .cargo/config.toml count, and not those of whoever builds.
+    for variable in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER"] {
+        cargo.env_remove(variable);
+    }
+    cargo.env("RUSTC_WRAPPER", places.wrapper(&target)?).env("CFLAGS", places.c_flags());
+    let status = setup::run_cargo(&mut cargo, |_| {})?;
+    interrupt::check()?;
+    ensure!(status.success(), "`{}` ended with {status}; what it printed is above", command::describe(&cargo));
+    step.done();
+    let folder = if profile == Profile::Dev { "debug" } else { name };
+    let binary = target.join(&compiler.host).join(folder).join("culvert");
+    match profile {
+        Profile::Image => Ok(binary),
+        Profile::Dev => strip(&binary, checkout),
+    }
+}
+
+/// The binary without symbols, beside the archive.
+fn strip(binary: &Path, checkout: &Path) -> Result<PathBuf> {
+    let folder = checkout.join("target/image");
+    fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+    let stripped = folder.join("culvert-debug");
+    let mut strip = Command::new(command::find("strip").context("install binutils")?);
+    command::finish(strip.arg("-o").arg(&stripped).arg(binary), None)?;
+    Ok(stripped)
+}
+
+/// What a compiler says of itself.
+struct Compiler {
+    host: String,
+    commit: String,
+    sysroot: String,
+}
+
+impl Compiler {
+    fn of(words: &[&str]) -> Result<Self> {
+        let ask = |question: &[&str]| {
+            let mut rustc = Command::new(words[0]);
+            command::finish(rustc.args(&words[1..]).args(question).current_dir(root()), None)
+        };
+        let said = ask(&["-vV"])?;
+        let line = |name| {
+            let found = said.lines().find_map(|line| line.strip_prefix(name)).map(str::to_owned);
+            found.with_context(|| format!("`{} -vV` tells no {name}", words.join(" ")))
+        };
+        Ok(Self {
+            host: line("host: ")?,
+            commit: line("commit-hash: ")?,
+            sysroot: ask(&["--print", "sysroot"])?.trim().to_owned(),
+        })
+    }
+
+    /// Where its library's sources lie if they are installed, and how it calls them if they are not.
+    fn sources(&self) -> (String, String) {
+        (format!("{}/lib/rustlib/src/rust", self.sysroot), format!("/rustc/{}", self.commit))
+    }
+}
+
+/// Paths of this machine, and what stands for each in the binary.
+struct Places(Vec<(String, String)>);
+
+impl Places {
+    fn find(checkout: &Path, compiler: &Compiler, ebpf: &Compiler) -> Result<Self> {
+        let home = match env::var_os("CARGO_HOME").filter(|home| !home.is_empty()) {
+            Some(home) => PathBuf::from(home),
+            None => PathBuf::from(env::var_os("HOME").context("HOME is not set")?).join(".cargo"),
+        };
+        // Of several that fit a path, compilers take the last.
+        let places = vec![
+            compiler.sources(),
+            ebpf.sources(),
+            (plain(&home)?, "/cargo".to_owned()),
+            (plain(checkout)?, "/culvert".to_owned()),
+        ];
+        Ok(Self(places))
+    }
+
+    /// Writes the program that cargo runs in place of every rustc.
+    ///
+    /// Not RUSTFLAGS: cargo names folders, and so paths of generated code, by a hash of them; and the eBPF crate's build, which
+    /// has flags of its own, would not get them.
+    fn wrapper(&self, folder: &Path) -> Result<PathBuf> {
+        let flags: String = self.0.iter().map(|(from, to)| format!(" '--remap-path-prefix={from}={to}'")).collect();
+        let path = folder.join("rustc-without-places");
+        let text = format!("#!/bin/sh\nexec \"$@\"{flags}\n");
+        // Cargo asks the compiler again when this file is newer.
+        if fs::read_to_string(&path).ok().as_deref() != Some(&text) {
+            fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(path)
+    }
+
+    /// The same for C.
+    fn c_flags(&self) -> String {
+        let flags = self.0.iter().map(|(from, to)| format!("-ffile-prefix-map={from}={to}"));
+        flags.collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// A path that needs no quoting; the C libraries' own build scripts know none.
+fn plain(path: &Path) -> Result<String> {
+    let text = path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?;
+    ensure!(
+        text.chars().all(|c| c.is_ascii_alphanumeric() || "/._-+@,".contains(c)),
+        "{text} has a character that the build scripts of C libraries do not take: move it to a plain path"
+    );
+    Ok(text.to_owned())
+}
+
+/// A copy of this checkout, with its build, below /var/tmp; dropping it removes it.
+struct Copy(PathBuf);
+
+impl Copy {
+    /// Copies what git knows and does not ignore, as it is here and now.
+    ///
+    /// # Errors
+    /// This is no git checkout, or a file could not be copied.
+    fn make() -> Result<Self> {
+        sweep()?;
+        let copy = Self(Path::new(COPIES).join(format!("{COPY}{}", process::id())));
+        let mut git = Command::new("git");
+        git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]).current_dir(root());
+        let listed = command::finish(&mut git, None).context("list the files of this checkout")?;
+        for name in listed.split('\0').filter(|name| !name.is_empty()) {
+            let (from, to) = (root().join(name), copy.checkout().join(name));
+            // Removed here, and git has not been told.
+            if !from.exists() {
+                continue;
+            }
+            fs::create_dir_all(to.parent().context("a file lies in a folder")?)?;
+            fs::copy(&from, &to).with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
+        }
+        Ok(copy)
+    }
+
+    fn checkout(&self) -> PathBuf {
+        self.0.join("another/path")
+    }
+}
+
+impl Drop for Copy {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            say::warn(&format!("remove {}: {error}", self.0.display()));
+        }
+    }
+}
+
+const COPIES: &str = "/var/tmp";
+const COPY: &str = "culvert-image-";
+
+/// Removes copies whose makers were killed.
+fn sweep() -> Result<()> {
+    for entry in fs::read_dir(COPIES).with_context(|| format!("list {COPIES}"))? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix(COPY)).and_then(|pid| pid.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            fs::remove_dir_all(entry.path()).with_context(|| format!("remove {}", entry.path().display()))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An ELF file of program headers with these types, and nothing else.
+    fn elf(machine: u16, types: &[u32]) -> Vec<u8> {
+        let mut file = vec![0; 64 + 56 * types.len()];
+        file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        file[18..20].copy_from_slice(&machine.to_le_bytes());
+        file[32] = 64;
+        file[54] = 56;
+        file[56] = u8::try_from(types.len()).expect("few");
+        for (at, kind) in types.iter().enumerate() {
+            file[64 + 56 * at..][..4].copy_from_slice(&kind.to_le_bytes());
+        }
+        file
+    }
+
+    #[test]
+    fn a_static_binary_tells_its_machine() {
+        assert_eq!(static_machine(&elf(62, &[1, 2])).expect("static"), "x86_64");
+        assert_eq!(static_machine(&elf(183, &[1])).expect("static"), "aarch64");
+    }
+
+    #[test]
+    fn what_a_node_could_not_run_is_refused() {
+        let ls = fs::read("/bin/ls").expect("a dynamic binary");
+        let dynamic = elf(62, &[6, 1, 3]);
+        let mut endless = elf(62, &[1]);
+        endless[32..40].copy_from_slice(&u64::MAX.to_le_bytes());
+        for (file, why) in [
+            (ls.as_slice(), "linked dynamically"),
+            (&dynamic, "linked dynamically"),
+            (&dynamic[..100], "cut short"),
+            (&endless, "cut short"),
+            (&elf(62, &[]), "no program headers"),
+            (&elf(40, &[1]), "machine 40"),
+            (b"#!/bin/sh\n", "not a little-endian 64-bit ELF file"),
+        ] {
+            let error = static_machine(file).expect_err(why).to_string();
+            assert!(error.contains(why), "{why}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_dynamic_binary_makes_no_image() {
+        let output = env::temp_dir().join(format!("culvert-no-image-{}.tar", process::id()));
+        let error = format!("{:#}", pack(Path::new("/bin/ls"), "culvert:1", &output).expect_err("it is dynamic"));
+        assert!(error.starts_with("/bin/ls cannot be the image's binary: it is linked dynamically"), "{error}");
+        assert!(!output.exists());
+    }
+
+    #[test]
+    fn paths_that_c_build_scripts_do_not_take_are_refused() {
+        assert_eq!(plain(Path::new("/home/a/culvert-0.1")).expect("plain"), "/home/a/culvert-0.1");
+        for path in ["/home/a b/culvert", "/home/a'b", "/home/a=b", "/home/ä"] {
+            let error = plain(Path::new(path)).expect_err(path).to_string();
+            assert!(error.starts_with(path), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_arguments_of_the_compiler_end_with_what_stands_for_places() {
+        let places = Places(vec![("/home/a".to_owned(), "/x".to_owned()), ("/home/a/b".to_owned(), "/y".to_owned())]);
+        let folder = env::temp_dir().join(format!("culvert-wrapper-{}", process::id()));
+        fs::create_dir_all(&folder).expect("a folder");
+        let wrapper = places.wrapper(&folder).expect("a wrapper");
+        let said = command::run(wrapper.to_str().expect("UTF-8"), &["echo", "a b"]);
+        fs::remove_dir_all(&folder).expect("remove the folder");
+        assert_eq!(said.expect("it runs"), "a b --remap-path-prefix=/home/a=/x --remap-path-prefix=/home/a/b=/y\n");
+        assert_eq!(places.c_flags(), "-ffile-prefix-map=/home/a=/x -ffile-prefix-map=/home/a/b=/y");
+    }
+}
