@@ -51,7 +51,7 @@ impl Image {
         Self { names: vec![name.to_owned()], architecture: None, entries: Vec::new(), run: Run::default() }
     }
 
-    /// One more name. Podman before 5 loads archives of several names from `manifest.json` only, which is there too.
+    /// One more name for the same image.
     pub fn name(mut self, name: &str) -> Self {
         self.names.push(name.to_owned());
         self
@@ -456,7 +456,8 @@ struct RootFs {
     diff_ids: [Digest; 1],
 }
 
-/// `manifest.json`, from before there was a specification: docker and older podmans read it.
+/// `manifest.json`, from before there was a specification: for docker, and for podman (4.3), which takes a layout of several
+/// names from it only.
 #[derive(Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct Docker {
