@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`apiserver`] | a real API server: etcd, kube-apiserver, kubectl; stop it, kill it, compact its history |
 //! | [`sandbox`] | build the nodes, pods, cgroups, manifests, tokens; start the CA and the agents; take everything away |
+//! | [`kind`] | a real cluster of several nodes, made by kind from parts |
 //! | [`programs`] | the unmodified programs that run inside pods, and the typed results they print |
 //! | [`capture`] | record the link between the nodes and search it for a payload |
 //! | [`wire`] | count what crosses the link by port; cut it |
@@ -24,6 +25,7 @@ pub mod apps;
 pub mod capture;
 pub mod command;
 pub mod interrupt;
+pub mod kind;
 pub mod libtest;
 pub mod load;
 pub mod oci;

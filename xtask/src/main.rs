@@ -4,6 +4,7 @@ mod bench;
 mod build;
 mod down;
 mod image;
+mod kind_image;
 mod run;
 mod say;
 mod setup;
@@ -40,7 +41,9 @@ enum Command {
     Test(test::Arguments),
     /// Measure plain TCP, Culvert and Envoy as a sidecar beside each other; a table, JSON and a plot in docs/
     Bench(bench::Arguments),
-    /// Remove what sandboxes left whose owner was killed
+    /// Make the image of a Kubernetes node from parts, for `run --cluster kind` and the tests, where no registry has one
+    KindImage,
+    /// Remove what sandboxes and clusters left whose owner was killed
     Down,
 }
 
@@ -64,6 +67,7 @@ fn dispatch(arguments: Arguments) -> Result<()> {
         Command::Shell(arguments) => run::shell(&arguments),
         Command::Test(arguments) => test::run(&arguments),
         Command::Bench(arguments) => bench::run(&arguments),
+        Command::KindImage => kind_image::run(),
         Command::Down => down::run(),
     }
 }

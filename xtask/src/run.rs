@@ -47,7 +47,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         }
         ObjectsFrom::Api => {
             // Both at once, where neither is built yet.
-            let api = setup::api_server()?;
+            let api = setup::kubernetes(setup::Wanted::ApiServer)?;
             build::run(&ready)?;
             api.finish()?;
             Source::Api

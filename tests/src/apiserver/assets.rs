@@ -193,7 +193,7 @@ fn missing(dir: &Path) -> Vec<&'static str> {
 }
 
 /// A number that differs where one of the texts does (FNV-1a, 64 bit).
-fn key(of: &[&str]) -> u64 {
+pub(crate) fn key(of: &[&str]) -> u64 {
     let bytes = of.iter().flat_map(|text| text.bytes().chain([0]));
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
 }

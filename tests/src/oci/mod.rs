@@ -4,6 +4,7 @@
 //! not compressed. No time and no owner is in it, entries are sorted and modes are given, so its digest follows from the
 //! contents. Files stay on disk: each is read twice, once to know its digest and once to be packed.
 
+pub mod culvert;
 mod name;
 mod tar;
 

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::net;
 use crate::command;
+use crate::kind::Engine;
 
 /// Where the directories of all sandboxes are.
 const RUN: &str = "/run";
@@ -83,6 +84,8 @@ struct Entries {
     pins: Vec<PathBuf>,
     /// Other directories, with all that is below them.
     directories: Vec<PathBuf>,
+    /// Folders of engines whose containers are nodes, each with the network namespace that it works in.
+    nodes: Vec<(PathBuf, String)>,
 }
 
 /// The list of one sandbox, and the right to it.
@@ -131,6 +134,10 @@ impl Ledger {
         self.note(|e| e.directories.push(path.to_owned()))
     }
 
+    pub(crate) fn will_make_nodes(&self, engine: &Path, netns: &str) -> Result<()> {
+        self.note(|e| e.nodes.push((engine.to_owned(), netns.to_owned())))
+    }
+
     /// A process is noted after it started; until then its cgroup, already noted, covers it.
     pub(crate) fn started(&self, process: Recorded) -> Result<()> {
         self.note(|e| e.processes.push(process))
@@ -152,6 +159,10 @@ impl Ledger {
     /// Removes what the list names; the list is shortened only when that is done.
     fn empty(&self) -> Result<()> {
         let mut entries = self.entries();
+        for (engine, netns) in entries.nodes.drain(..) {
+            Engine::existing(&engine, Some(&netns)).remove_all()?;
+            remove_tree(&engine)?;
+        }
         end_processes(&entries.processes);
         for cgroup in &entries.cgroups {
             remove_cgroup(cgroup)?;

@@ -73,6 +73,11 @@ impl MeshPlan {
 pub struct LogLine(Value);
 
 impl LogLine {
+    /// A line of JSON, as an agent writes it; `None` for one that is none.
+    pub fn parse(line: &str) -> Option<Self> {
+        line.starts_with('{').then(|| serde_json::from_str(line).ok().map(Self)).flatten()
+    }
+
     /// A field of the line; tracing's JSON puts fields under `fields`, a flat one has them on top.
     pub fn field(&self, name: &str) -> Option<String> {
         let value = self.0.get("fields").and_then(|f| f.get(name)).or_else(|| self.0.get(name))?;

@@ -51,6 +51,7 @@ pub use cluster::webhook_at;
 pub use ledger::{Swept, sweep};
 pub use manifests::Manifests;
 pub use mesh::{LogLine, MeshPlan, agent_process};
+pub(crate) use net::namespace as make_namespace;
 pub use net::{BRIDGE, LINK};
 pub use place::Place;
 pub use plan::{LinkPlan, Node, Plan, PodPlan, ServicePlan, Source, own_name};

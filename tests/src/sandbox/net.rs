@@ -34,7 +34,7 @@ const GATEWAY: u8 = 1;
 
 /// Makes a network namespace that `ip netns` knows by its name, in this process: a killed owner leaves no half-run `ip`
 /// that would add a name after the next owner has cleaned up.
-pub(super) fn namespace(name: &str) -> Result<()> {
+pub(crate) fn namespace(name: &str) -> Result<()> {
     let path = Path::new(NETNS).join(name);
     fs::create_dir_all(NETNS).with_context(|| format!("create {NETNS}"))?;
     File::options().write(true).create_new(true).open(&path).with_context(|| format!("create {}", path.display()))?;

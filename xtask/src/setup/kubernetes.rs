@@ -1,7 +1,7 @@
-//! The API server of the tests, built once from Go modules: etcd, kube-apiserver, kube-controller-manager and kubectl.
+//! The Kubernetes of the tests, built once from Go modules: an API server with what belongs to it, and the programs of whole nodes.
 //!
 //! No registry serves these programs ready-made for every machine, while their sources come through Go's module proxy with
-//! checksums that tests/kubernetes/go.sum carries. A cold build takes about five minutes on two cores, so it runs beside whatever
+//! checksums that tests/kubernetes/go.sum and tests/nodes/go.sum carry. A cold build takes minutes, so it runs beside whatever
 //! else is built, and nicely: [`begin`] starts it, [`Building::finish`] waits for it. Nothing is timed while it runs.
 
 use std::collections::VecDeque;
@@ -18,8 +18,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use culvert_tests::apiserver::assets::{
     Assets, ETCD, ETCD_PACKAGE, ISTIO, ISTIO_FILE, ISTIO_MODULE, ISTIOD_PACKAGE, KUBERNETES, KUBERNETES_PACKAGES,
-    PROGRAMS, VARIABLE, build_arguments, istio_cached, istio_module, istiod, istiod_arguments, istiod_module, module,
+    VARIABLE, build_arguments, istio_cached, istio_module, istiod, istiod_arguments, istiod_module, module,
 };
+use culvert_tests::kind::parts::{self, Parts};
 use culvert_tests::{command, interrupt};
 
 use super::packages::{self, Package};
@@ -35,49 +36,65 @@ const PROGRESS: Duration = Duration::from_secs(20);
 /// How many lines of a failed build are shown.
 const SHOWN: usize = 40;
 
-/// A set that is there, or is being built. Dropping it ends the build.
+/// Sets that are there, or are being built. Dropping it ends the build.
 pub(crate) struct Building {
     thread: Option<JoinHandle<Result<()>>>,
     stop: Arc<AtomicBool>,
 }
 
-/// Looks for a set and begins to build one if there is none.
+/// What is wanted of Kubernetes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// An API server.
+    ApiServer,
+    /// And whole nodes, as kind makes them.
+    Nodes,
+}
+
+/// Looks for what is wanted and begins to build what is not there.
 ///
 /// # Errors
 /// The set that the environment names is not complete, no Go can be had, or Istio's definitions cannot be fetched.
-pub(super) fn begin() -> Result<Building> {
+pub(super) fn begin(wanted: Wanted) -> Result<Building> {
     let stop = Arc::new(AtomicBool::new(false));
-    let built = Assets::given()?.is_some() || Assets::is_built()?;
-    if built && istio_cached()?.is_file() {
+    let mut sets = Vec::new();
+    if Assets::given()?.is_none() && !Assets::is_built()? {
+        sets.push(api_server()?);
+    }
+    if wanted == Wanted::Nodes && !Parts::is_built()? {
+        sets.push(nodes()?);
+    }
+    if sets.is_empty() && istio_cached()?.is_file() {
         return Ok(Building { thread: None, stop });
     }
     let go = go()?;
     fetch_istio(&go)?;
-    if built {
+    if sets.is_empty() {
         return Ok(Building { thread: None, stop });
     }
-    let (dir, module, arguments) = (Assets::cached()?, module(), build_arguments());
-    let build = Build { go, dir, what: "the API server of the tests", module, arguments, stop: Arc::clone(&stop) };
-    eprintln!(
-        "• build the API server of the tests (Kubernetes {KUBERNETES}, etcd {ETCD}) with Go, once, into {}, beside what follows: \
-         about 5 minutes on 2 cores, 5 GB meanwhile; {VARIABLE} names a directory to use instead",
-        build.dir.display()
-    );
-    let thread = thread::Builder::new().name("go build".to_owned()).spawn(move || build.api_server());
+    for set in &sets {
+        eprintln!("• build {} with Go, once, into {}, beside what follows: {}", set.what, set.dir.display(), set.cost);
+    }
+    let giving_up = Arc::clone(&stop);
+    let body = move || {
+        let workshop = Workshop::open(go, giving_up, sets[0].what)?;
+        sets.iter().try_for_each(|set| workshop.build(set))
+    };
+    let thread = thread::Builder::new().name("go build".to_owned()).spawn(body);
     Ok(Building { thread: Some(thread.context("start the thread that builds")?), stop })
 }
 
 impl Building {
-    /// Waits until the set is there.
+    /// Waits until everything is there.
     ///
     /// # Errors
     /// The build failed; the error has the end of what it said.
     pub(crate) fn finish(mut self) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         if !thread.is_finished() {
-            eprintln!("• wait for the build of the API server");
+            eprintln!("• wait for the programs of Kubernetes");
         }
-        thread.join().map_err(|_| anyhow!("the thread that builds the API server panicked"))?
+        thread.join().map_err(|_| anyhow!("the thread that builds the programs of Kubernetes panicked"))?
     }
 }
 
@@ -89,6 +106,52 @@ impl Drop for Building {
             let _ = thread.join();
         }
     }
+}
+
+/// The programs of the API server.
+fn api_server() -> Result<Set> {
+    let one = |output, packages: &[&'static str]| GoStep {
+        output,
+        packages: packages.to_vec(),
+        cgo: false,
+        arguments: build_arguments(),
+    };
+    Ok(Set {
+        dir: Assets::cached()?,
+        what: "the API server of the tests",
+        cost: format!(
+            "about 5 minutes on 2 cores, 5 GB meanwhile; {VARIABLE} names a directory to use instead (Kubernetes {KUBERNETES}, etcd {ETCD})"
+        ),
+        module: module(),
+        steps: vec![one("etcd", &[ETCD_PACKAGE]), one("", &KUBERNETES_PACKAGES)],
+        files: None,
+        is_built: Assets::is_built,
+    })
+}
+
+/// The programs of a node, and kind.
+fn nodes() -> Result<Set> {
+    let step = |build: parts::GoBuild| GoStep {
+        output: build.output,
+        packages: build.packages.to_vec(),
+        cgo: build.cgo,
+        arguments: build.arguments,
+    };
+    Ok(Set {
+        dir: Parts::cached()?,
+        what: "the programs of a Kubernetes node",
+        cost: format!(
+            "about 5 minutes on 2 cores, 5 GB meanwhile (kubelet {KUBERNETES}, containerd {}, runc {}, CoreDNS {}, kind {})",
+            parts::CONTAINERD,
+            parts::RUNC,
+            parts::COREDNS,
+            parts::KIND
+        ),
+        module: parts::module(),
+        steps: parts::builds().into_iter().map(step).collect(),
+        files: Some((parts::KIND_MODULE, parts::KIND_FILES)),
+        is_built: Parts::is_built,
+    })
 }
 
 /// Istio's own definitions, which ours are compared with: one file of a module, of which nothing is built.
@@ -122,111 +185,131 @@ fn fetch_istio(go: &Path) -> Result<()> {
 /// # Errors
 /// No Go can be had, or the build failed; the error has the end of what it said.
 pub(crate) fn build_istiod() -> Result<()> {
-    let file = istiod()?;
-    if file.is_file() {
+    let is_built = || Ok(istiod()?.is_file());
+    if is_built()? {
         return Ok(());
     }
-    let dir = file.parent().context("its folder")?.to_owned();
-    let (module, arguments) = (istiod_module(), istiod_arguments());
-    let build = Build { go: go()?, dir, what: "istiod", module, arguments, stop: Arc::default() };
-    eprintln!("• build istiod with Go, once, into {}: about 5 minutes on 2 cores, 4 GB meanwhile", build.dir.display());
-    build.once(
-        || Ok(file.is_file()),
-        |work, fresh| build.go_build(work, &fresh.join("istiod"), &[ISTIOD_PACKAGE], &mut 0),
-    )
+    let step = GoStep { output: "istiod", packages: vec![ISTIOD_PACKAGE], cgo: false, arguments: istiod_arguments() };
+    let set = Set {
+        dir: istiod()?.parent().context("its folder")?.to_owned(),
+        what: "istiod",
+        cost: "about 5 minutes on 2 cores, 4 GB meanwhile".to_owned(),
+        module: istiod_module(),
+        steps: vec![step],
+        files: None,
+        is_built,
+    };
+    eprintln!("• build {} with Go, once, into {}: {}", set.what, set.dir.display(), set.cost);
+    Workshop::open(go()?, Arc::default(), set.what)?.build(&set)
 }
 
-struct Build {
-    go: PathBuf,
-    /// Where the set shall lie.
+/// Programs that belong together.
+struct Set {
+    /// Where they shall lie.
     dir: PathBuf,
-    /// What it is, for people.
+    /// What they are, for people.
     what: &'static str,
+    /// What the build takes, for people.
+    cost: String,
     /// The module that names the versions.
     module: PathBuf,
-    /// Of `go build`, besides the output and the packages.
-    arguments: Vec<String>,
-    stop: Arc<AtomicBool>,
+    steps: Vec<GoStep>,
+    /// Files of a module that belong to them: its path, and a folder in it.
+    files: Option<(&'static str, &'static str)>,
+    is_built: fn() -> Result<bool>,
 }
 
-impl Build {
-    fn api_server(&self) -> Result<()> {
-        self.once(Assets::is_built, |work, fresh| {
-            let mut compiled = 0;
-            let etcd = fresh.join("etcd");
-            self.go_build(work, &etcd, &[ETCD_PACKAGE], &mut compiled)?;
-            self.go_build(work, fresh, &KUBERNETES_PACKAGES, &mut compiled)?;
-            for program in PROGRAMS {
-                ensure!(fresh.join(program).is_file(), "Go built no {program} in {}", fresh.display());
-            }
-            Ok(())
-        })
+/// One call of `go build`.
+struct GoStep {
+    /// Below the folder of the set: a folder if it is empty or ends with a slash.
+    output: &'static str,
+    packages: Vec<&'static str>,
+    cgo: bool,
+    arguments: Vec<String>,
+}
+
+/// Where Go builds: one builder on the machine at a time, with caches that all of its sets share and that are removed with it.
+struct Workshop {
+    go: PathBuf,
+    work: PathBuf,
+    stop: Arc<AtomicBool>,
+    _lock: File,
+}
+
+impl Drop for Workshop {
+    fn drop(&mut self) {
+        // Gigabytes of sources and objects that nobody compiles a second time.
+        if let Err(error) = remove(&self.work) {
+            say::warn(&format!("{error:#}"));
+        }
+    }
+}
+
+impl Workshop {
+    fn open(go: PathBuf, stop: Arc<AtomicBool>, what: &str) -> Result<Self> {
+        let tools = cache()?.join("tools");
+        fs::create_dir_all(&tools).with_context(|| format!("create {}", tools.display()))?;
+        let lock = lock(&tools.join("go.lock"), what, &stop)?;
+        let workshop = Self { go, work: tools.join("go.work"), stop, _lock: lock };
+        // What an interrupted build left; its caches may be half-written, and are not worth the doubt.
+        remove(&workshop.work)?;
+        fs::create_dir_all(&workshop.work).with_context(|| format!("create {}", workshop.work.display()))?;
+        Ok(workshop)
     }
 
-    /// Builds into a folder of its own, which is put in place when it is complete; `build` is told where its caches and its
-    /// programs belong.
-    fn once(&self, is_built: impl Fn() -> Result<bool>, build: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<()> {
+    /// Builds into a folder that is put in place when it is complete.
+    fn build(&self, set: &Set) -> Result<()> {
         let begun = Instant::now();
-        let _lock = self.lock()?;
-        if is_built()? {
+        if (set.is_built)()? {
             // Another checkout has built it meanwhile.
             return Ok(());
         }
-        let work = self.beside("work");
-        let fresh = self.beside("new");
-        // What an interrupted build left; its caches may be half-written, and are not worth the doubt.
-        for left in [&work, &fresh] {
-            remove(left)?;
-            fs::create_dir_all(left).with_context(|| format!("create {}", left.display()))?;
+        let fresh = set.dir.with_extension("new");
+        remove(&fresh)?;
+        let mut compiled = 0;
+        for step in &set.steps {
+            let output = fresh.join(step.output);
+            let folder =
+                if step.output.is_empty() || step.output.ends_with('/') { Some(&*output) } else { output.parent() };
+            let folder = folder.context("a folder for programs")?;
+            fs::create_dir_all(folder).with_context(|| format!("create {}", folder.display()))?;
+            self.go_build(set, step, &output, &mut compiled)?;
         }
-        build(&work, &fresh)?;
-        // 4 GB of sources and objects, for 190 MB of programs that nobody compiles a second time.
-        remove(&work)?;
+        if let Some((module, folder)) = set.files {
+            self.copy_files(set, module, folder, &fresh)?;
+        }
         // Of one that lost a program, the rest is in the way.
-        remove(&self.dir)?;
-        fs::rename(&fresh, &self.dir).with_context(|| format!("rename {} into place", fresh.display()))?;
-        say::done(&format!("{} is built, in {:.0} s", self.what, begun.elapsed().as_secs_f64()));
+        remove(&set.dir)?;
+        fs::rename(&fresh, &set.dir).with_context(|| format!("rename {} into place", fresh.display()))?;
+        ensure!((set.is_built)()?, "{} is built, but {} is not complete", set.what, set.dir.display());
+        say::done(&format!("{} is built, in {:.0} s", set.what, begun.elapsed().as_secs_f64()));
         Ok(())
     }
 
-    /// One builder at a time; the lock ends with its owner.
-    fn lock(&self) -> Result<File> {
-        let path = self.beside("lock");
-        let parent = path.parent().context("the cache has a folder")?;
+    /// Files of a module of which something was built, so that it is here.
+    fn copy_files(&self, set: &Set, module: &str, folder: &str, fresh: &Path) -> Result<()> {
+        let mut list = Command::new(&self.go);
+        list.args(["list", "-m", "-f", "{{.Dir}}", module]).current_dir(&set.module);
+        environment(&mut list, &self.work);
+        let dir = command::finish(&mut list, None)?;
+        let to = fresh.join(folder);
+        let parent = to.parent().context("a folder")?;
         fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
-        let file = File::options().create(true).truncate(false).write(true).open(&path);
-        let file = file.with_context(|| format!("open {}", path.display()))?;
-        let mut told = false;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(file),
-                Err(fs::TryLockError::WouldBlock) => {}
-                Err(fs::TryLockError::Error(error)) => {
-                    return Err(error).with_context(|| format!("lock {}", path.display()));
-                }
-            }
-            if !told {
-                say::warn(&format!("another process builds {}; this one waits for it", self.what));
-                told = true;
-            }
-            self.check()?;
-            thread::sleep(Duration::from_millis(200));
-        }
+        let mut copy = Command::new("cp");
+        // Without the modes of the module's cache, in which nothing can be changed.
+        copy.args(["-r", "--no-preserve=mode"]).arg(Path::new(dir.trim()).join(folder)).arg(&to);
+        command::finish(&mut copy, None).map(drop)
     }
 
-    fn beside(&self, extension: &str) -> PathBuf {
-        let mut name = self.dir.file_name().unwrap_or_default().to_owned();
-        name.push(".");
-        name.push(extension);
-        self.dir.with_file_name(name)
-    }
-
-    fn go_build(&self, work: &Path, output: &Path, packages: &[&str], compiled: &mut u32) -> Result<()> {
+    fn go_build(&self, set: &Set, step: &GoStep, output: &Path, compiled: &mut u32) -> Result<()> {
         // Below what the user waits for.
         let mut go = Command::new("nice");
-        go.args(["-n", "10"]).arg(&self.go).args(["build", "-v"]).args(&self.arguments);
-        go.arg("-o").arg(output).args(packages).current_dir(&self.module);
-        environment(&mut go, work);
+        go.args(["-n", "10"]).arg(&self.go).args(["build", "-v"]).args(&step.arguments);
+        go.arg("-o").arg(output).args(&step.packages).current_dir(&set.module);
+        environment(&mut go, &self.work);
+        if step.cgo {
+            go.env("CGO_ENABLED", "1");
+        }
         let text = command::describe(&go);
         go.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command::end_with_starter(&mut go);
@@ -235,7 +318,7 @@ impl Build {
         let count = AtomicU32::new(*compiled);
         let (status, last) = thread::scope(|scope| -> Result<_> {
             let reader = scope.spawn(|| read(BufReader::new(said), &count));
-            let waited = self.wait(&mut child, &count);
+            let waited = self.wait(set.what, &mut child, &count);
             let last = reader.join().map_err(|_| anyhow!("the thread that reads what Go says panicked"))?;
             Ok((waited?, last))
         })?;
@@ -245,31 +328,53 @@ impl Build {
     }
 
     /// Waits for Go, tells how far it is, and ends it if that is wanted.
-    fn wait(&self, child: &mut Child, compiled: &AtomicU32) -> Result<std::process::ExitStatus> {
+    fn wait(&self, what: &str, child: &mut Child, compiled: &AtomicU32) -> Result<std::process::ExitStatus> {
         let mut told = Instant::now();
         let begun = told;
         loop {
             if let Some(status) = child.try_wait().context("ask for the end of Go")? {
                 return Ok(status);
             }
-            if let Err(error) = self.check() {
+            if let Err(error) = check(&self.stop) {
                 command::end_group(child, Duration::from_secs(2))?;
                 return Err(error);
             }
             if told.elapsed() >= PROGRESS {
                 told = Instant::now();
                 let count = compiled.load(Ordering::Relaxed);
-                eprintln!("  {}: {count} packages compiled after {:.0} s", self.what, begun.elapsed().as_secs_f64());
+                eprintln!("  {what}: {count} packages compiled after {:.0} s", begun.elapsed().as_secs_f64());
             }
             thread::sleep(Duration::from_millis(100));
         }
     }
+}
 
-    fn check(&self) -> Result<()> {
-        interrupt::check()?;
-        ensure!(!self.stop.load(Ordering::SeqCst), "the build of {} was given up", self.what);
-        Ok(())
+/// Waits for a lock, which ends with its owner.
+fn lock(path: &Path, what: &str, stop: &AtomicBool) -> Result<File> {
+    let file = File::options().create(true).truncate(false).write(true).open(path);
+    let file = file.with_context(|| format!("open {}", path.display()))?;
+    let mut told = false;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(fs::TryLockError::WouldBlock) => {}
+            Err(fs::TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("lock {}", path.display()));
+            }
+        }
+        if !told {
+            say::warn(&format!("another process builds with Go; {what} waits for it"));
+            told = true;
+        }
+        check(stop)?;
+        thread::sleep(Duration::from_millis(200));
     }
+}
+
+fn check(stop: &AtomicBool) -> Result<()> {
+    interrupt::check()?;
+    ensure!(!stop.load(Ordering::SeqCst), "the build with Go was given up");
+    Ok(())
 }
 
 /// Counts the packages that `go build -v` names, and keeps the last lines of all else.
@@ -408,14 +513,16 @@ mod tests {
     /// A build that is given up ends its processes, and says why.
     #[test]
     fn a_build_that_is_given_up_ends_at_once() {
-        let stop = Arc::new(AtomicBool::new(true));
-        let (go, dir, module) = ("/nowhere/go".into(), "/nowhere/set".into(), "/nowhere/module".into());
-        let build = Build { go, dir, what: "something", module, arguments: Vec::new(), stop };
+        let dir = std::env::temp_dir().join(format!("culvert-go-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("a folder for the test");
+        let lock = File::create(dir.join("lock")).expect("a file of the test");
+        let (go, work, stop) = ("/nowhere/go".into(), dir.clone(), Arc::new(AtomicBool::new(true)));
+        let workshop = Workshop { go, work, stop, _lock: lock };
         let mut sleeper = Command::new("sleep");
         command::end_with_starter(sleeper.arg("60"));
         let mut child = sleeper.spawn().expect("sleep starts");
         let begun = Instant::now();
-        let error = build.wait(&mut child, &AtomicU32::new(0)).expect_err("it was given up");
+        let error = workshop.wait("something", &mut child, &AtomicU32::new(0)).expect_err("it was given up");
         assert!(error.to_string().contains("given up") && begun.elapsed() < Duration::from_secs(30), "{error}");
         assert!(child.try_wait().expect("it was waited for").is_some());
     }

@@ -21,7 +21,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 use culvert_tests::{cache, command, interrupt};
 
-pub(crate) use kubernetes::{Building, build_istiod};
+pub(crate) use kubernetes::{Building, Wanted, build_istiod};
 pub(crate) use toolchain::Toolchain;
 
 /// What the machine is wanted for; each includes the one before it.
@@ -53,7 +53,7 @@ pub(crate) fn run(purpose: For) -> Result<Ready> {
     machine::check(purpose)?;
     packages::install(&packages::wanted(purpose))?;
     // What takes longest, and only processor time: beside everything that follows.
-    let kubernetes = if purpose >= For::Test { Some(api_server()?) } else { None };
+    let kubernetes = if purpose >= For::Test { Some(kubernetes(Wanted::Nodes)?) } else { None };
     let toolchain = toolchain::find_or_install(purpose)?;
     let deny = if purpose >= For::Test { Some(tools::cargo_deny()?) } else { None };
     if purpose >= For::Test {
@@ -72,12 +72,13 @@ pub(crate) fn all() -> Result<()> {
     ready.kubernetes.map_or(Ok(()), Building::finish)
 }
 
-/// The API server of the tests; it is built, beside the caller, if there is none.
+/// Programs of Kubernetes; what is not there is built, beside the caller.
 ///
 /// # Errors
 /// The set that the environment names is not complete, or no Go can be had.
-pub(crate) fn api_server() -> Result<Building> {
-    kubernetes::begin().context("the API server of the tests")
+pub(crate) fn kubernetes(wanted: Wanted) -> Result<Building> {
+    packages::install(&packages::of_kubernetes(wanted))?;
+    kubernetes::begin(wanted).context("the Kubernetes of the tests")
 }
 
 /// Python's package manager.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use culvert_tests::apps::postgres_programs;
 use culvert_tests::command;
 
-use super::{For, has, show};
+use super::{For, Wanted, has, show};
 use crate::say;
 
 /// A package, what of it is used, and what for.
@@ -75,6 +75,22 @@ pub(super) fn wanted(purpose: For) -> Vec<Package> {
         ]);
     }
     wanted
+}
+
+/// What nodes are made with, and run in.
+pub(super) fn of_kubernetes(wanted: Wanted) -> Vec<Package> {
+    match wanted {
+        Wanted::ApiServer => Vec::new(),
+        Wanted::Nodes => vec![
+            Package::new("libseccomp-dev", "/usr/include/seccomp.h", "builds runc"),
+            Package::new("pkg-config", "pkg-config", "builds runc"),
+            Package::new("mmdebstrap", "mmdebstrap", "the base of a Kubernetes node"),
+            Package::new("podman", "podman", "runs the nodes of a cluster of kind"),
+            Package::new("netavark", "/usr/lib/podman/netavark", "the network of those nodes"),
+            Package::new("aardvark-dns", "/usr/lib/podman/aardvark-dns", "their names"),
+            Package::new("iptables", "iptables", "the ports of those nodes"),
+        ],
+    }
 }
 
 /// PostgreSQL's server programs are outside PATH, one folder per version.
