@@ -69,6 +69,31 @@ pub fn istiod() -> Result<PathBuf> {
     Ok(crate::cache().context("where built programs are kept")?.join("tools").join(name).join("istiod"))
 }
 
+/// Version of Helm, which renders the chart; tests/helm/go.mod has the same one.
+pub const HELM: &str = "v4.3.1";
+/// Its package, in the module that names its version.
+pub const HELM_PACKAGE: &str = "helm.sh/helm/v4/cmd/helm";
+
+/// The module that names the version of Helm, with the checksums of all that it consists of.
+pub fn helm_module() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("helm")
+}
+
+/// Arguments of `go build` for Helm, besides the output and the package.
+pub fn helm_arguments() -> Vec<String> {
+    ["-trimpath", "-buildvcs=false", "-ldflags", "-s -w"].map(str::to_owned).to_vec()
+}
+
+/// File of Helm, once it is built: the name of its folder says what it was built from and how.
+///
+/// # Errors
+/// There is no cache directory.
+pub fn helm() -> Result<PathBuf> {
+    let (go_mod, go_sum) = (include_str!("../../helm/go.mod"), include_str!("../../helm/go.sum"));
+    let name = format!("helm-{HELM}-{:016x}", key(&[go_mod, go_sum, &helm_arguments().join(" ")]));
+    Ok(crate::cache().context("where built programs are kept")?.join("tools").join(name).join("helm"))
+}
+
 /// Where Istio's own definitions lie once they have been fetched.
 ///
 /// # Errors
@@ -215,6 +240,10 @@ mod tests {
         }
         let istio = include_str!("../../istio/go.mod");
         assert!(istio.lines().any(|line| line == format!("require {ISTIO_MODULE} {ISTIO}")), "{istio}");
+        let (helm, module) = (include_str!("../../helm/go.mod"), HELM_PACKAGE.trim_end_matches("/cmd/helm"));
+        for line in [format!("tool {HELM_PACKAGE}"), format!("\t{module} {HELM} // indirect")] {
+            assert!(helm.lines().any(|there| there == line), "no {line:?} in {helm}");
+        }
         for package in KUBERNETES_PACKAGES.into_iter().chain([ETCD_PACKAGE]) {
             assert!(GO_MOD.lines().any(|line| line.trim() == package), "{package} is no tool of the module");
         }

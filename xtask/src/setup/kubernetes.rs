@@ -17,8 +17,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use culvert_tests::apiserver::assets::{
-    Assets, ETCD, ETCD_PACKAGE, ISTIO, ISTIO_FILE, ISTIO_MODULE, ISTIOD_PACKAGE, KUBERNETES, KUBERNETES_PACKAGES,
-    VARIABLE, build_arguments, istio_cached, istio_module, istiod, istiod_arguments, istiod_module, module,
+    Assets, ETCD, ETCD_PACKAGE, HELM, HELM_PACKAGE, ISTIO, ISTIO_FILE, ISTIO_MODULE, ISTIOD_PACKAGE, KUBERNETES,
+    KUBERNETES_PACKAGES, VARIABLE, build_arguments, helm, helm_arguments, helm_module, istio_cached, istio_module,
+    istiod, istiod_arguments, istiod_module, module,
 };
 use culvert_tests::kind::parts::{self, Parts};
 use culvert_tests::{command, interrupt};
@@ -42,13 +43,15 @@ pub(crate) struct Building {
     stop: Arc<AtomicBool>,
 }
 
-/// What is wanted of Kubernetes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is wanted of Kubernetes; each includes the one before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Wanted {
     /// An API server.
     ApiServer,
     /// And whole nodes, as kind makes them.
     Nodes,
+    /// And Helm.
+    Tests,
 }
 
 /// Looks for what is wanted and begins to build what is not there.
@@ -61,8 +64,11 @@ pub(super) fn begin(wanted: Wanted) -> Result<Building> {
     if Assets::given()?.is_none() && !Assets::is_built()? {
         sets.push(api_server()?);
     }
-    if wanted == Wanted::Nodes && !Parts::is_built()? {
+    if wanted >= Wanted::Nodes && !Parts::is_built()? {
         sets.push(nodes()?);
+    }
+    if wanted == Wanted::Tests && !helm()?.is_file() {
+        sets.push(helm_set()?);
     }
     if sets.is_empty() && istio_cached()?.is_file() {
         return Ok(Building { thread: None, stop });
@@ -151,6 +157,20 @@ fn nodes() -> Result<Set> {
         steps: parts::builds().into_iter().map(step).collect(),
         files: Some((parts::KIND_MODULE, parts::KIND_FILES)),
         is_built: Parts::is_built,
+    })
+}
+
+/// Helm, which renders the chart.
+fn helm_set() -> Result<Set> {
+    let step = GoStep { output: "helm", packages: vec![HELM_PACKAGE], cgo: false, arguments: helm_arguments() };
+    Ok(Set {
+        dir: helm()?.parent().context("its folder")?.to_owned(),
+        what: "Helm",
+        cost: format!("about 2 minutes on 2 cores ({HELM})"),
+        module: helm_module(),
+        steps: vec![step],
+        files: None,
+        is_built: || Ok(helm()?.is_file()),
     })
 }
 

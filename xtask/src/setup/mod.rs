@@ -53,7 +53,7 @@ pub(crate) fn run(purpose: For) -> Result<Ready> {
     machine::check(purpose)?;
     packages::install(&packages::wanted(purpose))?;
     // What takes longest, and only processor time: beside everything that follows.
-    let kubernetes = if purpose >= For::Test { Some(kubernetes(Wanted::Nodes)?) } else { None };
+    let kubernetes = if purpose >= For::Test { Some(kubernetes(Wanted::Tests)?) } else { None };
     let toolchain = toolchain::find_or_install(purpose)?;
     let deny = if purpose >= For::Test { Some(tools::cargo_deny()?) } else { None };
     if purpose >= For::Test {

@@ -81,7 +81,7 @@ pub(super) fn wanted(purpose: For) -> Vec<Package> {
 pub(super) fn of_kubernetes(wanted: Wanted) -> Vec<Package> {
     match wanted {
         Wanted::ApiServer => Vec::new(),
-        Wanted::Nodes => vec![
+        Wanted::Nodes | Wanted::Tests => vec![
             Package::new("libseccomp-dev", "/usr/include/seccomp.h", "builds runc"),
             Package::new("pkg-config", "pkg-config", "builds runc"),
             Package::new("mmdebstrap", "mmdebstrap", "the base of a Kubernetes node"),
