@@ -5,20 +5,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use culvert_tests::apiserver::{self, ApiPlan, ApiServer, assets};
-use culvert_tests::command;
+use culvert_tests::{command, patience};
 use serde_json::{Value, json};
 
 /// The namespace that a release must have.
 const NAMESPACE: &str = "istio-system";
+/// Until controllers have made what a namespace has.
+const PREPARED: Duration = Duration::from_secs(30);
 /// Renderings that are to be the same: by kustomize from a folder, by Helm with a file of values.
-const SAME: [(&str, &str); 3] = [
-    ("base", "values.yaml"),
-    ("overlays/kind", "values-kind.yaml"),
-    ("overlays/restricted", "values-restricted.yaml"),
-];
+const SAME: [(&str, &str); 3] =
+    [("base", "values.yaml"), ("overlays/kind", "values-kind.yaml"), ("overlays/restricted", "values-restricted.yaml")];
 
 fn deploy(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy").join(path)
@@ -105,11 +105,11 @@ fn kustomize_and_helm_give_the_same_objects() -> Result<()> {
         ensure!(kept.is_none(), "{folder} has {kept:?}");
     }
     // Other values are seen.
-    let other = objects(&server, &template(&["--set", "image.repository=registry.example/mesh,image.tag=2"])?)?;
+    let other = objects(&server, &template(&["--set", "image.repository=registry.example/mesh,image.tag=v2"])?)?;
     let ours = objects(&server, &kustomize(&server, "base")?)?;
     let agent = "DaemonSet/istio-system/culvert";
     let error = same(agent, &ours[agent], &other[agent]).err().context("another image is a difference")?;
-    ensure!(format!("{error:#}").contains("registry.example/mesh:2"), "{error:#}");
+    ensure!(format!("{error:#}").contains("registry.example/mesh:v2"), "{error:#}");
     Ok(())
 }
 
@@ -170,7 +170,10 @@ fn values_reach_the_objects() -> Result<()> {
     let more = objects(&server, &template(&more)?)?;
     let control = &more["Deployment/istio-system/culvert-control"]["spec"];
     ensure!(control["replicas"] == 3, "{control}");
-    ensure!(control["template"]["spec"]["containers"][0]["args"] == json!(["control", "--log-level=debug"]), "{control}");
+    ensure!(
+        control["template"]["spec"]["containers"][0]["args"] == json!(["control", "--log-level=debug"]),
+        "{control}"
+    );
     ensure!(!more.keys().any(|name| name.contains("Webhook")), "{:?}", more.keys());
     Ok(())
 }
@@ -227,6 +230,11 @@ fn an_api_server_takes_all_of_it_and_loses_it_again() -> Result<()> {
     let create = |path: &str| server.kubectl(&["create", "--filename", &deploy(path).display().to_string()]);
     create("namespace.yaml")?;
     create("crds")?;
+    // What the controllers make in a new namespace is not of what is installed.
+    command::wait_for("controllers prepared the namespace", PREPARED * patience(), || {
+        let made = ["get", "serviceaccount/default", "configmap/kube-root-ca.crt", "-n", NAMESPACE];
+        Ok(server.kubectl(&made).is_ok().then_some(()))
+    })?;
     let before = inventory(&server)?;
     for (folder, _) in SAME {
         let manifests = kustomize(&server, folder)?;
@@ -282,7 +290,8 @@ fn granted(file: &str, key: &str) -> Result<Vec<Granted>> {
     let mut found = Vec::new();
     for (start, opening) in lines.iter().enumerate().filter(|(_, line)| line.trim() == format!("{key}:")) {
         let depth = indent(opening);
-        let inside = |line: &&str| indent(line) > depth || matches!(line.trim_start().as_bytes().first(), Some(b'-' | b'#'));
+        let inside =
+            |line: &&str| indent(line) > depth || matches!(line.trim_start().as_bytes().first(), Some(b'-' | b'#'));
         let below = lines[start + 1..].iter().take_while(|line| indent(line) >= depth && inside(line));
         for (number, line) in below.enumerate().map(|(offset, line)| (start + 1 + offset, line)) {
             let item = line.trim_start();
@@ -364,7 +373,10 @@ fn no_container_that_goes_on_is_privileged() -> Result<()> {
             security["capabilities"] == json!({ "drop": ["ALL"], "add": ["NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"] }),
             "{folder}: {security}"
         );
-        ensure!(security["privileged"].is_null() && security["allowPrivilegeEscalation"] == false, "{folder}: {security}");
+        ensure!(
+            security["privileged"].is_null() && security["allowPrivilegeEscalation"] == false,
+            "{folder}: {security}"
+        );
         ensure!(pod["containers"].as_array().is_some_and(|all| all.len() == 1), "{folder}: {pod}");
         ensure!(count(pod, "ports") == 0, "{folder}: a port of a hostNetwork pod is one of the node");
         let ends_after = pod["terminationGracePeriodSeconds"].as_u64();
