@@ -18,6 +18,8 @@ use culvert_tests::{command, interrupt};
 use crate::setup::{self, Ready, root};
 use crate::{build, say};
 
+/// What the image is called unless told otherwise, and in deploy/.
+const NAME: &str = concat!("culvert:", env!("CARGO_PKG_VERSION"));
 /// What an archive may have; each node pulls it.
 const MAX_BYTES: u64 = 40 << 20;
 const MIB: f64 = (1 << 20) as f64;
@@ -29,7 +31,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// What the image is called
-    #[arg(long, value_name = "NAME:TAG", default_value = concat!("culvert:", env!("CARGO_PKG_VERSION")))]
+    #[arg(long, value_name = "NAME:TAG", default_value = NAME)]
     name: String,
     /// Take the binary of `cargo xtask build`, stripped: not optimised, and with this machine's paths in it
     #[arg(long)]
@@ -71,6 +73,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
+/// The archive of an image of the binary that was built for development.
+///
+/// # Errors
+/// It was not built.
+pub(crate) fn for_tests() -> Result<PathBuf> {
+    let output = root().join("target/image/culvert-debug.tar");
+    culvert::pack(&strip(&built("culvert")?, root())?, NAME, &output)?;
+    Ok(output)
+}
+
 /// Builds the image in this checkout and in a copy of it at another path, and leaves the first as `output`.
 ///
 /// # Errors
@@ -95,7 +107,7 @@ pub(crate) fn twice(ready: &Ready, profile: Profile, name: &str, output: &Path) 
 /// As for [`twice`].
 pub(crate) fn from_two_clones(ready: &Ready) -> Result<Digest> {
     let output = root().join("target/image/culvert.tar");
-    twice(ready, Profile::Image, concat!("culvert:", env!("CARGO_PKG_VERSION")), &output)
+    twice(ready, Profile::Image, NAME, &output)
 }
 
 /// Builds the binary of a checkout so that no place is in it, and gives its path.

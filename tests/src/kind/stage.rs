@@ -148,6 +148,15 @@ impl Scene {
         Ok(())
     }
 
+    /// Takes the cluster away.
+    ///
+    /// # Errors
+    /// Something could not be removed.
+    pub fn take_down(self) -> Result<()> {
+        drop(self.started);
+        self.cluster.take_down()
+    }
+
     fn set_environment(&self, of: &str, variables: &[(&str, &str)]) -> Result<()> {
         let words: Vec<String> = variables.iter().map(|(name, value)| format!("{name}={value}")).collect();
         let mut arguments = vec!["set", "env", "--namespace", SYSTEM, of];
@@ -362,11 +371,9 @@ impl Stage for Scene {
     }
 }
 
-impl Drop for Scene {
+impl Drop for Started {
     fn drop(&mut self) {
-        for started in self.started.values_mut() {
-            // One that has ended and was waited for is what is wanted.
-            let _ = command::end_group(&mut started.child, Duration::ZERO);
-        }
+        // One that has ended and was waited for is what is wanted.
+        let _ = command::end_group(&mut self.child, Duration::ZERO);
     }
 }

@@ -1,4 +1,6 @@
-//! `run`: the user's scenario on a sandbox of two nodes, as a table of expected against observed.
+//! `run`: the user's scenario, as a table of expected against observed: on a sandbox of two nodes, or on a cluster (`cluster`).
+
+mod cluster;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,12 +23,27 @@ pub(crate) struct Arguments {
     /// End after the table, with status 0 if all is as expected
     #[arg(long)]
     once: bool,
-    /// Name of the sandbox; two at once need two names
+    /// Name of the sandbox, or of the cluster; two at once need two names
     #[arg(long, default_value = DEFAULT_NAME)]
     name: String,
+    /// What the nodes are
+    #[arg(long, value_enum, default_value_t = Nodes::Sandbox)]
+    cluster: Nodes,
+    /// How many nodes a cluster has besides the one with its control plane
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8))]
+    workers: u8,
     /// Where agents have the cluster's objects from
     #[arg(long, value_enum, default_value_t = ObjectsFrom::Folder)]
     source: ObjectsFrom,
+}
+
+/// What the nodes are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Nodes {
+    /// Network namespaces and cgroups: nothing of Kubernetes but its API
+    Sandbox,
+    /// A cluster that kind makes: real kubelets, containerd, kube-proxy
+    Kind,
 }
 
 /// Where agents have the cluster's objects from.
@@ -39,6 +56,13 @@ enum ObjectsFrom {
 }
 
 pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    match arguments.cluster {
+        Nodes::Sandbox => sandbox(arguments),
+        Nodes::Kind => cluster::run(arguments),
+    }
+}
+
+fn sandbox(arguments: &Arguments) -> Result<()> {
     let ready = setup::run(setup::For::Run)?;
     let source = match arguments.source {
         ObjectsFrom::Folder => {
