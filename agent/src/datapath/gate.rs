@@ -30,7 +30,7 @@ use crate::pods::{CgroupDir, CgroupId};
 
 /// The name of a program is the beginning of its link's; `_` and the id of the cgroup follow. Who is connected to is looked
 /// at first: an agent that ends in between leaves a pod that is not reached, rather than one that nobody calls.
-const PROGRAMS: [(&str, AttachType); 5] = [
+pub(super) const PROGRAMS: [(&str, AttachType); 5] = [
     ("gate_in", AttachType::SkbIngress),
     ("gate4", AttachType::Connect4),
     ("gate6", AttachType::Connect6),

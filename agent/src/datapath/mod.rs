@@ -3,7 +3,7 @@
 //! Everything is pinned: links under `<pin dir>/links`, maps by name under `<pin dir>/v<layout version>`. An agent that
 //! starts fills maps of its own, and then replaces the program of each link in place ([`Datapath::take_over`]), so that
 //! there is no instant without programs, and none in which two agents write what one of them reads; who follows whom is
-//! told in `owner`. What the maps mean is said in `culvert_common`; who is enrolled is decided elsewhere.
+//! told in `owner`, how all of it is taken away again in `clean`. What the maps mean is said in `culvert_common`; who is enrolled is decided elsewhere.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -33,6 +33,8 @@ use culvert_common::{
 };
 use tracing::warn;
 
+pub mod bpffs;
+mod clean;
 mod gate;
 pub mod inspect;
 mod judge;
@@ -44,6 +46,7 @@ mod tables;
 mod veth;
 
 use crate::policy::{Snapshot, Table, TooLarge, Workload};
+pub use clean::clean;
 pub use judge::Arrival;
 pub use older::Older;
 pub use owner::Turn;

@@ -5,7 +5,7 @@
 
 use std::{
     fs, io,
-    os::fd::AsFd as _,
+    os::{fd::AsFd as _, unix::fs::symlink},
     path::{Path, PathBuf},
 };
 
@@ -24,14 +24,16 @@ use crate::netns::route::Route;
 
 const PROGRAM: &str = "leaving";
 /// Start of the name of a link; the pod's cookie and the device's index follow.
-const LINK: &str = "leaving_";
+pub(super) const LINK: &str = "leaving_";
 /// Start of the name of a program that is attached as a classic filter; likewise.
-const FILTER: &str = "filter_";
+pub(super) const FILTER: &str = "filter_";
+/// Start of the name of a symbolic link that says that the device had no place for filters before; likewise.
+pub(super) const PLACE: &str = "place_";
 
 /// A pin of ours.
-struct Pin {
+pub(super) struct Pin {
     path: PathBuf,
-    linked: bool,
+    pub(super) linked: bool,
     cookie: NetnsCookie,
     index: u32,
 }
@@ -88,7 +90,12 @@ impl Datapath {
                 match Route::here()?.set_ingress(index, program) {
                     Err(error) if error.downcast_ref::<Errno>() == Some(&Errno::ENODEV) => Ok(()),
                     Err(error) => Err(error),
-                    Ok(()) => sys::pin_over(program, &filter).context("pin the filter's program"),
+                    Ok(made) => {
+                        if made {
+                            note_place(&filter).context("note that the device had no place for filters")?;
+                        }
+                        sys::pin_over(program, &filter).context("pin the filter's program")
+                    }
                 }
             }
             // Gone with its pod: nothing leaves there.
@@ -106,6 +113,7 @@ impl Datapath {
                 continue;
             }
             if gone(&pin)? {
+                ignore_absent(fs::remove_file(place(&pin.path))).context("forget a device")?;
                 ignore_absent(fs::remove_file(&pin.path)).with_context(|| format!("unpin {}", pin.path.display()))?;
                 continue;
             }
@@ -163,7 +171,7 @@ impl Datapath {
     }
 }
 
-fn pin(path: &Path) -> Option<Pin> {
+pub(super) fn pin(path: &Path) -> Option<Pin> {
     let name = path.file_name()?.to_str()?;
     let (linked, rest) = match (name.strip_prefix(LINK), name.strip_prefix(FILTER)) {
         (Some(rest), _) => (true, rest),
@@ -191,7 +199,8 @@ fn exists(index: u32) -> bool {
     !unsafe { libc::if_indextoname(index, name.as_mut_ptr()) }.is_null()
 }
 
-fn detach(pin: &Pin) -> anyhow::Result<()> {
+/// Takes the program off the device, and unpins it.
+pub(super) fn detach(pin: &Pin) -> anyhow::Result<()> {
     let result = if pin.linked {
         let detached = sys::open_pinned(&pin.path).and_then(|link| sys::link_detach(link.as_fd()));
         match detached {
@@ -208,10 +217,28 @@ fn detach(pin: &Pin) -> anyhow::Result<()> {
 /// Removes the classic filter, if the one that is there has one of our programs: the device's index may be another's now.
 fn unfilter(pin: &Pin) -> anyhow::Result<()> {
     let mut route = Route::here()?;
-    let Some(id) = route.ingress(pin.index)? else { return Ok(()) };
-    let of = |info: aya::programs::ProgramInfo| info.id() == id && info.name_as_str() == Some(PROGRAM);
-    if loaded_programs().filter_map(Result::ok).any(of) {
+    if let Some(id) = route.ingress(pin.index)? {
+        let of = |info: aya::programs::ProgramInfo| info.id() == id && info.name_as_str() == Some(PROGRAM);
+        if !loaded_programs().filter_map(Result::ok).any(of) {
+            return Ok(());
+        }
         route.remove_ingress(pin.index)?;
+        if fs::symlink_metadata(place(&pin.path)).is_ok() {
+            route.remove_place(pin.index)?;
+        }
     }
-    Ok(())
+    ignore_absent(fs::remove_file(place(&pin.path))).context("forget that the device had no place for filters")
+}
+
+fn note_place(filter: &Path) -> io::Result<()> {
+    match symlink("made", place(filter)) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        other => other,
+    }
+}
+
+/// What says of a filter's device that it had no place for filters.
+fn place(filter: &Path) -> PathBuf {
+    let name = filter.file_name().and_then(|name| name.to_str()?.strip_prefix(FILTER)).unwrap_or_default();
+    filter.with_file_name(format!("{PLACE}{name}"))
 }

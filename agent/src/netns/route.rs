@@ -65,6 +65,7 @@ const NLA_F_NESTED: u16 = 1 << 15;
 const RTM_NEWLINK: u16 = 16;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWQDISC: u16 = 36;
+const RTM_DELQDISC: u16 = 37;
 const RTM_NEWTFILTER: u16 = 44;
 const RTM_DELTFILTER: u16 = 45;
 const RTM_GETTFILTER: u16 = 46;
@@ -84,10 +85,11 @@ const TCA_BPF_NAME: u16 = 7;
 const TCA_BPF_FLAGS: u16 = 8;
 const TCA_BPF_ID: u16 = 11;
 const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
-/// `TC_H_CLSACT`, its own handle, and its ingress.
+/// `TC_H_CLSACT`, its own handle, its ingress and its egress.
 const CLSACT: u32 = 0xffff_fff1;
 const CLSACT_HANDLE: u32 = 0xffff_0000;
 const CLSACT_INGRESS: u32 = 0xffff_fff2;
+const CLSACT_EGRESS: u32 = 0xffff_fff3;
 const ETH_P_ALL: u16 = 3;
 /// The first of all filters, among them by a number that others do not use (Cilium has 1): at the same priority each
 /// stays, the youngest is asked first, and what we do not stop goes on to the next.
@@ -158,29 +160,31 @@ impl Route {
         Ok(id.filter(|id| *id != u32::MAX))
     }
 
-    /// Puts a program first among the ingress filters of a device, over an earlier one of ours.
+    /// Puts a program first among the ingress filters of a device, over an earlier one of ours. Gives whether the device had
+    /// no place for filters until now: [`Route::remove_place`] then takes it away again.
     ///
     /// # Errors
     /// The kernel refused: no CAP_NET_ADMIN, no such device, or no clsact (module sch_ingress).
-    pub fn set_ingress(&mut self, index: u32, prog: BorrowedFd<'_>) -> anyhow::Result<()> {
+    pub fn set_ingress(&mut self, index: u32, prog: BorrowedFd<'_>) -> anyhow::Result<bool> {
         self.set_filter(index, HANDLE, prog)
     }
 
-    fn set_filter(&mut self, index: u32, handle: u32, prog: BorrowedFd<'_>) -> anyhow::Result<()> {
+    fn set_filter(&mut self, index: u32, handle: u32, prog: BorrowedFd<'_>) -> anyhow::Result<bool> {
         let flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
         let mut request = self.tc(RTM_NEWQDISC, flags, index, (CLSACT_HANDLE, CLSACT, 0));
         attribute(&mut request, TCA_KIND, b"clsact\0");
-        match self.talk(request, |_, _| Ok(())) {
-            Err(error) if error.downcast_ref::<Errno>() == Some(&Errno::EEXIST) => {}
-            other => other.with_context(|| format!("add clsact to device {index}"))?,
-        }
+        let made = match self.talk(request, |_, _| Ok(())) {
+            Err(error) if error.downcast_ref::<Errno>() == Some(&Errno::EEXIST) => false,
+            other => other.map(|()| true).with_context(|| format!("add clsact to device {index}"))?,
+        };
         let mut request = self.filter(RTM_NEWTFILTER, NLM_F_ACK | NLM_F_CREATE, index, handle);
         let mut options = Vec::new();
         attribute(&mut options, TCA_BPF_FD, &prog.as_raw_fd().to_ne_bytes());
         attribute(&mut options, TCA_BPF_NAME, b"culvert\0");
         attribute(&mut options, TCA_BPF_FLAGS, &TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes());
         attribute(&mut request, TCA_OPTIONS | NLA_F_NESTED, &options);
-        self.talk(request, |_, _| Ok(())).with_context(|| format!("set the ingress filter of device {index}"))
+        self.talk(request, |_, _| Ok(())).with_context(|| format!("set the ingress filter of device {index}"))?;
+        Ok(made)
     }
 
     /// The id of the program that [`Route::set_ingress`] has put at a device; `None` if there is none.
@@ -214,6 +218,29 @@ impl Route {
         let request = self.filter(RTM_DELTFILTER, NLM_F_ACK, index, HANDLE);
         absent(self.talk(request, |_, _| Ok(())))
             .with_context(|| format!("remove the ingress filter of device {index}"))
+    }
+
+    /// Removes the place for filters of a device (clsact), if there is no filter at it; that it is gone already is no error.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn remove_place(&mut self, index: u32) -> anyhow::Result<()> {
+        for parent in [CLSACT_INGRESS, CLSACT_EGRESS] {
+            let request = self.tc(RTM_GETTFILTER, NLM_F_REQUEST | NLM_F_DUMP, index, (0, parent, 0));
+            let mut filters = 0;
+            let listed = self.talk(request, |kind, _| {
+                filters += usize::from(kind == RTM_NEWTFILTER);
+                Ok(())
+            });
+            absent(listed).with_context(|| format!("list the filters of device {index}"))?;
+            if filters > 0 {
+                return Ok(());
+            }
+        }
+        let flags = NLM_F_REQUEST | NLM_F_ACK;
+        let mut request = self.tc(RTM_DELQDISC, flags, index, (CLSACT_HANDLE, CLSACT, 0));
+        attribute(&mut request, TCA_KIND, b"clsact\0");
+        absent(self.talk(request, |_, _| Ok(()))).with_context(|| format!("remove clsact from device {index}"))
     }
 
     fn filter(&mut self, kind: u16, flags: u16, index: u32, handle: u32) -> Vec<u8> {
@@ -419,9 +446,9 @@ mod tests {
         let there = new_netns();
         let mut route = Route::open(&there).expect("opened");
         let (of_others, ours) = (1, HANDLE);
-        route.set_filter(LOOPBACK, of_others, passing.as_fd()).expect("set");
+        assert!(route.set_filter(LOOPBACK, of_others, passing.as_fd()).expect("set"), "the first filter of the device");
         let theirs = route.filter_at(LOOPBACK, of_others).expect("asked").expect("there");
-        route.set_ingress(LOOPBACK, first.as_fd()).expect("set");
+        assert!(!route.set_ingress(LOOPBACK, first.as_fd()).expect("set"), "the place was there");
         let before = route.ingress(LOOPBACK).expect("asked");
         route.set_ingress(LOOPBACK, second.as_fd()).expect("replaced");
         assert!(before.is_some() && route.ingress(LOOPBACK).expect("asked") != before, "over our own");
@@ -436,6 +463,28 @@ mod tests {
         assert!(place(ours) < place(of_others), "{listed}");
         route.remove_ingress(LOOPBACK).expect("removed");
         assert_eq!(route.ingress(LOOPBACK).expect("asked"), None);
+        route.remove_place(LOOPBACK).expect("left alone");
         assert_eq!(route.filter_at(LOOPBACK, of_others).expect("asked"), Some(theirs));
+    }
+
+    /// What is not there before a pod is in the mesh is not there after it.
+    #[test]
+    fn the_place_for_filters_goes_with_the_last_of_them() {
+        const LOOPBACK: u32 = 1;
+        let (there, ours) = (new_netns(), program(2));
+        let mut route = Route::open(&there).expect("opened");
+        let shown = || {
+            let shown = there.run(|| std::process::Command::new("tc").args(["qdisc", "show", "dev", "lo"]).output());
+            String::from_utf8(shown.expect("enter").expect("start tc").stdout).expect("text")
+        };
+        let before = shown();
+        assert!(route.set_ingress(LOOPBACK, ours.as_fd()).expect("set") && shown().contains("clsact"), "{}", shown());
+        route.remove_place(LOOPBACK).expect("left alone");
+        assert!(route.ingress(LOOPBACK).expect("asked").is_some(), "it has a filter");
+        route.remove_ingress(LOOPBACK).expect("removed");
+        for _ in 0..2 {
+            route.remove_place(LOOPBACK).expect("removed");
+            assert_eq!(shown(), before);
+        }
     }
 }
