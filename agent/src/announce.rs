@@ -2,7 +2,8 @@
 //! an Event on a pod that could not be brought into the mesh.
 //!
 //! Only an agent that is ready tells anything, so that of two on a node the one that serves does. Nothing is written that is
-//! there already, and nothing is fought over: what somebody else changes back is written again after a while.
+//! there already, and nothing is fought over: what somebody else changes back is written again after a while. An agent that
+//! leaves its node for good takes back what it told ([`withdraw`]).
 //!
 //! The rights that it takes: `patch` of `pods/status`, `create` and `patch` of `events` in `events.k8s.io`.
 
@@ -29,7 +30,7 @@ use tracing::{debug, warn};
 use crate::{
     enroll,
     model::{ObjectRef, Pod, PodUid},
-    source::View,
+    source::{self, View},
     telemetry::readiness::Ready,
 };
 
@@ -94,14 +95,53 @@ pub async fn run(
     }
 }
 
+/// Removes the annotation from the node's pods, whoever wrote it: nobody will take their tunnels any more. `states` are those
+/// that an annotation was told of. What fails is tried again for half a minute.
+///
+/// # Errors
+/// Some pods have it still, and why.
+pub async fn withdraw(
+    client: &Client,
+    node_name: &str,
+    views: &watch::Receiver<Arc<View>>,
+    states: &States,
+) -> anyhow::Result<()> {
+    let cluster = views.borrow().cluster.clone();
+    let told = |pod: &&Arc<Pod>| pod.annotations.contains_key(ANNOTATION) || states.contains_key(&pod.uid);
+    let own = cluster.pods.values().filter(|pod| *pod.node == *node_name).filter(told);
+    let mut left: Vec<(PodUid, ObjectRef)> = own.map(|pod| (pod.uid.clone(), pod.object.clone())).collect();
+    let until = Instant::now() + AGAIN;
+    while let Some((uid, pod)) = left.last().cloned() {
+        let patched = tokio::time::timeout(ANSWER, annotate(client, (&uid, &pod), None)).await;
+        let error = match patched {
+            Ok(Ok(())) => {
+                left.pop();
+                continue;
+            }
+            // Gone meanwhile, or another pod of that name.
+            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 404 | 409) => {
+                left.pop();
+                continue;
+            }
+            Ok(Err(error)) => source::kubernetes::describe(&error),
+            Err(_) => format!("no answer within {} s", ANSWER.as_secs()),
+        };
+        anyhow::ensure!(Instant::now() < until, "{} pods of the node keep their annotation: {error}", left.len());
+        tokio::time::sleep(TICK).await;
+    }
+    Ok(())
+}
+
+async fn annotate(client: &Client, (uid, pod): (&PodUid, &ObjectRef), value: Option<&str>) -> Result<(), kube::Error> {
+    let pods = Api::<core::Pod>::namespaced(client.clone(), &pod.namespace);
+    // With the UID: a pod that has taken the name meanwhile is another one, and the server says so.
+    let patch = json!({"metadata": {"uid": &*uid.0, "annotations": {ANNOTATION: value}}});
+    pods.patch_status(&pod.name, &PatchParams::default(), &Patch::Merge(patch)).await.map(drop)
+}
+
 async fn write(client: &Client, recorder: &Recorder, news: &News) -> Result<(), kube::Error> {
     match &news.what {
-        What::Annotation(value) => {
-            let pods = Api::<core::Pod>::namespaced(client.clone(), &news.pod.namespace);
-            // With the UID: a pod that has taken the name meanwhile is another one, and the server says so.
-            let patch = json!({"metadata": {"uid": &*news.uid.0, "annotations": {ANNOTATION: value}}});
-            pods.patch_status(&news.pod.name, &PatchParams::default(), &Patch::Merge(patch)).await.map(drop)
-        }
+        What::Annotation(value) => annotate(client, (&news.uid, &news.pod), *value).await,
         What::Failed(note) => {
             recorder.publish(&event(EventType::Warning, "FailedEnrollment", note), &reference(news)).await
         }

@@ -8,7 +8,8 @@
 //!
 //! It waits for its turn, loads, and enrols every pod into maps that nobody asks yet. Once that is whole, or nobody serves
 //! whom it could disturb, it takes over; from then on it is ready. It ends by SIGTERM, or because a successor has taken
-//! over; both ways open connections go on until the drain deadline, and policy goes on to hold for them.
+//! over; both ways open connections go on until the drain deadline, and policy goes on to hold for them. What it leaves refuses
+//! until the next one serves, unless there will be none ([`leave`]): then nothing is left.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -42,6 +43,7 @@ use crate::{
     drain::{self, Cause},
     enroll::{self, Enrollments},
     identity::{self, Identities},
+    leave::{self, DaemonSet},
     limits::{self, Limits},
     listen::NodePort,
     model::{Cluster, ObjectRef, PodUid, TrustDomain},
@@ -183,6 +185,24 @@ async fn source(config: &Config) -> anyhow::Result<Source> {
     })
 }
 
+/// The DaemonSet that this agent is of, and what follows it.
+struct Belonging {
+    daemonset: Arc<DaemonSet>,
+    following: LocalBoxFuture<'static, anyhow::Error>,
+}
+
+async fn belonging(config: &Config, client: Option<&kube::Client>) -> anyhow::Result<Option<Belonging>> {
+    let (Some(of), Some(client), agent::Source::Kubernetes(kubeconfig)) = (&config.daemonset, client, &config.source)
+    else {
+        return Ok(None);
+    };
+    let watcher = source::kubernetes::watcher(kubeconfig.as_deref()).await?;
+    let daemonset = Arc::new(DaemonSet::new(client.clone(), of.clone()));
+    let followed = daemonset.clone();
+    let following = async move { match followed.follow(watcher).await {} };
+    Ok(Some(Belonging { daemonset, following: following.boxed_local() }))
+}
+
 /// Waits until no other agent prepares itself to serve.
 async fn turn(config: &Config) -> anyhow::Result<Turn> {
     let mut said: Option<Instant> = None;
@@ -216,6 +236,10 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
     let Source { views, reading, client } = tokio::select! {
         source = source(&config) => source?,
         () = &mut stop => return Ok(()),
+    };
+    let (daemonset, following) = match belonging(&config, client.as_ref()).await? {
+        Some(Belonging { daemonset, following }) => (Some(daemonset), Some(following)),
+        None => (None, None),
     };
     let options = options(&config);
     let cgroup_root = match &config.cgroup_root {
@@ -291,7 +315,7 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         answering.send_replace(true);
     }
     let (states, enrolled) = watch::channel(Arc::default());
-    let announcing = client.map(|client| {
+    let announcing = client.clone().map(|client| {
         let (name, ready) = (config.node_name.clone(), ready.clone());
         announce::run(client, name, ready, views.clone(), enrolled.clone()).map(|never| match never {}).boxed_local()
     });
@@ -361,6 +385,7 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
     };
     // Before they are listed for the first time, so that none is missed.
     let addresses = addresses::Changes::here().context("follow the node's addresses")?;
+    let views_at_end = views.clone();
     let mut control = Control {
         settings,
         hangup: signal(SignalKind::hangup()).context("listen for SIGHUP")?,
@@ -414,31 +439,46 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
     .into_iter()
     .chain(announcing)
     .chain(reporting)
+    .chain(following)
     .collect();
     let mut end = tokio::select! {
         () = &mut stop => Ok(Cause::End),
         result = control.run() => result.map(|()| Cause::HandedOver),
         Some(error) = others.next() => Err(error),
     };
-    let mut deadline = control.settings.config.drain_deadline;
+    let (begun, mut deadline) = (Instant::now(), control.settings.config.drain_deadline);
+    let mut leaves = false;
+    if let (Ok(Cause::End), Some(daemonset)) = (&end, &daemonset) {
+        (end, leaves) = tokio::select! {
+            verdict = daemonset.verdict() => (Ok(Cause::End), tell_verdict(verdict, &config)),
+            result = control.run() => (result.map(|()| Cause::HandedOver), false),
+            Some(error) = others.next() => (Err(error), false),
+        };
+    }
     if let Ok(Cause::End) = end
         && control.datapath.has_successor()
     {
-        let (begun, patience) = (Instant::now(), deadline / 2);
+        let patience = deadline / 2;
         info!(?patience, "another agent prepares itself to serve: going on until it has taken over");
         end = tokio::select! {
             () = tokio::time::sleep(patience) => Ok(Cause::End),
             result = control.run() => result.map(|()| Cause::HandedOver),
             Some(error) = others.next() => Err(error),
         };
-        deadline = deadline.saturating_sub(begun.elapsed());
     }
+    deadline = deadline.saturating_sub(begun.elapsed());
+    leaves &= matches!(end, Ok(Cause::End)) && !control.datapath.has_successor();
     let cause = *end.as_ref().unwrap_or(&Cause::End);
     let _draining = ready.hold("the agent is draining: it ends");
+    let mut told = announce::States::default();
     match cause {
         Cause::HandedOver => {
             info!(?deadline, "another agent has taken over: draining");
             drop(relieved);
+        }
+        Cause::End if leaves => {
+            info!(?deadline, "leaving the node: its pods are out of the mesh, and open connections drain");
+            told = control.leave();
         }
         Cause::End => {
             info!(?deadline, "draining");
@@ -448,7 +488,15 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
             }
         }
     }
-    let drained = meanwhile(draining.drain(cause, deadline), control.follow(), &mut others).await;
+    let withdrawn = async {
+        if let Some(client) = client.filter(|_| leaves)
+            && let Err(error) = announce::withdraw(&client, &config.node_name, &views_at_end, &told).await
+        {
+            warn!(error = format!("{error:#}"), "the API server could not be told that the pods are out of the mesh");
+        }
+    };
+    let drained = async { tokio::join!(draining.drain(cause, deadline), withdrawn).0 };
+    let drained = meanwhile(drained, control.follow(), &mut others).await;
     if let Err(unfinished) = drained {
         warn!(workers = unfinished.0, "not everything ended by the deadline");
     }
@@ -456,6 +504,9 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
     control.workers.drain(..).for_each(|worker| worker.join(LAST_PATIENCE));
     control.tell();
     watcher.stop()?;
+    if leaves {
+        control.clean();
+    }
     drop(control);
     exposition.stop();
     admin.stop();
@@ -722,6 +773,33 @@ impl Control {
                 }
                 Some(question) = self.questions.recv() => self.answer(question),
                 _ = tick.tick() => self.account(),
+            }
+        }
+    }
+
+    /// Takes every pod of the node out of the mesh: what is new passes by it, what is open goes on. Gives where they stood.
+    fn leave(&mut self) -> announce::States {
+        let stood = self.states.send_replace(Arc::default());
+        // One that does not serve yet has written nothing that is asked.
+        if let Stage::Serving = self.stage {
+            self.enrollments.leave_all(&mut self.datapath, &self.workers);
+        }
+        if let Err(error) = self.datapath.gate(None) {
+            error!(error = format!("{error:#}"), "the gate for pods that are not known yet could not be opened");
+        }
+        stood
+    }
+
+    /// Leaves the node as it was before its first agent.
+    fn clean(&mut self) {
+        match self.datapath.clean(|line| debug!("{line}")) {
+            Ok(()) => info!("nothing of the mesh is left on this node"),
+            Err(error) => {
+                let pin_dir = self.settings.config.pin_dir.display();
+                error!(
+                    error = format!("{error:#}"),
+                    "not everything could be removed: run `culvert node clean --pin-dir {pin_dir}` on this node"
+                );
             }
         }
     }
@@ -1146,6 +1224,26 @@ fn stranger(node: &pods::Node, snapshot: &Snapshot, cookie: NetnsCookie) -> Opti
         }
         PodNetwork::Own(_) | PodNetwork::Host | PodNetwork::Pending => None,
     })
+}
+
+/// Says what follows from the DaemonSet for an agent that ends. Gives whether it leaves its node for good.
+fn tell_verdict(verdict: leave::Verdict, config: &Config) -> bool {
+    match verdict {
+        leave::Verdict::Leaves => true,
+        leave::Verdict::Stays => {
+            info!("the DaemonSet is there: pods of the mesh are refused until its next agent serves");
+            false
+        }
+        leave::Verdict::Unknown(error) => {
+            error!(
+                error,
+                "whether the DaemonSet is deleted is not known: pods of the mesh are refused until an agent serves; if none will, \
+                 run `culvert node clean --pin-dir {}` on this node",
+                config.pin_dir.display()
+            );
+            false
+        }
+    }
 }
 
 fn options(config: &Config) -> policy::Options {

@@ -267,6 +267,22 @@ impl Enrollments {
         }
     }
 
+    /// Takes every pod out for good, also those that only an earlier agent knew: what they begin from now on passes by the mesh,
+    /// what is open goes on.
+    pub fn leave_all(&mut self, datapath: &mut Datapath, workers: &[Worker]) {
+        for uid in self.enrolled.keys().cloned().collect::<Vec<_>>() {
+            self.leave(&uid, datapath, workers, false);
+        }
+        for cookie in datapath.enrolled() {
+            if let Err(error) = datapath.remove(cookie) {
+                warn!(cookie = cookie.0, error = format!("{error:#}"), "a pod could not be forgotten completely");
+            }
+        }
+        self.failures.clear();
+        self.refused.clear();
+        self.waiting.clear();
+    }
+
     /// Decides about entries that an earlier agent left: pods that are gone or out of the mesh are forgotten, pods that
     /// nobody knows stay refused.
     pub fn adopt(&self, datapath: &mut Datapath, snapshot: &Snapshot, node: &pods::Node) {

@@ -33,6 +33,7 @@
 //! | [`gate`] | which pods the kernel lets through before they are in the mesh, and which it holds |
 //! | [`enroll`] | bring a pod in and out, in the right order, and again without harm |
 //! | [`announce`] | tell the cluster what became of the node's pods |
+//! | [`leave`] | whether the node is left for good: its DaemonSet is deleted |
 //! | [`report`] | tell `culvert control` which policies are in force on the node |
 //! | [`admin`] | what an operator can ask a running agent: what it believes, its connections, why one was refused, what can go to STRICT, its log level |
 //! | [`ca`] | the server side of the CA API: who may ask for which identity, and the signing |
@@ -89,6 +90,7 @@ pub mod enroll;
 mod fuzz;
 pub mod gate;
 pub mod identity;
+pub mod leave;
 pub mod limits;
 pub mod listen;
 pub mod model;

@@ -13,6 +13,7 @@ use super::{Given, Invalid, Setting, Values, parse_duration, parse_size};
 use crate::{
     dns,
     limits::Numbers,
+    model::ObjectRef,
     telemetry::{self, Format, trace},
 };
 
@@ -119,6 +120,13 @@ pub const SETTINGS: &[Setting] = &[
         default: None,
         help: "culvert control, which is told which policies are in force on this node; its certificate and the agent's token are \
                as with the CA. Not told to anybody unless set",
+    },
+    Setting {
+        name: "daemonset",
+        value: "NAMESPACE/NAME",
+        default: None,
+        help: "DaemonSet that this agent is of: once that is deleted, an agent that is told to end takes the node's pods out of the \
+               mesh and leaves nothing behind. What it leaves goes on to refuse unless set, and while the DaemonSet is there",
     },
     Setting {
         name: "cert-dir",
@@ -272,6 +280,8 @@ pub struct Config {
     pub certificates: Certificates,
     /// `--control-address`, as `HOST:PORT`; only where the objects come from an API server and certificates from a CA.
     pub control_address: Option<String>,
+    /// `--daemonset`; only where the objects come from an API server.
+    pub daemonset: Option<ObjectRef>,
     /// `--cluster-id`
     pub cluster_id: String,
     /// `--cluster-domain`
@@ -412,6 +422,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let node_name = values.required::<String>("node-name");
     let source = source(&mut values, std::env::var_os(IN_CLUSTER).is_some());
     let control_address = control_address(&mut values);
+    let daemonset = daemonset(&mut values);
     let log_format = values.optional::<Format>("log-format");
     let log_level = values.parse("log-level", |text| telemetry::parse_filter(text).map(|_| text.to_owned()));
     let workers = if values.has("workers") {
@@ -464,6 +475,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             system_namespace: system_namespace?,
             certificates: certificates?,
             control_address,
+            daemonset,
             cluster_id: cluster_id?,
             cluster_domain: cluster_domain?,
             metrics_address: metrics_address?,
@@ -588,9 +600,49 @@ fn control_address(values: &mut Values) -> Option<String> {
     values.parse("control-address", |text| dns::host_port(text).map(|_| text.to_owned()))
 }
 
+fn daemonset(values: &mut Values) -> Option<ObjectRef> {
+    if !values.has("daemonset") {
+        return None;
+    }
+    if values.has("manifests") {
+        values.problem("--daemonset: only an API server says whether it is deleted; remove it, or --manifests");
+    }
+    values.parse("daemonset", |text| {
+        let name = |text: &str| {
+            let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
+            !text.is_empty() && text.len() <= 253 && text.bytes().all(inner)
+        };
+        match text.split_once('/') {
+            Some((namespace, own)) if name(namespace) && name(own) => Ok(ObjectRef::new(namespace, own)),
+            _ => Err("must be NAMESPACE/NAME, as in istio-system/culvert"),
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_daemonset_is_named_by_namespace_and_name() {
+        let of = |given: &'static str, manifests: bool| {
+            let flag = |name: &str| match name {
+                "daemonset" => Some(given.to_owned()),
+                "manifests" if manifests => Some("/given".to_owned()),
+                _ => None,
+            };
+            let mut values = Values::collect(SETTINGS, flag).expect("collected");
+            let daemonset = daemonset(&mut values);
+            values.finish(Some(daemonset)).map_err(|error| error.to_string())
+        };
+        assert_eq!(of("istio-system/culvert", false), Ok(Some(ObjectRef::new("istio-system", "culvert"))));
+        for wrong in ["culvert", "/culvert", "istio-system/", "a/b/c", "Istio/culvert"] {
+            let error = of(wrong, false).expect_err(wrong);
+            assert!(error.contains("--daemonset") && error.contains("istio-system/culvert"), "{error}");
+        }
+        let folder = of("istio-system/culvert", true).expect_err("nobody to ask");
+        assert!(folder.contains("--manifests"), "{folder}");
+    }
 
     #[test]
     fn reports_are_of_what_an_api_server_holds() {

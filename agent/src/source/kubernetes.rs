@@ -8,6 +8,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    fmt::Debug,
     path::Path,
     sync::Arc,
     time::Duration,
@@ -20,10 +21,11 @@ use k8s_openapi::{
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
 use kube::{
-    Api, Client, Config as ClientConfig,
+    Api, Client, Config as ClientConfig, Resource,
     config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
     core::{ApiResource, DynamicObject, GroupVersionKind},
 };
+use serde::de::DeserializeOwned;
 use tokio::{
     sync::{mpsc, watch},
     time::Instant,
@@ -374,6 +376,14 @@ impl Definition {
             None => Self::Unserved(format!("its definition serves none of {}", policy.versions.join(", "))),
         }
     }
+}
+
+/// Tells what the API server has of one object, until `tell` says that nobody listens any more.
+pub async fn follow_named<K>(api: Api<K>, name: &str, tell: impl AsyncFn(Heard<K>) -> bool)
+where
+    K: Resource + Clone + DeserializeOwned + Debug,
+{
+    follow(api, Scope::named(name), tell).await;
 }
 
 /// Tells what the API server has of the kinds of policies, until `tell` says that nobody listens any more. What is told comes
