@@ -38,8 +38,6 @@ use crate::sandbox::{make_namespace, own_name};
 
 /// How long a cluster may take until all of its nodes are ready.
 const READY_LIMIT: Duration = Duration::from_secs(180);
-/// The name that kind gives to the network of its nodes.
-const NETWORK: &str = "kind";
 
 /// Which cluster.
 #[derive(Debug, Clone)]
@@ -273,17 +271,19 @@ impl Cluster {
         self.engine.podman(arguments)
     }
 
-    /// Records everything that crosses between nodes.
+    /// Records everything that crosses between a node and the others: at its port of their bridge, since what a bridge passes on
+    /// from port to port is not seen at the bridge itself.
     ///
     /// # Errors
     /// There is no such device, or it cannot be recorded.
-    pub fn capture(&self) -> Result<Capture> {
-        let inspected = self.engine.podman(&["network", "inspect", NETWORK])?;
-        let networks: serde_json::Value =
-            serde_json::from_str(&inspected).context("what podman says of its network")?;
-        let bridge = networks[0]["network_interface"].as_str().context("the bridge of the nodes' network")?;
+    pub fn capture(&self, node: &str) -> Result<Capture> {
+        let peer = self.on_node(node, &["cat", "/sys/class/net/eth0/iflink"], None)?;
+        let links = command::finish(self.program("ip").args(["-json", "link", "show", "type", "veth"]), None)?;
+        let links: serde_json::Value = serde_json::from_str(&links).context("what ip says of the nodes' links")?;
+        let port = links.as_array().and_then(|all| all.iter().find(|link| link["ifindex"].to_string() == peer.trim()));
+        let port = port.and_then(|link| link["ifname"].as_str()).with_context(|| format!("the port of {node}"))?;
         let place = Place { cgroup: PathBuf::from("/sys/fs/cgroup"), netns: self.netns.clone() };
-        Capture::start(&place, bridge, capture::DEFAULT_LIMIT)
+        Capture::start(&place, port, capture::DEFAULT_LIMIT)
     }
 
     /// Takes it away.

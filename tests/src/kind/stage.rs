@@ -11,6 +11,7 @@ use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
 
 use super::{Cluster, NodeInfo};
 use crate::capture::Capture;
@@ -60,8 +61,8 @@ pub struct Install {
     pub image: PathBuf,
     /// The folder that kustomize renders.
     pub overlay: PathBuf,
-    /// The folder of the definitions of Istio's kinds.
-    pub definitions: PathBuf,
+    /// What is created once for a cluster: the namespace, and the definitions of Istio's kinds.
+    pub once: [PathBuf; 2],
     /// Lifetime of workload certificates; `None` is what agents ask for.
     pub cert_ttl: Option<String>,
 }
@@ -73,7 +74,7 @@ impl Install {
         Self {
             image: image.into(),
             overlay: deploy.join("overlays/kind"),
-            definitions: deploy.join("crds"),
+            once: [deploy.join("namespace.yaml"), deploy.join("crds")],
             cert_ttl: None,
         }
     }
@@ -121,11 +122,10 @@ impl Scene {
     /// A step failed, or something does not become ready; the error shows why.
     pub fn install(&self, install: &Install) -> Result<()> {
         self.cluster.load(&install.image)?;
-        let create = ["create", "--filename", &install.definitions.display().to_string()];
-        self.cluster.kubectl(&create).context("definitions of Istio's kinds")?;
+        let [namespace, definitions] = install.once.each_ref().map(|path| path.display().to_string());
+        self.cluster.kubectl(&["create", "--filename", &namespace, "--filename", &definitions])?;
         let rendered = self.cluster.kubectl(&["kustomize", &install.overlay.display().to_string()])?;
-        // In the order in which they are written: a namespace comes before what is in it.
-        self.cluster.kubectl_with(&["apply", "--server-side", "--filename", "-"], &rendered)?;
+        self.cluster.kubectl_with(&["apply", "--filename", "-"], &rendered)?;
         self.set_environment("daemonset/culvert", &[("CULVERT_LOG_FORMAT", "json")])?;
         if let Some(ttl) = &install.cert_ttl {
             let ttl = [("CULVERT_CERT_TTL", ttl.as_str()), ("CULVERT_MAX_CERT_TTL", ttl)];
@@ -287,24 +287,27 @@ impl Stage for Scene {
             let delete = ["delete", POLICIES, "--all-namespaces", "--selector", MARK];
             return self.cluster.kubectl(&delete).map(drop);
         }
-        // What is there and not among them is deleted.
-        let apply = [
-            "apply",
-            "--prune",
-            "--selector",
-            MARK,
-            "--prune-allowlist=security.istio.io/v1/PeerAuthentication",
-            "--prune-allowlist=security.istio.io/v1/AuthorizationPolicy",
-            "--filename",
-            "-",
-        ];
         let (key, value) = MARK.split_once('=').context("a label")?;
         let marked = policies.replace("metadata:\n", &format!("metadata:\n  labels: {{{key}: {value}}}\n"));
-        self.cluster.kubectl_with(&apply, &marked).map(drop)
+        let applied = self.cluster.kubectl_with(&["apply", "--output", "json", "--filename", "-"], &marked)?;
+        let applied: Value = serde_json::from_str(&applied).context("what kubectl applied")?;
+        let applied = match applied["items"].as_array() {
+            Some(items) => items.clone(),
+            None => vec![applied],
+        };
+        let name = |object: &Value| [&object["kind"], &object["metadata"]["namespace"], &object["metadata"]["name"]].map(Value::to_string);
+        let there = self.cluster.get(&[POLICIES, "--all-namespaces", "--selector", MARK])?;
+        let mut others = there["items"].as_array().context("a list of policies")?.clone();
+        others.retain(|old| !applied.iter().any(|new| name(new) == name(old)));
+        if others.is_empty() {
+            return Ok(());
+        }
+        let others = json!({ "apiVersion": "v1", "kind": "List", "items": others }).to_string();
+        self.cluster.kubectl_with(&["delete", "--wait=false", "--filename", "-"], &others).map(drop)
     }
 
     fn capture(&self) -> Result<Capture> {
-        self.cluster.capture()
+        self.cluster.capture(&self.node(Node::B)?.name)
     }
 
     fn cluster_ip(&self, of: &str) -> Result<IpAddr> {
