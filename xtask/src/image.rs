@@ -43,7 +43,7 @@ pub(crate) struct Arguments {
 
 /// How the binary is compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Profile {
+enum Profile {
     /// As it is installed.
     Image,
     /// Quicker to build; for tests.
@@ -67,9 +67,17 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     };
     let bytes = fs::metadata(&output).with_context(|| format!("look at {}", output.display()))?.len();
     println!("name    {name}\ndigest  {digest}\nsize    {:.1} MiB\narchive {}", bytes as f64 / MIB, output.display());
-    if profile == Profile::Image && bytes > MAX_BYTES {
-        bail!("the archive has {bytes} bytes, more than {MAX_BYTES}: look at what the binary has become big by");
-    }
+    small_enough(&output, profile)
+}
+
+/// Fails for an archive that is too big to be installed.
+fn small_enough(archive: &Path, profile: Profile) -> Result<()> {
+    let bytes = fs::metadata(archive).with_context(|| format!("look at {}", archive.display()))?.len();
+    ensure!(
+        profile == Profile::Dev || bytes <= MAX_BYTES,
+        "{} has {bytes} bytes, more than the {MAX_BYTES} that an image may have: find what made the binary bigger",
+        archive.display()
+    );
     Ok(())
 }
 
@@ -87,16 +95,22 @@ pub(crate) fn for_tests() -> Result<PathBuf> {
 ///
 /// # Errors
 /// The images differ, or one could not be built.
-pub(crate) fn twice(ready: &Ready, profile: Profile, name: &str, output: &Path) -> Result<Digest> {
-    let here = culvert::pack(&compile(ready, root(), profile)?, name, output)?;
+fn twice(ready: &Ready, profile: Profile, name: &str, output: &Path) -> Result<Digest> {
+    let binary = compile(ready, root(), profile)?;
+    let here = culvert::pack(&binary, name, output)?;
     let copy = Copy::make()?;
-    let other = copy.0.join("culvert.tar");
-    let there = culvert::pack(&compile(ready, &copy.checkout(), profile)?, name, &other)?;
-    ensure!(
-        here == there,
-        "the same files at another path made another image, {there} instead of {here}: compare the output of `strings` \
-         for both binaries, one of them has a path or a time in it"
-    );
+    let other = compile(ready, &copy.checkout(), profile)?;
+    let there = culvert::pack(&other, name, &copy.0.join("culvert.tar"))?;
+    if here != there {
+        let kept = root().join("target/image/culvert-elsewhere");
+        fs::copy(&other, &kept).with_context(|| format!("keep {}", kept.display()))?;
+        bail!(
+            "the same files at another path made another image, {there} instead of {here}: find a path, a time or an order \
+             in which {} and {} differ",
+            binary.display(),
+            kept.display()
+        );
+    }
     say::done(&format!("{} makes the same image", copy.checkout().display()));
     Ok(here)
 }
@@ -104,10 +118,12 @@ pub(crate) fn twice(ready: &Ready, profile: Profile, name: &str, output: &Path) 
 /// Builds the image in two clones with `ready`, for `test --full`.
 ///
 /// # Errors
-/// As for [`twice`].
+/// As for [`twice`]; or it is too big.
 pub(crate) fn from_two_clones(ready: &Ready) -> Result<Digest> {
-    let output = root().join("target/image/culvert.tar");
-    twice(ready, Profile::Image, NAME, &output)
+    let output = root().join("target/image/two-clones.tar");
+    let digest = twice(ready, Profile::Image, NAME, &output)?;
+    small_enough(&output, Profile::Image)?;
+    Ok(digest)
 }
 
 /// Builds the binary of a checkout so that no place is in it, and gives its path.
@@ -290,6 +306,20 @@ fn sweep() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_debug_image_may_be_big() {
+        let archive = env::temp_dir().join(format!("culvert-big-image-{}.tar", process::id()));
+        let file = fs::File::create(&archive).expect("a file");
+        file.set_len(MAX_BYTES).expect("a size");
+        let exact = small_enough(&archive, Profile::Image);
+        file.set_len(MAX_BYTES + 1).expect("a size");
+        let (big, debug) = (small_enough(&archive, Profile::Image), small_enough(&archive, Profile::Dev));
+        fs::remove_file(&archive).expect("remove it");
+        exact.expect("it fits");
+        assert!(big.expect_err("it does not fit").to_string().contains("41943041 bytes, more than the 41943040"));
+        debug.expect("nobody installs it");
+    }
 
     #[test]
     fn paths_that_c_build_scripts_do_not_take_are_refused() {

@@ -295,7 +295,9 @@ impl Stage for Scene {
             Some(items) => items.clone(),
             None => vec![applied],
         };
-        let name = |object: &Value| [&object["kind"], &object["metadata"]["namespace"], &object["metadata"]["name"]].map(Value::to_string);
+        let name = |object: &Value| {
+            [&object["kind"], &object["metadata"]["namespace"], &object["metadata"]["name"]].map(Value::to_string)
+        };
         let there = self.cluster.get(&[POLICIES, "--all-namespaces", "--selector", MARK])?;
         let mut others = there["items"].as_array().context("a list of policies")?.clone();
         others.retain(|old| !applied.iter().any(|new| name(new) == name(old)));
