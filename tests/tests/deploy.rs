@@ -381,8 +381,8 @@ fn no_container_that_goes_on_is_privileged() -> Result<()> {
         ensure!(count(pod, "ports") == 0, "{folder}: a port of a hostNetwork pod is one of the node");
         let ends_after = pod["terminationGracePeriodSeconds"].as_u64();
         let drains = pod["containers"][0]["args"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        let drains = drains.filter_map(|argument| argument.strip_prefix("--drain-deadline=")?.strip_suffix('s'));
-        let drains: Option<u64> = drains.last().and_then(|seconds| seconds.parse().ok());
+        let mut drains = drains.filter_map(|argument| argument.strip_prefix("--drain-deadline=")?.strip_suffix('s'));
+        let drains: Option<u64> = drains.next_back().and_then(|seconds| seconds.parse().ok());
         ensure!(ends_after > drains && drains.is_some(), "{folder}: {ends_after:?} s, and drains for {drains:?} s");
         let init = &pod["initContainers"];
         let wanted = if folder == "overlays/restricted" { Value::Null } else { json!(true) };
