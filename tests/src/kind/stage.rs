@@ -19,7 +19,7 @@ use crate::command;
 use crate::oci;
 use crate::programs::HttpResult;
 use crate::sandbox::{LogLine, Node, built};
-use crate::tour::Stage;
+use crate::tour::{self, Stage};
 
 /// The image of the scenario's pods.
 pub const POD_IMAGE: &str = "culvert.test/pod:1";
@@ -68,6 +68,13 @@ pub struct Install {
 }
 
 impl Install {
+    /// With certificates that are renewed while one waits.
+    #[must_use]
+    pub fn for_tests(mut self) -> Self {
+        self.cert_ttl = Some(tour::CERT_TTL.to_owned());
+        self
+    }
+
     /// From this checkout.
     pub fn from_checkout(image: impl Into<PathBuf>) -> Self {
         let deploy = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy");

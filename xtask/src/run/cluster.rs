@@ -26,11 +26,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<()> {
     let cluster = Cluster::create(plan)?;
     step.done();
     let mut scene = Scene::set(cluster)?;
-    let result = play(
-        &mut scene,
-        &Install { cert_ttl: Some(tour::CERT_TTL.to_owned()), ..Install::from_checkout(image) },
-        arguments,
-    );
+    let result = play(&mut scene, &Install::from_checkout(image).for_tests(), arguments);
     let step = say::step("take the cluster down");
     scene.take_down()?;
     step.done();

@@ -1,0 +1,99 @@
+//! The mesh on real nodes: kubelets, containerd, kube-proxy and CoreDNS, as kind makes them, with the DaemonSet of `deploy/`.
+//!
+//! A cluster takes half a minute, so all scenarios of this file share one, one after the other; each leaves it as it was. What
+//! runs here looks like Rust's own test harness, so that its results are counted with all others.
+//!
+//! | file | what of it |
+//! |---|---|
+//! | `support` | pods, policies and load for scenarios |
+
+mod support;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Context, Result, anyhow};
+use culvert_tests::interrupt;
+use culvert_tests::kind::stage::{Install, Scene};
+use culvert_tests::kind::{Cluster, ClusterPlan};
+use culvert_tests::oci;
+use culvert_tests::sandbox::built;
+
+/// A scenario: its name, and what is done.
+type Scenario = (&'static str, fn(&mut Scene) -> Result<()>);
+
+const SCENARIOS: &[Scenario] = &[("the_scenario_of_the_sandbox_is_the_same_on_real_nodes", support::the_scenario)];
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    // As the harness has it: words are parts of names, whatever else is said is about its own ways.
+    let words: Vec<&String> = arguments.iter().filter(|word| !word.starts_with('-')).collect();
+    let is_wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
+    let wanted: Vec<&Scenario> = SCENARIOS.iter().filter(|(name, _)| is_wanted(name)).collect();
+    if arguments.iter().any(|word| word == "--list") {
+        wanted.iter().for_each(|(name, _)| println!("{name}: test"));
+        return ExitCode::SUCCESS;
+    }
+    println!("\nrunning {} tests", wanted.len());
+    let begun = Instant::now();
+    let failed = if wanted.is_empty() { Vec::new() } else { play(&wanted) };
+    if !failed.is_empty() {
+        println!("\nfailures:");
+        failed.iter().for_each(|name| println!("    {name}"));
+    }
+    let word = if failed.is_empty() { "ok" } else { "FAILED" };
+    println!(
+        "\ntest result: {word}. {} passed; {} failed; 0 ignored; 0 measured; {} filtered out; finished in {:.2}s\n",
+        wanted.len() - failed.len(),
+        failed.len(),
+        SCENARIOS.len() - wanted.len(),
+        begun.elapsed().as_secs_f64()
+    );
+    if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Plays scenarios, and gives the names of those that failed.
+fn play(wanted: &[&Scenario]) -> Vec<&'static str> {
+    let all = || wanted.iter().map(|(name, _)| *name).collect();
+    let mut scene = match raise() {
+        Ok(scene) => scene,
+        Err(error) => {
+            println!("the cluster: {error:#}");
+            return all();
+        }
+    };
+    let mut failed = Vec::new();
+    for (name, scenario) in wanted {
+        let begun = Instant::now();
+        // One that panics has failed, and the cluster is still to be taken away.
+        let result = catch_unwind(AssertUnwindSafe(|| scenario(&mut scene)));
+        let result = result.unwrap_or_else(|_| Err(anyhow!("it panicked; the reason is above")));
+        match result.and_then(|()| interrupt::check()) {
+            Ok(()) => println!("test {name} ... ok"),
+            Err(error) => {
+                println!("test {name} ... FAILED\n{error:#}\n{}", scene.state());
+                failed.push(*name);
+            }
+        }
+        eprintln!("  {name}: {:.1} s", begun.elapsed().as_secs_f64());
+    }
+    if let Err(error) = scene.take_down() {
+        println!("the cluster could not be taken down: {error:#}");
+        return all();
+    }
+    failed
+}
+
+/// A cluster with the scenario's pods, the mesh, and both of its namespaces in it.
+fn raise() -> Result<Scene> {
+    interrupt::catch()?;
+    let cluster = Cluster::create(ClusterPlan::for_test("nodes"))?;
+    let archive = cluster.dir().join("culvert.tar");
+    let binary = oci::culvert::strip(&built("culvert")?, &cluster.dir().join("culvert"))?;
+    oci::culvert::pack(&binary, concat!("culvert:", env!("CARGO_PKG_VERSION")), &archive)?;
+    let scene = Scene::set(cluster)?;
+    scene.install(&Install::from_checkout(archive).for_tests()).context("install the mesh")?;
+    scene.enroll()?;
+    Ok(scene)
+}
