@@ -47,9 +47,10 @@ use crate::{
     limits::{self, Limits},
     listen::NodePort,
     model::{Cluster, ObjectRef, PodUid, TrustDomain},
-    netns::{NetnsHandle, addresses, sock_diag},
+    netns::{NetnsHandle, addresses},
     pods::{self, Kubelet, PodNetwork},
     policy::{self, Snapshot},
+    preflight::{self, runtimes},
     proxy::Context,
     report, resident,
     source::{self, View},
@@ -220,6 +221,7 @@ async fn turn(config: &Config) -> anyhow::Result<Turn> {
 
 async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
     let config = settings.config.clone();
+    preflight::pass(&config.preflight())?;
     let mut stop = std::pin::pin!(stopped()?);
     let ready = readiness::Ready::default();
     let first_pass = ready.hold("first pass over the pods of the node");
@@ -247,10 +249,6 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         None => pods::find_cgroup2_mount()?,
     };
     let host = Arc::new(NetnsHandle::current().context("open the node's network namespace")?);
-    sock_diag::prove_destroy(&host).context(
-        "this node's kernel does not close connections for us, as policy that changes needs it (SOCK_DESTROY; \
-         CONFIG_INET_DIAG_DESTROY, module tcp_diag, CAP_NET_ADMIN)",
-    )?;
     let mut datapath = Datapath::load(
         datapath::Config { pin_dir: config.pin_dir.clone(), cgroup_root: cgroup_root.clone(), workers: config.workers },
         turn,
@@ -315,6 +313,7 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         answering.send_replace(true);
     }
     let (states, enrolled) = watch::channel(Arc::default());
+    let looking = client.clone().map(|client| runtimes::tell(client).map(|never| match never {}).boxed_local());
     let announcing = client.clone().map(|client| {
         let (name, ready) = (config.node_name.clone(), ready.clone());
         announce::run(client, name, ready, views.clone(), enrolled.clone()).map(|never| match never {}).boxed_local()
@@ -437,6 +436,7 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         renewing.map(|()| anyhow!("the renewal of certificates has ended")).boxed_local(),
     ]
     .into_iter()
+    .chain(looking)
     .chain(announcing)
     .chain(reporting)
     .chain(following)

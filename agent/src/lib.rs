@@ -38,6 +38,7 @@
 //! | [`admin`] | what an operator can ask a running agent: what it believes, its connections, why one was refused, what can go to STRICT, its log level |
 //! | [`ca`] | the server side of the CA API: who may ask for which identity, and the signing |
 //! | [`control`] | the cluster's part: the CA by the API server's word, its roots, the webhook, the status of policies, and who leads; no data path, no aya |
+//! | [`preflight`] | whether the node can have an agent, and what to do where it cannot |
 //! | [`resident`] | gives back text of the program that does not run |
 //! | [`cli`], [`config`] | what was typed; then what it means |
 //! | [`app`] | wiring, and nothing clever |
@@ -97,6 +98,7 @@ pub mod model;
 pub mod netns;
 pub mod pods;
 pub mod policy;
+pub mod preflight;
 pub mod proxy;
 pub mod report;
 pub mod resident;

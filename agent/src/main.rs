@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         cli::Cli::Agent(config, again) => app::agent(*config, again).map(|()| ExitCode::SUCCESS),
         cli::Cli::Ca(config) => app::ca(*config).map(|()| ExitCode::SUCCESS),
         cli::Cli::Control(config) => app::control(*config).map(|()| ExitCode::SUCCESS),
+        cli::Cli::Preflight(preflight) => preflight.run(),
         cli::Cli::Look(look) => look.run().map(|()| ExitCode::SUCCESS),
         cli::Cli::Judge(judge) => judge.run(),
         cli::Cli::Offline(offline) => offline.run(),

@@ -6,6 +6,7 @@
 //! | [`look`] | the commands that look at a running agent, or change its log level |
 //! | [`node`] | the commands that prepare a node, and clean it |
 //! | [`offline`] | the commands that judge files of manifests |
+//! | [`mod@preflight`] | whether the node can have an agent |
 //! | `manifests` | which manifests those two groups are about |
 //! | `client` | one request to an agent |
 //! | `sheet` | rows as a table, JSON or YAML, once or again and again |
@@ -22,6 +23,7 @@ pub mod look;
 mod manifests;
 pub mod node;
 pub mod offline;
+pub mod preflight;
 pub mod reasons;
 pub mod reference;
 mod rows;
@@ -36,6 +38,8 @@ pub enum Cli {
     Ca(Box<ca::Config>),
     /// `culvert control`
     Control(Box<control::Config>),
+    /// `culvert preflight`
+    Preflight(preflight::Preflight),
     /// `culvert workloads` and the others that ask a running agent.
     Look(look::Look),
     /// `culvert decide` and `culvert diff`.
@@ -54,7 +58,7 @@ pub fn command() -> Command {
         .version(env!("CARGO_PKG_VERSION"))
         .after_help(
             "Every flag of agent, ca and control can be given in the environment or in the YAML file that --config names; flags \
-             win. validate, enrollment, decide and diff read files and need nothing else. The other commands ask the \
+             win. preflight looks at this node. validate, enrollment, decide and diff read files and need nothing else. The other commands ask the \
              agent that runs on this node.",
         )
         .subcommand_required(true)
@@ -74,7 +78,8 @@ pub fn command() -> Command {
             "The cluster's part, of which there are replicas: the CA, its roots in every namespace, what is wrong with a policy \
              before it is stored, and its status afterwards",
             control::SETTINGS,
-        ));
+        ))
+        .subcommand(preflight::command());
     let command = look::Look::augment_subcommands(command);
     let command = offline::Offline::augment_subcommands(decide::Judge::augment_subcommands(command));
     reference::Print::augment_subcommands(node::OnNode::augment_subcommands(command))
@@ -100,6 +105,7 @@ pub fn parse() -> anyhow::Result<Cli> {
         }
         "ca" => Ok(Cli::Ca(Box::new(ca::understand(Values::collect(ca::SETTINGS, flag)?)?))),
         "control" => Ok(Cli::Control(Box::new(control::understand(Values::collect(control::SETTINGS, flag)?)?))),
+        "preflight" => Ok(Cli::Preflight(preflight::Preflight::read(matches)?)),
         name if reference::Print::has_subcommand(name) => Ok(Cli::Print(reference::Print::from_arg_matches(&all)?)),
         name if decide::Judge::has_subcommand(name) => Ok(Cli::Judge(decide::Judge::from_arg_matches(&all)?)),
         name if offline::Offline::has_subcommand(name) => Ok(Cli::Offline(offline::Offline::from_arg_matches(&all)?)),

@@ -14,7 +14,28 @@ use crate::{
     dns,
     limits::Numbers,
     model::ObjectRef,
+    preflight,
     telemetry::{self, Format, trace},
+};
+
+pub(super) const KUBECONFIG: Setting = Setting {
+    name: "kubeconfig",
+    value: "FILE",
+    default: None,
+    help: "Kubeconfig whose current context names the API server to watch; without it and --manifests: the service account \
+           of the pod that the agent runs in",
+};
+pub(super) const CGROUP_ROOT: Setting = Setting {
+    name: "cgroup-root",
+    value: "DIR",
+    default: None,
+    help: "cgroup (v2) that holds the node's pods, kubelet and this agent; the cgroup2 mount unless set",
+};
+pub(super) const PIN_DIR: Setting = Setting {
+    name: "pin-dir",
+    value: "DIR",
+    default: Some("/sys/fs/bpf/culvert"),
+    help: "Directory on a bpffs for maps and links; one per agent of a machine",
 };
 
 /// The table.
@@ -26,31 +47,15 @@ pub const SETTINGS: &[Setting] = &[
         default: None,
         help: "Folder of manifests to watch instead of an API server: pods, services, namespaces and policies of the cluster",
     },
-    Setting {
-        name: "kubeconfig",
-        value: "FILE",
-        default: None,
-        help: "Kubeconfig whose current context names the API server to watch; without it and --manifests: the service account \
-               of the pod that the agent runs in",
-    },
-    Setting {
-        name: "cgroup-root",
-        value: "DIR",
-        default: None,
-        help: "cgroup (v2) that holds the node's pods, kubelet and this agent; the cgroup2 mount unless set",
-    },
+    KUBECONFIG,
+    CGROUP_ROOT,
     Setting {
         name: "kubelet-cgroup",
         value: "DIR",
         default: None,
         help: "The kubelet's cgroup, absolute or below the cgroup root; looked for in the usual places unless set",
     },
-    Setting {
-        name: "pin-dir",
-        value: "DIR",
-        default: Some("/sys/fs/bpf/culvert"),
-        help: "Directory on a bpffs for maps and links; one per agent of a machine",
-    },
+    PIN_DIR,
     Setting {
         name: "workers",
         value: "N",
@@ -249,7 +254,7 @@ pub const SETTINGS: &[Setting] = &[
 ];
 
 /// Set in the pods of a cluster, by the kubelet.
-const IN_CLUSTER: &str = "KUBERNETES_SERVICE_HOST";
+pub(super) const IN_CLUSTER: &str = "KUBERNETES_SERVICE_HOST";
 /// A longer one saves nothing: waking a thread takes a hundredth of it.
 const MAX_BUSY_POLL: Duration = Duration::from_millis(10);
 
@@ -266,6 +271,8 @@ pub struct Config {
     pub kubelet_cgroup: Option<PathBuf>,
     /// `--pin-dir`
     pub pin_dir: PathBuf,
+    /// The agent runs in a pod of a cluster.
+    pub in_pod: bool,
     /// `--workers`, 1 to 64.
     pub workers: u32,
     /// `--busy-poll`, at most 10 ms.
@@ -333,6 +340,17 @@ pub const LIVE: &[&str] = &[
 ];
 
 impl Config {
+    /// What of it says where the agent is, and what it needs of the node.
+    pub fn preflight(&self) -> preflight::Config {
+        preflight::Config {
+            pin_dir: self.pin_dir.clone(),
+            cgroup_root: self.cgroup_root.clone(),
+            veth_filter: self.veth_filter,
+            cni_configuration: preflight::CNI_CONFIGURATION.into(),
+            in_pod: self.in_pod,
+        }
+    }
+
     /// Names of the settings that are other ones in `next`.
     pub fn differences(&self, next: &Self) -> Vec<&'static str> {
         let differs = |name: &&'static str| {
@@ -420,7 +438,8 @@ pub enum Certificates {
 pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let certificates = certificates(&mut values);
     let node_name = values.required::<String>("node-name");
-    let source = source(&mut values, std::env::var_os(IN_CLUSTER).is_some());
+    let in_pod = std::env::var_os(IN_CLUSTER).is_some();
+    let source = source(&mut values, in_pod);
     let control_address = control_address(&mut values);
     let daemonset = daemonset(&mut values);
     let log_format = values.optional::<Format>("log-format");
@@ -454,7 +473,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
     let log_limit = values.optional("log-limit");
     let refuse_mismatch = values.parse("identity-mismatch", |text| one_of(text, ["allow", "refuse"]));
     let udp_refused = values.parse("udp", |text| one_of(text, ["allow", "refuse"]));
-    let veth_filter = values.parse("veth-filter", |text| one_of(text, ["off", "on"]));
+    let veth_filter = veth_filter(&mut values);
     let gate_open = values.parse("gate", |text| one_of(text, ["closed", "open"]));
     let otlp_endpoint = values.parse("otlp-endpoint", trace::endpoint);
     let drain_deadline = values.duration("drain-deadline");
@@ -468,6 +487,7 @@ pub fn understand(mut values: Values) -> Result<Config, Invalid> {
             cgroup_root,
             kubelet_cgroup,
             pin_dir: pin_dir?,
+            in_pod,
             workers: workers?,
             busy_poll: busy_poll?,
             revision: revision?,
@@ -524,6 +544,10 @@ fn limits(values: &mut Values) -> Option<Numbers> {
         handshakes_per_peer: handshakes_per_peer?,
         open_files_reserve: open_files_reserve?,
     })
+}
+
+pub(super) fn veth_filter(values: &mut Values) -> Option<bool> {
+    values.parse("veth-filter", |text| one_of(text, ["off", "on"]))
 }
 
 /// Whether it is the second of two words.

@@ -19,6 +19,7 @@ use anyhow::Context as _;
 pub mod agent;
 pub mod ca;
 pub mod control;
+pub mod preflight;
 
 use crate::{model::ObjectRef, source::yaml};
 

@@ -41,6 +41,7 @@ mod judge;
 pub mod measure;
 mod older;
 mod owner;
+pub mod probe;
 mod sys;
 mod tables;
 mod veth;

@@ -108,7 +108,8 @@ pub(super) enum Target {
     Other,
 }
 
-fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
+/// The system call; `attr` is that of the command, or begins as it does.
+pub(super) fn bpf<T>(command: libc::c_long, attr: &mut T) -> io::Result<libc::c_long> {
     // SAFETY: `attr` is a live, fully initialised `repr(C)` value and its size is passed with it.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
@@ -118,7 +119,8 @@ fn raw(fd: BorrowedFd<'_>) -> u32 {
     u32::try_from(fd.as_raw_fd()).expect("a borrowed descriptor is not negative")
 }
 
-fn owned(fd: libc::c_long) -> OwnedFd {
+/// What a command has returned that makes a descriptor.
+pub(super) fn owned(fd: libc::c_long) -> OwnedFd {
     let fd = i32::try_from(fd).expect("the kernel returns descriptors that fit");
     // SAFETY: the kernel has just returned this descriptor to us.
     unsafe { OwnedFd::from_raw_fd(fd) }
@@ -173,9 +175,7 @@ pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<(Target, u32)> {
     const LINK_TYPE_NETNS: u32 = 5;
     const LINK_TYPE_TCX: u32 = 11;
     let mut info = RawLinkInfo { kind: 0, id: 0, prog_id: 0, _pad: 0, target: 0, attach_type: 0, _rest: [0; 33] };
-    let len = size::<RawLinkInfo>();
-    let info_ptr = std::ptr::from_mut(&mut info) as u64;
-    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut InfoAttr { fd: raw(link), len, info: info_ptr })?;
+    self::info(link, &mut info)?;
     let target = match info.kind {
         LINK_TYPE_CGROUP => Target::Cgroup(info.target),
         LINK_TYPE_NETNS => Target::Netns((info.target & u64::from(u32::MAX)) as u32),
@@ -183,6 +183,12 @@ pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<(Target, u32)> {
         _ => Target::Other,
     };
     Ok((target, info.prog_id))
+}
+
+/// What the kernel says of a program, map or link, as much of it as there is room for.
+pub(super) fn info<T>(of: BorrowedFd<'_>, info: &mut T) -> io::Result<()> {
+    let (len, at) = (size::<T>(), std::ptr::from_mut(info) as u64);
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut InfoAttr { fd: raw(of), len, info: at }).map(drop)
 }
 
 fn size<T>() -> u32 {

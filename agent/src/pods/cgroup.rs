@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context, bail};
 
+use super::SEARCH_DEPTH;
 use crate::model::PodUid;
 
 /// Id of a cgroup, as `bpf_get_current_cgroup_id` and `bpf_get_current_ancestor_cgroup_id` return it. 64 bit, not used
@@ -162,6 +163,27 @@ fn in_initial_cgroup_namespace() -> bool {
 /// root of the kubelet's own (as kind has it) `kubelet-kubepods.slice`.
 pub(super) fn is_kubepods(name: &str) -> bool {
     name == "kubepods" || name.strip_suffix(".slice").is_some_and(is_kubepods_slice)
+}
+
+/// The common parents of pods that there are now, up to [`SEARCH_DEPTH`] directories below a cgroup.
+///
+/// # Errors
+/// One that says nothing about what was asked: no descriptor or no memory is left.
+pub fn find_roots(cgroup: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut roots = Vec::new();
+    let mut pending = vec![(cgroup.to_owned(), 0)];
+    while let Some((dir, depth)) = pending.pop() {
+        for name in children(&dir)? {
+            let below = dir.join(&name);
+            match is_kubepods(&name) {
+                true => roots.push(below),
+                false if depth + 1 < SEARCH_DEPTH => pending.push((below, depth + 1)),
+                false => {}
+            }
+        }
+    }
+    roots.sort();
+    Ok(roots)
 }
 
 /// Whether a directory's name is that of a quality-of-service class: `burstable`, `kubepods-burstable.slice`.

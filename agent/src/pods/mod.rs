@@ -43,7 +43,7 @@ mod kubelet;
 mod tests;
 mod tree;
 
-pub use cgroup::{CgroupDir, CgroupId, Hierarchy, find_cgroup2_mount};
+pub use cgroup::{CgroupDir, CgroupId, Hierarchy, find_cgroup2_mount, find_roots};
 pub use kubelet::{Kubelet, SHARED, USUAL, find_kubelet};
 
 /// How many directories below the cgroup root `kubepods` is looked for.
