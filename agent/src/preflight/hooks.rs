@@ -25,7 +25,7 @@ const MESHES: [(&str, &str); 6] = [
 /// Cilium's socket load balancer: `cil_sock4_connect` and its like.
 const CILIUM: &str = "cil_";
 const CILIUM_REMEDY: &str =
-    "set socketLB.hostNamespaceOnly=true in Cilium, so that services of pods are translated in one place only";
+    "see that Cilium has socketLB.hostNamespaceOnly=true, so that services of pods are translated in one place only";
 
 /// What one hook of one cgroup means for the agent.
 struct Said {
