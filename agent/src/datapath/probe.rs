@@ -177,7 +177,7 @@ pub fn devices_take_links() -> anyhow::Result<bool> {
         Route::here()?.set_ingress(LOOPBACK, program.as_fd())
     });
     let tried = tried.context("start a thread")?.join().map_err(|_| anyhow!("the thread that tried it panicked"))?;
-    tried.map(|()| false)
+    tried.map(|_| false)
 }
 
 /// Pins a map at a path of a bpffs, and removes it.

@@ -58,13 +58,19 @@ fn judge(places: &Places, level: Option<u32>, hybrid: bool, in_pod: bool, remedy
         Some(level) => format!("level {level}"),
         None => "at a level that a cgroup namespace hides".to_owned(),
     };
-    let pods: Vec<String> = places.pods.iter().map(|path| path.display().to_string()).collect();
-    match (pods.is_empty(), in_pod) {
-        (false, _) => Finding::ok(CHECK, format!("{root} ({kind}, {depth}); pods are below {}", pods.join(", "))),
+    match (places.pods.first(), in_pod) {
+        (Some(first), _) => {
+            let more = match places.pods.len() - 1 {
+                0 => String::new(),
+                more => format!(", and at {more} more places"),
+            };
+            let below = first.strip_prefix(&places.root).unwrap_or(first).display();
+            Finding::ok(CHECK, format!("{root} ({kind}, {depth}); pods are in {below}{more}"))
+        }
         // The kubelet makes their parent when it starts, which may be after the agent.
-        (true, false) => Finding::ok(CHECK, format!("{root} ({kind}, {depth}); there are no pods yet")),
+        (None, false) => Finding::ok(CHECK, format!("{root} ({kind}, {depth}); there are no pods yet")),
         // This is one of them.
-        (true, true) => Finding::fail(
+        (None, true) => Finding::fail(
             CHECK,
             format!(
                 "{root} ({kind}, {depth}) has no pods, up to {SEARCH_DEPTH} directories below it: it is this container's own \
