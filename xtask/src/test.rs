@@ -6,12 +6,12 @@
 //! | dependencies | licences, bans and sources; advisories where their database can be reached |
 //! | unit | libraries and programs by themselves, with property tests |
 //! | kernel | the eBPF object and what uses it, in this machine's kernel |
-//! | scenarios | the sandbox with real packets, and the ends of the supported kernels under QEMU |
+//! | scenarios | the sandbox with real packets, real nodes in a cluster of kind, and the ends of the supported kernels under QEMU |
 //! | istiod | agents with a real istiod as their CA: with `--full` only, since building it takes minutes |
 //! | image | the image is the same from two clones: with `--full` only, since two optimised builds take long |
 //! | benchmarks | those of criterion run, once each, and unoptimised: what they measure is for `cargo bench` |
 //!
-//! Where the tests' API server is not built yet, that runs beside the stages that only compile. No test begins before it is there:
+//! Where the tests' Kubernetes is not built yet, that runs beside the stages that only compile. No test begins before it is there:
 //! many have limits of time.
 //!
 //! A stage that fails does not stop the others. One that cannot run here has failed; only advisories may say loudly that
@@ -28,7 +28,7 @@ use culvert_tests::libtest::Count;
 use culvert_tests::{RESULTS_VARIABLE, interrupt, sandbox};
 
 use crate::setup::{self, Building, Ready, root};
-use crate::{build, image, say};
+use crate::{build, image, kind_image, say};
 
 /// Arguments of `test`.
 #[derive(clap::Args)]
@@ -67,7 +67,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
         stages.checks()?;
     }
     stages.compile()?;
-    stages.api_server(kubernetes)?;
+    stages.kubernetes(kubernetes)?;
     stages.tests(arguments.filter.as_deref())?;
     stages.istiod()?;
     if arguments.filter.is_none() {
@@ -168,7 +168,7 @@ impl Stages<'_> {
         interrupt::check()
     }
 
-    /// Compiles the tests, while the API server is built. What does not compile fails the stage that it belongs to.
+    /// Compiles the tests, while Kubernetes is built. What does not compile fails the stage that it belongs to.
     fn compile(&self) -> Result<()> {
         let step = say::step("compile the tests");
         for (_, which) in TESTS {
@@ -183,11 +183,11 @@ impl Stages<'_> {
         Ok(())
     }
 
-    /// Waits for the API server of the tests; without it, scenarios fail one by one and say so.
-    fn api_server(&mut self, building: Option<Building>) -> Result<()> {
-        if let Err(error) = building.map_or(Ok(()), Building::finish) {
+    /// Waits for the Kubernetes of the tests; without it, scenarios fail one by one and say so.
+    fn kubernetes(&mut self, building: Option<Building>) -> Result<()> {
+        if let Err(error) = building.map_or(Ok(()), Building::finish).and_then(|()| kind_image::build()) {
             interrupt::check()?;
-            self.failed("API server of the tests", &format!("{error:#}"));
+            self.failed("Kubernetes of the tests", &format!("{error:#}"));
         }
         interrupt::check()
     }

@@ -8,8 +8,6 @@
 //! | `network` | what kind's own network plugin does: each node's part of the pods' addresses, routes between nodes |
 //! | `stage` | the user's scenario on such a cluster |
 //!
-//! Whoever has a registry lets kind take its own image of a node ([`Nodes::Theirs`]); everything else is the same.
-//!
 //! A cluster belongs to whoever made it: dropping it takes it away, and one whose owner was killed is taken away by the next start, as
 //! sandboxes are ([`crate::sandbox::sweep`]).
 
@@ -278,9 +276,10 @@ impl Cluster {
     /// There is no such device, or it cannot be recorded.
     pub fn capture(&self, node: &str) -> Result<Capture> {
         let peer = self.on_node(node, &["cat", "/sys/class/net/eth0/iflink"], None)?;
+        let peer: u64 = peer.trim().parse().context("the number of a network device")?;
         let links = command::finish(self.program("ip").args(["-json", "link", "show", "type", "veth"]), None)?;
         let links: serde_json::Value = serde_json::from_str(&links).context("what ip says of the nodes' links")?;
-        let port = links.as_array().and_then(|all| all.iter().find(|link| link["ifindex"].to_string() == peer.trim()));
+        let port = links.as_array().and_then(|all| all.iter().find(|link| link["ifindex"] == peer));
         let port = port.and_then(|link| link["ifname"].as_str()).with_context(|| format!("the port of {node}"))?;
         let place = Place { cgroup: PathBuf::from("/sys/fs/cgroup"), netns: self.netns.clone() };
         Capture::start(&place, port, capture::DEFAULT_LIMIT)

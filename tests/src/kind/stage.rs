@@ -248,7 +248,7 @@ impl Scene {
                  \x20 containers:\n  - name: app\n    image: {POD_IMAGE}\n    imagePullPolicy: Never\n    args: {program}\n"
             )?;
             if let Some(first) = actor.ports.first() {
-                write!(text, "    readinessProbe: {{httpGet: {{path: /, port: {first}}}, periodSeconds: 1}}\n")?;
+                writeln!(text, "    readinessProbe: {{httpGet: {{path: /, port: {first}}}, periodSeconds: 1}}")?;
                 let ports: Vec<String> = actor
                     .ports
                     .iter()

@@ -5,7 +5,7 @@ use culvert_tests::kind::stage::Scene;
 use culvert_tests::tour::{self, Stage as _};
 
 /// The rows that the sandbox shows, with real pods.
-pub fn the_scenario(scene: &mut Scene) -> Result<()> {
+pub(crate) fn the_scenario(scene: &mut Scene) -> Result<()> {
     let rows = tour::play(scene, |_| {})?;
     scene.put("")?;
     let wrong: Vec<String> = rows.iter().filter(|row| !row.ok()).map(|row| format!("{row:?}")).collect();

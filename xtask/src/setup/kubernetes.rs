@@ -533,7 +533,7 @@ mod tests {
     /// A build that is given up ends its processes, and says why.
     #[test]
     fn a_build_that_is_given_up_ends_at_once() {
-        let dir = std::env::temp_dir().join(format!("culvert-go-{}", std::process::id()));
+        let dir = env::temp_dir().join(format!("culvert-go-{}", std::process::id()));
         fs::create_dir_all(&dir).expect("a folder for the test");
         let lock = File::create(dir.join("lock")).expect("a file of the test");
         let (go, work, stop) = ("/nowhere/go".into(), dir.clone(), Arc::new(AtomicBool::new(true)));

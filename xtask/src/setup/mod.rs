@@ -2,7 +2,7 @@
 //!
 //! First everything that cannot be installed is checked (`machine`) and all findings are reported together, before
 //! anything is installed. Then packages (`packages`), the eBPF compiler and linker (`toolchain`), cargo's own tools
-//! (`tools`) and the tests' API server (`kubernetes`) are looked for, and what is missing is installed, each with the reason. A
+//! (`tools`) and the tests' Kubernetes (`kubernetes`) are looked for, and what is missing is installed, each with the reason. A
 //! machine that has all of it is recognised in a fraction of a second, without the package manager.
 
 mod kubernetes;
@@ -41,7 +41,7 @@ pub(crate) struct Ready {
     pub(crate) toolchain: Toolchain,
     /// cargo-deny's executable; only after [`For::Test`].
     pub(crate) deny: Option<PathBuf>,
-    /// The API server of the tests, which may still be building; only after [`For::Test`].
+    /// The Kubernetes of the tests, which may still be building; only after [`For::Test`].
     pub(crate) kubernetes: Option<Building>,
 }
 
@@ -66,10 +66,11 @@ pub(crate) fn run(purpose: For) -> Result<Ready> {
 /// As [`run`] for the tests, and waits for all of it.
 ///
 /// # Errors
-/// As there; or the API server of the tests could not be built.
+/// As there; or the Kubernetes of the tests could not be built.
 pub(crate) fn all() -> Result<()> {
     let ready = run(For::Test)?;
-    ready.kubernetes.map_or(Ok(()), Building::finish)
+    ready.kubernetes.map_or(Ok(()), Building::finish)?;
+    crate::kind_image::build()
 }
 
 /// Programs of Kubernetes; what is not there is built, beside the caller.
