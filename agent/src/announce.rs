@@ -123,6 +123,10 @@ pub async fn withdraw(
                 left.pop();
                 continue;
             }
+            // With its rights nobody comes back.
+            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 401 | 403) => {
+                anyhow::bail!("{} pods of the node keep their annotation: {}", left.len(), status.message);
+            }
             Ok(Err(error)) => source::kubernetes::describe(&error),
             Err(_) => format!("no answer within {} s", ANSWER.as_secs()),
         };
