@@ -61,7 +61,7 @@ fn seen(sandbox: &Sandbox, node: Node) -> Result<BTreeMap<String, String>> {
             "tc qdisc show",
             "bpftool -j net show",
             "nft list ruleset",
-            "ip -details -oneline link show",
+            "ip -oneline link show",
             "ip -oneline address show",
             "ip route show table all",
             "ip -6 route show table all",
@@ -72,8 +72,7 @@ fn seen(sandbox: &Sandbox, node: Node) -> Result<BTreeMap<String, String>> {
             let shown = command::finish(asked.args(arguments.split(' ')), None)?;
             seen.insert(format!("{name}: {tool}"), shown);
         }
-        let (settings, place) = (BTreeMap::new(), place);
-        let settings = place.inside(|| settings_here(settings))?;
+        let settings = place.inside(settings_here)?;
         seen.extend(settings.into_iter().map(|(path, value)| (format!("{name}: {}", path.display()), value)));
     }
     let cgroup = sandbox.node_cgroup(node).display().to_string();
@@ -87,8 +86,8 @@ fn seen(sandbox: &Sandbox, node: Node) -> Result<BTreeMap<String, String>> {
 }
 
 /// Every setting of the calling thread's network.
-fn settings_here(mut all: BTreeMap<PathBuf, String>) -> Result<BTreeMap<PathBuf, String>> {
-    let mut folders = vec![PathBuf::from("/proc/sys/net")];
+fn settings_here() -> Result<BTreeMap<PathBuf, String>> {
+    let (mut all, mut folders) = (BTreeMap::new(), vec![PathBuf::from("/proc/sys/net")]);
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).with_context(|| format!("list {}", folder.display()))? {
             let entry = entry?;
@@ -107,12 +106,7 @@ fn settings_here(mut all: BTreeMap<PathBuf, String>) -> Result<BTreeMap<PathBuf,
     Ok(all)
 }
 
-fn expect_as_before(
-    sandbox: &Sandbox,
-    node: Node,
-    before: &BTreeMap<String, String>,
-    objects: &Objects,
-) -> Result<()> {
+fn expect_as_before(sandbox: &Sandbox, node: Node, before: &BTreeMap<String, String>, objects: &Objects) -> Result<()> {
     let now = seen(sandbox, node)?;
     let all: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
     let differ: Vec<String> = all
@@ -153,7 +147,8 @@ impl Objects {
         let links = sandbox.pin_dir(node).join("links");
         for entry in fs::read_dir(&links)? {
             let path = entry?.path().display().to_string();
-            let link: Value = serde_json::from_str(&command::run("bpftool", &["-j", "link", "show", "pinned", &path])?)?;
+            let link: Value =
+                serde_json::from_str(&command::run("bpftool", &["-j", "link", "show", "pinned", &path])?)?;
             self.links.insert(link["id"].as_u64().with_context(|| format!("the number of {path}: {link}"))?);
             self.programs.insert(link["prog_id"].as_u64().with_context(|| format!("the program of {path}"))?);
         }
@@ -315,7 +310,10 @@ fn a_node_is_cleaned_without_an_agent_and_without_a_cluster() -> Result<()> {
     println!("{said}");
     let pid = scene.sandbox.pid(&agent_process(Node::A))?;
     ensure!(refused.status.code() == Some(1) && refused.stdout.is_empty(), "{refused:?}");
-    ensure!(said.contains(&format!("an agent serves this node (process {pid})")) && said.lines().count() == 1, "{said}");
+    ensure!(
+        said.contains(&format!("an agent serves this node (process {pid})")) && said.lines().count() == 1,
+        "{said}"
+    );
     ensure!(said.contains("nothing was removed") && said.contains("--force"), "{said}");
     scene.expect_mesh("after a refusal")?;
 
@@ -326,7 +324,9 @@ fn a_node_is_cleaned_without_an_agent_and_without_a_cluster() -> Result<()> {
     scene.expect_refused("without an agent")?;
     for (node, before) in Node::ALL.into_iter().zip(&before) {
         let said = scene.expect_clean(node, &[])?;
-        for what in ["took connect4 off cgroup ", "took inbound_", "took leaving_", "took gate_in_", " maps of layout v"] {
+        for what in
+            ["took connect4 off cgroup ", "took inbound_", "took leaving_", "took gate_in_", " maps of layout v"]
+        {
             ensure!(said.contains(what), "{what:?} in {said}");
         }
         expect_as_before(&scene.sandbox, node, before, &Objects::default())?;
@@ -457,7 +457,9 @@ fn a_node_is_left_only_with_its_daemonset() -> Result<()> {
         ensure!(!lines.iter().any(|line| line.field("level").as_deref() == Some("ERROR")), "{lines:?}");
     }
     let seen_at_end = events(&scene)?.len();
-    command::wait_for("it was opened again", SOON * patience(), || Ok((events(&scene)?.len() > seen_at_end + 3).then_some(())))?;
+    command::wait_for("it was opened again", SOON * patience(), || {
+        Ok((events(&scene)?.len() > seen_at_end + 3).then_some(()))
+    })?;
     let failed: Vec<TrickleEvent> =
         events(&scene)?.into_iter().filter(|event| event.what != Trickled::Echoed).collect();
     ensure!(failed.len() == 1 && failed[0].what == Trickled::Lost, "cut once, at the deadline: {failed:?}");

@@ -17,6 +17,8 @@ use nix::{
 
 /// The source of what [`prepare`] mounts.
 const SOURCE: &str = "culvert";
+/// What the kernel itself puts into each that is mounted (CONFIG_BPF_PRELOAD).
+const PRELOADED: [&str; 2] = ["maps.debug", "progs.debug"];
 /// As systemd mounts it: for nobody but root.
 const OPTIONS: &str = "mode=0700";
 
@@ -71,9 +73,12 @@ pub fn unmount(pin_dir: &Path) -> anyhow::Result<Unmounted> {
     if !is_ours("self", root)? {
         return Ok(Unmounted::Foreign(root.to_owned()));
     }
-    let first = fs::read_dir(root).with_context(|| format!("list {}", root.display()))?.next();
-    if let Some(entry) = first.transpose().with_context(|| format!("list {}", root.display()))? {
-        return Ok(Unmounted::InUse(root.to_owned(), entry.file_name().to_string_lossy().into_owned()));
+    for entry in fs::read_dir(root).with_context(|| format!("list {}", root.display()))? {
+        let name =
+            entry.with_context(|| format!("list {}", root.display()))?.file_name().to_string_lossy().into_owned();
+        if !PRELOADED.contains(&&*name) {
+            return Ok(Unmounted::InUse(root.to_owned(), name));
+        }
     }
     umount2(root, MntFlags::UMOUNT_NOFOLLOW).with_context(|| format!("unmount {}", root.display()))?;
     // A process that may not look there has nothing to compare with.

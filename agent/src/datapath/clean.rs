@@ -118,7 +118,8 @@ fn remove(pin_dir: &Path, tell: &mut dyn FnMut(&str)) -> anyhow::Result<()> {
     for (name, path) in entries(pin_dir)? {
         let layout = name.strip_prefix('v').is_some_and(|number| number.parse::<u32>().is_ok());
         let removed = if layout {
-            tell(&format!("removing {} maps of layout {name}", entries(&path)?.len()));
+            let maps = entries(&path)?.iter().filter(|(_, path)| !path.is_dir()).count();
+            tell(&format!("removing {maps} maps of layout {name}"));
             remove_pins(&path).with_context(|| format!("remove {}", path.display()))
         } else if name == OWNER || name == FRESH {
             ignore_absent(fs::remove_file(&path)).with_context(|| format!("remove {}", path.display()))
