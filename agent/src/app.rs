@@ -446,7 +446,7 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
         result = control.run() => result.map(|()| Cause::HandedOver),
         Some(error) = others.next() => Err(error),
     };
-    let (begun, mut deadline) = (Instant::now(), control.settings.config.drain_deadline);
+    let mut deadline = control.settings.config.drain_deadline;
     let mut leaves = false;
     if let (Ok(Cause::End), Some(daemonset)) = (&end, &daemonset) {
         (end, leaves) = tokio::select! {
@@ -458,15 +458,15 @@ async fn run_agent(settings: Settings, lines: Lines) -> anyhow::Result<()> {
     if let Ok(Cause::End) = end
         && control.datapath.has_successor()
     {
-        let patience = deadline / 2;
+        let (begun, patience) = (Instant::now(), deadline / 2);
         info!(?patience, "another agent prepares itself to serve: going on until it has taken over");
         end = tokio::select! {
             () = tokio::time::sleep(patience) => Ok(Cause::End),
             result = control.run() => result.map(|()| Cause::HandedOver),
             Some(error) = others.next() => Err(error),
         };
+        deadline = deadline.saturating_sub(begun.elapsed());
     }
-    deadline = deadline.saturating_sub(begun.elapsed());
     leaves &= matches!(end, Ok(Cause::End)) && !control.datapath.has_successor();
     let cause = *end.as_ref().unwrap_or(&Cause::End);
     let _draining = ready.hold("the agent is draining: it ends");

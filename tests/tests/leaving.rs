@@ -30,6 +30,8 @@ const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 /// In every payload: readable on the link without the mesh, and never with it.
 const MARKER: &str = "readable-without-the-mesh";
 const SOON: Duration = Duration::from_secs(20);
+/// Until an agent has heard of something: after an error it may ask again only after half a minute.
+const LIMIT: Duration = Duration::from_secs(60);
 const DRAIN: Duration = Duration::from_secs(6);
 /// Until an agent that was told to end has asked what it must know, drained, and ended.
 const END: Duration = Duration::from_secs(30);
@@ -274,9 +276,10 @@ impl Scene {
         Ok(lines)
     }
 
-    fn told(&self, node: Node, message: &str) -> Result<LogLine> {
-        command::wait_for(&format!("the agent of {node} tells {message:?}"), SOON * patience(), || {
-            let (lines, _) = self.sandbox.agent_log(node, 0)?;
+    /// Waits for a line that begins so, after the first `from` bytes of the log.
+    fn told(&self, node: Node, from: u64, message: &str) -> Result<LogLine> {
+        command::wait_for(&format!("the agent of {node} tells {message:?}"), LIMIT * patience(), || {
+            let (lines, _) = self.sandbox.agent_log(node, from)?;
             Ok(lines.into_iter().find(|line| line.message().starts_with(message)))
         })
     }
@@ -380,7 +383,7 @@ fn a_node_is_left_only_with_its_daemonset() -> Result<()> {
     let before = [seen(&scene.sandbox, Node::A)?, seen(&scene.sandbox, Node::B)?];
     scene.start(&Node::ALL)?;
     scene.expect_mesh("with agents")?;
-    scene.told(Node::A, "this agent is of this DaemonSet")?;
+    scene.told(Node::A, 0, "this agent is of this DaemonSet")?;
 
     // It is there.
     let lines = scene.end_in_order(Node::A)?;
@@ -390,9 +393,9 @@ fn a_node_is_left_only_with_its_daemonset() -> Result<()> {
 
     // It was made anew.
     deleted(scene.api()?, "background")?;
-    scene.told(Node::A, "the DaemonSet is deleted")?;
+    scene.told(Node::A, 0, "the DaemonSet is deleted")?;
     scene.api()?.apply(&daemonset())?;
-    scene.told(Node::A, "the DaemonSet was made anew")?;
+    scene.told(Node::A, 0, "the DaemonSet was made anew")?;
     let lines = scene.end_in_order(Node::A)?;
     ensure!(lines.iter().any(|line| line.message().starts_with("the DaemonSet is there")), "{lines:?}");
     scene.expect_refused("its DaemonSet was made anew")?;
@@ -431,9 +434,10 @@ fn a_node_is_left_only_with_its_daemonset() -> Result<()> {
         whole.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
     };
     command::wait_for("a connection is open", SOON * patience(), || Ok((events(&scene)?.len() > 3).then_some(())))?;
+    let from = [scene.sandbox.agent_log(Node::A, 0)?.1, scene.sandbox.agent_log(Node::B, 0)?.1];
     deleted(scene.api()?, "foreground")?;
-    for node in Node::ALL {
-        scene.told(node, "the DaemonSet is deleted")?;
+    for (node, from) in Node::ALL.into_iter().zip(from) {
+        scene.told(node, from, "the DaemonSet is deleted")?;
     }
     scene.expect_mesh("deleted, and not told to end")?;
     scene.api()?.kubectl(&["delete", "rolebinding", "culvert-agent", "-n", "istio-system"])?;
@@ -441,8 +445,8 @@ fn a_node_is_left_only_with_its_daemonset() -> Result<()> {
     for node in Node::ALL {
         scene.sandbox.signal_agent(node, Signal::SIGTERM)?;
     }
-    for node in Node::ALL {
-        scene.told(node, "leaving the node")?;
+    for (node, from) in Node::ALL.into_iter().zip(from) {
+        scene.told(node, from, "leaving the node")?;
     }
     // At once, and not when the drain is over.
     command::wait_for("new connections pass by the mesh", DRAIN / 2, || {
@@ -450,7 +454,10 @@ fn a_node_is_left_only_with_its_daemonset() -> Result<()> {
     })?;
     let lost = events(&scene)?.into_iter().find(|event| event.what != Trickled::Echoed);
     ensure!(lost.is_none(), "what was open goes on until the deadline: {lost:?}");
-    scene.expect_no_mesh("while it drains")?;
+    scene.link.clear()?;
+    scene.expect_answer(CLIENT, FAR, "while it drains")?;
+    scene.expect_answer(OUTSIDER, NEAR, "while it drains")?;
+    ensure!(scene.link.contains(MARKER.as_bytes())?, "while it drains: not readable on the link");
     for (node, from) in Node::ALL.into_iter().zip(from) {
         let lines = scene.ended(node, from)?;
         ensure!(lines.iter().any(|line| line.message().starts_with("nothing of the mesh is left")), "{lines:?}");
