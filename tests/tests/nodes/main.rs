@@ -27,9 +27,8 @@ const SCENARIOS: &[Scenario] = &[("the_scenario_of_the_sandbox_is_the_same_on_re
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    // As the harness has it: words are parts of names, whatever else is said is about its own ways.
-    let words: Vec<&String> = arguments.iter().filter(|word| !word.starts_with('-')).collect();
-    let is_wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
+    let words = words(&arguments);
+    let is_wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
     let wanted: Vec<&Scenario> = SCENARIOS.iter().filter(|(name, _)| is_wanted(name)).collect();
     if arguments.iter().any(|word| word == "--list") {
         wanted.iter().for_each(|(name, _)| println!("{name}: test"));
@@ -51,6 +50,21 @@ fn main() -> ExitCode {
         begun.elapsed().as_secs_f64()
     );
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The words that are parts of names, as Rust's harness has it; whatever else is said is about its own ways.
+fn words(arguments: &[String]) -> Vec<&str> {
+    const WITH_VALUE: [&str; 4] = ["--test-threads", "--format", "--color", "-Z"];
+    let mut words = Vec::new();
+    let mut all = arguments.iter().map(String::as_str);
+    while let Some(word) = all.next() {
+        if WITH_VALUE.contains(&word) {
+            all.next();
+        } else if !word.starts_with('-') {
+            words.push(word);
+        }
+    }
+    words
 }
 
 /// Plays scenarios, and gives the names of those that failed.
