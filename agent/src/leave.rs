@@ -8,8 +8,9 @@
 
 use std::{convert::Infallible, time::Duration};
 
+use anyhow::{Context as _, anyhow};
 use k8s_openapi::api::apps::v1::DaemonSet as Object;
-use kube::{Api, Client};
+use kube::{Api, Client, api::DeleteParams};
 use tokio::{sync::watch, time::Instant};
 use tracing::{error, info, warn};
 
@@ -118,6 +119,53 @@ impl DaemonSet {
                 warn!(%daemonset, error, "the API server cannot be heard: whether the DaemonSet is deleted is not known");
             }
         }
+    }
+}
+
+/// What came of [`all`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// There was no DaemonSet.
+    Nothing,
+    /// It is gone, and its agents have ended.
+    Ended,
+    /// It is deleted, and so many agents had not ended in time.
+    Draining(i32),
+}
+
+/// Deletes the agents' DaemonSet and waits until its agents have ended, at most `patience`.
+///
+/// The object stays until they have (foreground deletion), so that each of them can see that it is deleted, whatever else is
+/// removed meanwhile.
+///
+/// # Errors
+/// The API server does not answer, or refuses; one line, with the right that is missing.
+pub async fn all(client: Client, of: &ObjectRef, patience: Duration) -> anyhow::Result<Left> {
+    let until = Instant::now() + patience;
+    let api: Api<Object> = Api::namespaced(client, &of.namespace);
+    let doing = || format!("delete DaemonSet {of}");
+    let there = api.get_opt(&of.name).await.map_err(|error| anyhow!(describe(&error))).with_context(doing)?;
+    let Some(uid) = there.and_then(|object| object.metadata.uid) else { return Ok(Left::Nothing) };
+    match api.delete(&of.name, &DeleteParams::foreground()).await {
+        Err(kube::Error::Api(status)) if status.is_not_found() => return Ok(Left::Ended),
+        deleted => deleted.map_err(|error| anyhow!(describe(&error))).with_context(doing)?,
+    };
+    let mut last = 0;
+    loop {
+        match tokio::time::timeout(ANSWER, api.get_opt(&of.name)).await {
+            // Another one of the name is somebody else's wish.
+            Ok(Ok(None)) => return Ok(Left::Ended),
+            Ok(Ok(Some(object))) if object.metadata.uid.as_ref() != Some(&uid) => return Ok(Left::Ended),
+            Ok(Ok(Some(object))) => {
+                last = object.status.map_or(0, |status| status.current_number_scheduled);
+            }
+            // It is deleted; what the server says next counts.
+            Ok(Err(_)) | Err(_) => {}
+        }
+        if Instant::now() >= until {
+            return Ok(Left::Draining(last));
+        }
+        tokio::time::sleep(AGAIN).await;
     }
 }
 

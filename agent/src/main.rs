@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         cli::Cli::Look(look) => look.run().map(|()| ExitCode::SUCCESS),
         cli::Cli::Judge(judge) => judge.run(),
         cli::Cli::Offline(offline) => offline.run(),
+        cli::Cli::InCluster(in_cluster) => in_cluster.run().map(|()| ExitCode::SUCCESS),
         cli::Cli::OnNode(on_node) => on_node.run().map(|()| ExitCode::SUCCESS),
         cli::Cli::Print(print) => print.run().map(|()| ExitCode::SUCCESS),
     });

@@ -5,6 +5,7 @@
 //! | [`mod@decide`] | the commands that judge connections by files of manifests |
 //! | [`look`] | the commands that look at a running agent, or change its log level |
 //! | [`node`] | the commands that prepare a node, and clean it |
+//! | [`mod@leave`] | the command by which a cluster leaves the mesh |
 //! | [`offline`] | the commands that judge files of manifests |
 //! | [`mod@preflight`] | whether the node can have an agent |
 //! | `manifests` | which manifests those two groups are about |
@@ -19,6 +20,7 @@ use crate::config::{self, Values, agent, ca, control};
 
 mod client;
 pub mod decide;
+pub mod leave;
 pub mod look;
 mod manifests;
 pub mod node;
@@ -46,6 +48,8 @@ pub enum Cli {
     Judge(decide::Judge),
     /// `culvert validate` and the others that judge files.
     Offline(offline::Offline),
+    /// `culvert leave`
+    InCluster(leave::InCluster),
     /// `culvert node prepare` and `culvert node clean`.
     OnNode(node::OnNode),
     /// `culvert completions`, `culvert man` and `culvert crds`.
@@ -82,7 +86,8 @@ pub fn command() -> Command {
         .subcommand(preflight::command());
     let command = look::Look::augment_subcommands(command);
     let command = offline::Offline::augment_subcommands(decide::Judge::augment_subcommands(command));
-    reference::Print::augment_subcommands(node::OnNode::augment_subcommands(command))
+    let command = leave::InCluster::augment_subcommands(node::OnNode::augment_subcommands(command));
+    reference::Print::augment_subcommands(command)
         // Last, since the groups of commands bring descriptions of their own.
         .about("A sidecarless service mesh for Linux nodes")
 }
@@ -109,6 +114,7 @@ pub fn parse() -> anyhow::Result<Cli> {
         name if reference::Print::has_subcommand(name) => Ok(Cli::Print(reference::Print::from_arg_matches(&all)?)),
         name if decide::Judge::has_subcommand(name) => Ok(Cli::Judge(decide::Judge::from_arg_matches(&all)?)),
         name if offline::Offline::has_subcommand(name) => Ok(Cli::Offline(offline::Offline::from_arg_matches(&all)?)),
+        name if leave::InCluster::has_subcommand(name) => Ok(Cli::InCluster(leave::InCluster::from_arg_matches(&all)?)),
         name if node::OnNode::has_subcommand(name) => Ok(Cli::OnNode(node::OnNode::from_arg_matches(&all)?)),
         _ => Ok(Cli::Look(look::Look::from_arg_matches(&all)?)),
     }

@@ -631,16 +631,22 @@ fn daemonset(values: &mut Values) -> Option<ObjectRef> {
     if values.has("manifests") {
         values.problem("--daemonset: only an API server says whether it is deleted; remove it, or --manifests");
     }
-    values.parse("daemonset", |text| {
-        let name = |text: &str| {
-            let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
-            !text.is_empty() && text.len() <= 253 && text.bytes().all(inner)
-        };
-        match text.split_once('/') {
-            Some((namespace, own)) if name(namespace) && name(own) => Ok(ObjectRef::new(namespace, own)),
-            _ => Err("must be NAMESPACE/NAME, as in istio-system/culvert"),
-        }
-    })
+    values.parse("daemonset", object_name)
+}
+
+/// `NAMESPACE/NAME` of an object.
+///
+/// # Errors
+/// It is none.
+pub fn object_name(text: &str) -> Result<ObjectRef, &'static str> {
+    let name = |text: &str| {
+        let inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'.');
+        !text.is_empty() && text.len() <= 253 && text.bytes().all(inner)
+    };
+    match text.split_once('/') {
+        Some((namespace, own)) if name(namespace) && name(own) => Ok(ObjectRef::new(namespace, own)),
+        _ => Err("must be NAMESPACE/NAME, as in istio-system/culvert"),
+    }
 }
 
 #[cfg(test)]
