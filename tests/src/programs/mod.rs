@@ -10,8 +10,10 @@ mod conversation;
 mod cut;
 mod exchange;
 mod flood;
+mod hammer;
 mod hold;
 mod http;
+mod newcomer;
 mod paced;
 mod probe;
 mod short;
@@ -33,8 +35,10 @@ pub use conversation::Conversation;
 pub use cut::{CutResult, CutVerb};
 pub use exchange::{ExchangeResult, Verb};
 pub use flood::FloodResult;
+pub use hammer::HammerResult;
 pub use hold::HeldRound;
 pub use http::{HttpResult, Seen};
+pub use newcomer::{Heard, Word};
 pub use paced::PacedResult;
 pub use probe::{Probe, ProbeResult};
 pub use short::ShortResult;
@@ -262,6 +266,48 @@ pub enum Program {
         #[arg(long, default_value_t = 5_000)]
         timeout_ms: u64,
     },
+    /// Say a line before anything else, and again until it comes back; print a line of JSON for each time.
+    FirstWord {
+        /// Address and port of one that listens.
+        #[arg(long)]
+        to: SocketAddr,
+        /// The line.
+        #[arg(long)]
+        marker: String,
+        /// Pause between two times, milliseconds.
+        #[arg(long, default_value_t = 25)]
+        interval_ms: u64,
+        /// Limit of a connect or a read, milliseconds.
+        #[arg(long, default_value_t = 2_000)]
+        timeout_ms: u64,
+        /// Do nothing any more afterwards, instead of ending.
+        #[arg(long)]
+        stay: bool,
+    },
+    /// Listen before anything else, print a line of JSON for all that comes, and send it back.
+    Listen {
+        /// Port, IPv4 and IPv6.
+        #[arg(long)]
+        port: u16,
+    },
+    /// Connect to addresses again and again, whether anybody is there or not, and say a line wherever that succeeds.
+    Hammer {
+        /// Addresses and ports.
+        #[arg(long, required = true, value_delimiter = ',')]
+        to: Vec<SocketAddr>,
+        /// The line.
+        #[arg(long)]
+        marker: String,
+        /// How often each is tried; without end unless it is said.
+        #[arg(long)]
+        rounds: Option<u32>,
+        /// Pause between two tries of an address, milliseconds.
+        #[arg(long, default_value_t = 50)]
+        interval_ms: u64,
+        /// Limit of a connect or a read, milliseconds.
+        #[arg(long, default_value_t = 50)]
+        timeout_ms: u64,
+    },
     /// Probe pods as a kubelet does: HTTP GET, again and again, each result a line in a file.
     Kubelet {
         /// `pod=address:port`, repeated.
@@ -326,6 +372,15 @@ impl Program {
             Self::Attack { way, to, marker, from, from_port, timeout_ms } => {
                 let limit = Duration::from_millis(timeout_ms);
                 print(&attack::run(&attack::Attack { way, to, marker, from, from_port, limit }))
+            }
+            Self::FirstWord { to, marker, interval_ms, timeout_ms, stay } => {
+                let (pause, limit) = (Duration::from_millis(interval_ms), Duration::from_millis(timeout_ms));
+                newcomer::speak(to, &marker, pause, limit, stay)
+            }
+            Self::Listen { port } => newcomer::hear(port),
+            Self::Hammer { to, marker, rounds, interval_ms, timeout_ms } => {
+                let (interval, limit) = (Duration::from_millis(interval_ms), Duration::from_millis(timeout_ms));
+                hammer::run(&to, &hammer::Blows { marker, rounds, interval, limit })
             }
             Self::Kubelet { probes, period_ms, out } => probe::run(&probes, Duration::from_millis(period_ms), &out),
         }

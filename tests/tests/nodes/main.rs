@@ -5,8 +5,10 @@
 //!
 //! | file | what of it |
 //! |---|---|
+//! | `newcomers` | pods that have just been made, also while their node's agent is away |
 //! | `support` | pods, policies and load for scenarios |
 
+mod newcomers;
 mod support;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,7 +25,14 @@ use culvert_tests::sandbox::built;
 /// A scenario: its name, and what is done.
 type Scenario = (&'static str, fn(&mut Scene) -> Result<()>);
 
-const SCENARIOS: &[Scenario] = &[("the_scenario_of_the_sandbox_is_the_same_on_real_nodes", support::the_scenario)];
+const SCENARIOS: &[Scenario] = &[
+    ("the_scenario_of_the_sandbox_is_the_same_on_real_nodes", support::the_scenario),
+    (
+        "a_new_pod_neither_says_nor_hears_what_policy_forbids",
+        newcomers::a_new_pod_neither_says_nor_hears_what_policy_forbids,
+    ),
+    ("a_pod_of_the_mesh_starts_as_fast_as_another", newcomers::a_pod_of_the_mesh_starts_as_fast_as_another),
+];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
