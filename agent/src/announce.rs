@@ -47,6 +47,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_secs(30);
 /// For the API server's answer.
 const ANSWER: Duration = Duration::from_secs(10);
+/// How long an agent that leaves tries to take back what it told.
+const WITHDRAW: Duration = Duration::from_secs(8);
 /// Most bytes of an Event's note (the API server's limit).
 const NOTE: usize = 1024;
 
@@ -96,7 +98,7 @@ pub async fn run(
 }
 
 /// Removes the annotation from the node's pods, whoever wrote it: nobody will take their tunnels any more. `states` are those
-/// that an annotation was told of. What fails is tried again for half a minute.
+/// that an annotation was told of. What fails is tried again for some seconds, and no longer: the agent is about to end.
 ///
 /// # Errors
 /// Some pods have it still, and why.
@@ -110,9 +112,9 @@ pub async fn withdraw(
     let told = |pod: &&Arc<Pod>| pod.annotations.contains_key(ANNOTATION) || states.contains_key(&pod.uid);
     let own = cluster.pods.values().filter(|pod| *pod.node == *node_name).filter(told);
     let mut left: Vec<(PodUid, ObjectRef)> = own.map(|pod| (pod.uid.clone(), pod.object.clone())).collect();
-    let until = Instant::now() + AGAIN;
+    let until = Instant::now() + WITHDRAW;
     while let Some((uid, pod)) = left.last().cloned() {
-        let patched = tokio::time::timeout(ANSWER, annotate(client, (&uid, &pod), None)).await;
+        let patched = tokio::time::timeout_at(until, annotate(client, (&uid, &pod), None)).await;
         let error = match patched {
             Ok(Ok(())) => {
                 left.pop();
@@ -128,7 +130,7 @@ pub async fn withdraw(
                 anyhow::bail!("{} pods of the node keep their annotation: {}", left.len(), status.message);
             }
             Ok(Err(error)) => source::kubernetes::describe(&error),
-            Err(_) => format!("no answer within {} s", ANSWER.as_secs()),
+            Err(_) => format!("no answer within {} s", WITHDRAW.as_secs()),
         };
         anyhow::ensure!(Instant::now() < until, "{} pods of the node keep their annotation: {error}", left.len());
         tokio::time::sleep(TICK).await;

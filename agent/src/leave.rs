@@ -273,7 +273,7 @@ mod tests {
     use super::*;
 
     fn object(uid: &str, ends: bool) -> Object {
-        let deletion_timestamp = ends.then(|| Time(k8s_openapi::jiff::Timestamp::UNIX_EPOCH));
+        let deletion_timestamp = ends.then_some(Time(k8s_openapi::jiff::Timestamp::UNIX_EPOCH));
         let metadata = ObjectMeta { uid: Some(uid.to_owned()), deletion_timestamp, ..ObjectMeta::default() };
         Object { metadata, ..Object::default() }
     }
