@@ -50,8 +50,10 @@ pub(super) fn speak(to: SocketAddr, marker: &str, interval: Duration, limit: Dur
         }
         thread::sleep(interval);
     }
-    while stay {
-        thread::park();
+    if stay {
+        loop {
+            thread::park();
+        }
     }
     Ok(())
 }
