@@ -22,7 +22,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 pub(crate) use engine::Engine;
 use image::NodeImage;
@@ -306,9 +306,13 @@ impl Drop for Cluster {
     }
 }
 
-/// Where podman keeps what belongs to a cluster: gigabytes, which a file system in memory should not have.
+/// Where podman keeps what belongs to a cluster: gigabytes, which a file system in memory should not have. What lies there has no
+/// owner, since the cluster's name has none: the machine was started anew.
 fn home(instance: &str) -> Result<PathBuf> {
     let home = crate::cache().context("where a cluster's containers are kept")?.join("clusters").join(instance);
-    ensure!(!home.exists(), "{} is there, but no cluster of that name: remove it", home.display());
+    if home.exists() {
+        let removed = Engine::existing(&home, None).remove_all().and_then(|()| Ok(fs::remove_dir_all(&home)?));
+        removed.with_context(|| format!("remove what an earlier cluster left in {}", home.display()))?;
+    }
     Ok(home)
 }
