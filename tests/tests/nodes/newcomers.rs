@@ -179,7 +179,7 @@ impl<'a> Newcomers<'a> {
         self.create(&manifests)?;
         if let Some(agent) = agent {
             // It hangs until new pods have tried, and been held; the others come while it is dead, or starts.
-            self.wait_for_some_held(&callers)?;
+            self.wait_for_some_held(&callers, link)?;
             kill(agent, Signal::SIGKILL).context("kill the agent")?;
             self.start_soon()?;
         }
@@ -334,8 +334,10 @@ impl<'a> Newcomers<'a> {
     }
 
     /// Waits until one of `names` has been refused by the gate.
-    fn wait_for_some_held(&self, names: &[String]) -> Result<()> {
+    fn wait_for_some_held(&self, names: &[String], link: &Capture) -> Result<()> {
         command::wait_for("a new pod is held", LIMIT, || {
+            let frames = link.frames_with_port(CALLED)?;
+            ensure!(frames == 0, "{frames} frames of calls crossed the link that nobody has captured or held");
             for pod in self.made(names)? {
                 for container in ["init", "app"] {
                     let words: Vec<Word> = self.said(&pod, container)?;
