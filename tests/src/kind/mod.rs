@@ -17,12 +17,12 @@ mod network;
 pub mod parts;
 pub mod stage;
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 pub(crate) use engine::Engine;
 use image::NodeImage;
@@ -82,18 +82,20 @@ pub struct Cluster {
     netns: String,
     ledger: Ledger,
     down: bool,
+    _alone: File,
 }
 
 impl Cluster {
     /// Makes one and waits until its nodes are ready.
     ///
     /// # Errors
-    /// A cluster of this name is up; the image or the programs of a node are not built; or a step failed, and what was made until
+    /// Another cluster is up; the image or the programs of a node are not built; or a step failed, and what was made until
     /// then is gone again.
     pub fn create(plan: ClusterPlan) -> Result<Self> {
         let parts = Parts::find()?;
         let image = NodeImage::find()?;
         crate::sandbox::sweep().context("remove what dead owners left")?;
+        let alone = alone()?;
         let instance = format!("kind-{}", plan.name);
         let ledger = Ledger::take(&instance)?;
         let netns = format!("culvert-{instance}");
@@ -110,7 +112,7 @@ impl Cluster {
             }
         };
         // An error drops it, which removes what was made.
-        let cluster = Self { plan, parts, engine, netns, ledger, down: false };
+        let cluster = Self { plan, parts, engine, netns, ledger, down: false, _alone: alone };
         cluster.raise()?;
         Ok(cluster)
     }
@@ -303,6 +305,22 @@ impl Drop for Cluster {
         if let Err(error) = self.ledger.remove() {
             eprintln!("the cluster {} could not be taken down: {error:#}", self.plan.name);
         }
+    }
+}
+
+/// The right to be the only cluster on the machine: podman keeps its name server's settings and its addresses in one place
+/// (`/run/containers/networks`), whatever it is told, and the nodes of a second one would not find each other by name.
+fn alone() -> Result<File> {
+    let path = Path::new("/run/lock/culvert-kind.lock");
+    fs::create_dir_all("/run/lock").context("create /run/lock")?;
+    let file = File::options().create(true).truncate(false).write(true).open(path);
+    let file = file.with_context(|| format!("open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => bail!(
+            "a cluster of kind is up already, and podman's names serve one: end the `cargo xtask run --cluster kind` or the test              that has it"
+        ),
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("lock {}", path.display())),
     }
 }
 
