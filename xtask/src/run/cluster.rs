@@ -1,15 +1,11 @@
 //! `run --cluster kind`: the user's scenario with real pods, on a cluster that kind makes.
 
-use std::thread;
-use std::time::Duration;
-
-use anyhow::{Result, bail};
-use culvert_tests::interrupt;
+use anyhow::Result;
 use culvert_tests::kind::stage::{Install, SYSTEM, Scene};
 use culvert_tests::kind::{Cluster, ClusterPlan};
-use culvert_tests::tour;
+use culvert_tests::sandbox::Node;
 
-use super::{Arguments, Table};
+use super::Arguments;
 use crate::{build, image, kind_image, say, setup};
 
 pub(super) fn run(arguments: &Arguments) -> Result<()> {
@@ -45,29 +41,11 @@ fn play(scene: &mut Scene, install: &Install, arguments: &Arguments) -> Result<(
          Legacy-app (namespace test, same node, out of the mesh) while its policies change. Observed are the HTTP result that the\n\
          client got, the identity that the access log of the server's agent names (spiffe://cluster.local/…), and whether the request\n\
          was found, readable, in a recording of everything that crossed between the nodes.\n",
-        scene.node(culvert_tests::sandbox::Node::B)?.name,
-        scene.node(culvert_tests::sandbox::Node::A)?.name,
+        scene.node(Node::B)?.name,
+        scene.node(Node::A)?.name,
     );
-    let mut table = Table::default();
-    let rows = tour::play(scene, |row| table.print(row))?;
-    let wrong = rows.iter().filter(|r| !r.ok()).count();
-    println!("\nscenario: {} as expected, {wrong} not", rows.len() - wrong);
-    if wrong > 0 && arguments.once {
-        bail!("{wrong} of {} rows are not as expected", rows.len());
-    }
-    if arguments.once {
-        return Ok(());
-    }
-    tour::leave_policy_to_edit(scene)?;
-    println!("\n{}", try_next(scene));
-    while !interrupt::requested() {
-        thread::sleep(Duration::from_millis(200));
-    }
-    println!();
-    if wrong > 0 {
-        bail!("{wrong} of {} rows were not as expected", rows.len());
-    }
-    Ok(())
+    // What of it ends, the cluster starts again.
+    super::show(scene, arguments.once, |scene| Ok(try_next(scene)), |_| Ok(()))
 }
 
 /// Three things to try; the namespace is STRICT at this moment.

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 use culvert_tests::interrupt;
 use culvert_tests::sandbox::{MeshPlan, Node, Sandbox, Source, built, place_of};
-use culvert_tests::tour::{self, Outcome, Row};
+use culvert_tests::tour::{self, Outcome, Row, Stage};
 
 use crate::{build, say, setup};
 
@@ -100,28 +100,40 @@ fn play(sandbox: &mut Sandbox, arguments: &Arguments) -> Result<()> {
          result that the client got, the identity that the access log of the server's agent names (spiffe://cluster.local/…),\n\
          and whether the request was found, readable, in a recording of everything that crossed between the nodes.\n"
     );
+    show(
+        sandbox,
+        arguments.once,
+        |sandbox| try_next(sandbox, &arguments.name),
+        |sandbox| {
+            Node::ALL
+                .into_iter()
+                .try_for_each(|node| sandbox.expect_running(&culvert_tests::sandbox::agent_process(node)))
+        },
+    )
+}
+
+/// Plays the scenario and shows its table; unless it is for `once`, says what to try next and stays until Ctrl-C, or until what
+/// `alive` looks at has ended.
+fn show<S: Stage>(
+    stage: &mut S,
+    once: bool,
+    try_next: impl Fn(&S) -> Result<String>,
+    mut alive: impl FnMut(&mut S) -> Result<()>,
+) -> Result<()> {
     let mut table = Table::default();
-    let rows = tour::play(sandbox, |row| table.print(row))?;
+    let rows = tour::play(stage, |row| table.print(row))?;
     let wrong = rows.iter().filter(|r| !r.ok()).count();
     println!("\nscenario: {} as expected, {wrong} not", rows.len() - wrong);
-    if wrong > 0 && arguments.once {
-        bail!("{wrong} of {} rows are not as expected", rows.len());
-    }
-    if arguments.once {
-        return Ok(());
-    }
-    tour::leave_policy_to_edit(sandbox)?;
-    println!("\n{}", try_next(sandbox, &arguments.name)?);
-    while !interrupt::requested() {
-        for node in Node::ALL {
-            sandbox.expect_running(&culvert_tests::sandbox::agent_process(node))?;
+    if !once {
+        tour::leave_policy_to_edit(stage)?;
+        println!("\n{}", try_next(stage)?);
+        while !interrupt::requested() {
+            alive(stage)?;
+            thread::sleep(Duration::from_millis(200));
         }
-        thread::sleep(Duration::from_millis(200));
+        println!();
     }
-    println!();
-    if wrong > 0 {
-        bail!("{wrong} of {} rows were not as expected", rows.len());
-    }
+    ensure!(wrong == 0, "{wrong} of {} rows are not as expected", rows.len());
     Ok(())
 }
 
