@@ -18,6 +18,8 @@ use crate::command;
 
 /// The limit that podman gives itself, and may not give a container more than.
 const PROCESSES: u64 = 32_768;
+/// Where containers of an engine with a network of its own ask for names: an address of none (RFC 2544), whatever the machine's is.
+pub(crate) const NAME_SERVER: &str = "198.18.0.53";
 /// Below which control group podman puts containers, in every hierarchy.
 const CGROUPS: &str = "libpod_parent";
 
@@ -42,8 +44,10 @@ impl Engine {
         let at = |name: &str| dir.join(name).display().to_string();
         // Without CAP_SYS_RESOURCE nothing may have more than this process. crun refuses a hybrid cgroup tree. systemd as
         // the first process of a container does not obey the signal by which it is asked to end.
+        let names = netns.map_or_else(String::new, |_| format!("dns_servers = [\"{NAME_SERVER}\"]\n"));
         let containers = format!(
             "[containers]\n\
+             {names}\
              default_ulimits = [\"nofile={files}:{files}\", \"nproc={PROCESSES}:{PROCESSES}\"]\n\
              log_driver = \"k8s-file\"\n\
              [network]\n\

@@ -17,9 +17,11 @@ mod network;
 pub mod parts;
 pub mod stage;
 
-use std::fs::{self, File, TryLockError};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -82,20 +84,18 @@ pub struct Cluster {
     netns: String,
     ledger: Ledger,
     down: bool,
-    _alone: File,
 }
 
 impl Cluster {
     /// Makes one and waits until its nodes are ready.
     ///
     /// # Errors
-    /// Another cluster is up; the image or the programs of a node are not built; or a step failed, and what was made until
+    /// A cluster of this name is up; the image or the programs of a node are not built; or a step failed, and what was made until
     /// then is gone again.
     pub fn create(plan: ClusterPlan) -> Result<Self> {
         let parts = Parts::find()?;
         let image = NodeImage::find()?;
         crate::sandbox::sweep().context("remove what dead owners left")?;
-        let alone = alone()?;
         let instance = format!("kind-{}", plan.name);
         let ledger = Ledger::take(&instance)?;
         let netns = format!("culvert-{instance}");
@@ -112,7 +112,7 @@ impl Cluster {
             }
         };
         // An error drops it, which removes what was made.
-        let cluster = Self { plan, parts, engine, netns, ledger, down: false, _alone: alone };
+        let cluster = Self { plan, parts, engine, netns, ledger, down: false };
         cluster.raise()?;
         Ok(cluster)
     }
@@ -124,22 +124,57 @@ impl Cluster {
         self.name_server()?;
         let config = self.ledger.dir().join("kind.yaml");
         fs::write(&config, self.config()).with_context(|| format!("write {}", config.display()))?;
+        // Without podman's own names: its server for them is one for the whole machine, in the network of whichever cluster was first.
+        self.engine.podman(&["network", "create", "--disable-dns", "kind"])?;
         let mut create = self.kind(&["create", "cluster", "--image", &NodeImage::name(), "--retain"]);
-        command::finish(create.arg("--config").arg(&config), None).context("make a cluster with kind")?;
+        create.arg("--config").arg(&config);
+        let made = AtomicBool::new(false);
+        thread::scope(|scope| {
+            // kind makes the nodes and, soon after, has one look for the other by its name.
+            let named = scope.spawn(|| {
+                let enough = || Ok((self.name_nodes()? || made.load(Ordering::Relaxed)).then_some(()));
+                command::wait_for("every node has an address", READY_LIMIT, enough)
+            });
+            let created = command::finish(&mut create, None).context("make a cluster with kind");
+            made.store(true, Ordering::Relaxed);
+            let named = named.join().unwrap_or_else(|_| bail!("the thread that names nodes panicked"));
+            created.and(named)
+        })?;
         network::connect(self)
     }
 
-    /// A name server that knows nothing and says so: from this network the machine's cannot be reached, and without an answer each
-    /// unknown name costs seconds.
-    fn name_server(&self) -> Result<()> {
-        let resolv = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-        let servers = resolv.lines().filter_map(|line| line.strip_prefix("nameserver"));
-        let Some(server) = servers.map(str::trim).find(|server| !server.contains(':')) else { return Ok(()) };
-        if !server.starts_with("127.") {
-            command::finish(self.program("ip").args(["address", "add", &format!("{server}/32"), "dev", "lo"]), None)?;
+    /// Gives the nodes that have an address a name for it. Whether these are all.
+    fn name_nodes(&self) -> Result<bool> {
+        let format = "{{.Name}} {{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
+        let names = self.engine.podman(&["ps", "--format", "{{.Names}}"])?;
+        let mut hosts = String::new();
+        for name in names.split_whitespace() {
+            // One that is only about to be made is asked again.
+            let said = self.engine.podman(&["inspect", "--format", format, name]).unwrap_or_default();
+            if let Some((name, address)) = said.trim().split_once(' ') {
+                hosts += &format!("{address} {name}\n");
+            }
         }
+        let file = self.hosts();
+        fs::write(&file, &hosts).with_context(|| format!("write {}", file.display()))?;
+        Ok(hosts.lines().count() == self.plan.workers + 1)
+    }
+
+    /// Names of nodes, for the name server.
+    fn hosts(&self) -> PathBuf {
+        self.ledger.dir().join("hosts")
+    }
+
+    /// A name server that knows the nodes and nothing else, and says so: from this network the machine's cannot be reached, and
+    /// without an answer each unknown name costs seconds.
+    fn name_server(&self) -> Result<()> {
+        let address = ["address", "add", &format!("{}/32", engine::NAME_SERVER), "dev", "lo"];
+        command::finish(self.program("ip").args(address), None)?;
         let file = self.ledger.dir().join("Corefile");
-        fs::write(&file, format!(".:53 {{\n bind {server}\n hosts /dev/null\n}}\n"))
+        let hosts = self.hosts();
+        fs::write(&hosts, "").with_context(|| format!("write {}", hosts.display()))?;
+        let hosts = format!("hosts {} {{\n  ttl 1\n  reload 200ms\n }}", hosts.display());
+        fs::write(&file, format!(".:53 {{\n bind {}\n {hosts}\n}}\n", engine::NAME_SERVER))
             .with_context(|| format!("write {}", file.display()))?;
         let mut coredns = self.program(self.parts.program("coredns"));
         coredns.arg("-conf").arg(&file).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -271,6 +306,25 @@ impl Cluster {
         self.engine.podman(arguments)
     }
 
+    /// Connects its nodes anew, after one was stopped and started, and waits until all are ready: it may have another address, and has
+    /// no routes any more.
+    ///
+    /// # Errors
+    /// A node does not tell its address, or does not become ready.
+    pub fn connect_again(&self) -> Result<()> {
+        command::wait_for("every node has told its address", READY_LIMIT, || {
+            self.name_nodes()?;
+            for node in self.nodes()? {
+                let format = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
+                if self.engine.podman(&["inspect", "--format", format, &node.name])?.trim() != node.ip {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        })?;
+        network::connect(self)
+    }
+
     /// Records everything that crosses between a node and the others: at its port of their bridge, since what a bridge passes on
     /// from port to port is not seen at the bridge itself.
     ///
@@ -305,22 +359,6 @@ impl Drop for Cluster {
         if let Err(error) = self.ledger.remove() {
             eprintln!("the cluster {} could not be taken down: {error:#}", self.plan.name);
         }
-    }
-}
-
-/// The right to be the only cluster on the machine: podman keeps its name server's settings and its addresses in one place
-/// (`/run/containers/networks`), whatever it is told, and the nodes of a second one would not find each other by name.
-fn alone() -> Result<File> {
-    let path = Path::new("/run/lock/culvert-kind.lock");
-    fs::create_dir_all("/run/lock").context("create /run/lock")?;
-    let file = File::options().create(true).truncate(false).write(true).open(path);
-    let file = file.with_context(|| format!("open {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!(
-            "a cluster of kind is up already, and podman's names serve one: end the `cargo xtask run --cluster kind` or the test              that has it"
-        ),
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("lock {}", path.display())),
     }
 }
 
