@@ -101,7 +101,9 @@ pub struct Scene {
     pub cluster: Cluster,
     nodes: Vec<NodeInfo>,
     started: BTreeMap<String, Started>,
+    /// Folders of the agents' logs.
     logs: [OnceCell<PathBuf>; 2],
+    installed: OnceCell<Install>,
 }
 
 impl Scene {
@@ -115,7 +117,8 @@ impl Scene {
         image.env("PATH", "/usr/bin").entrypoint(["/usr/bin/culvert-pod"]).write(&archive)?;
         cluster.load(&archive)?;
         let nodes = cluster.nodes()?;
-        let scene = Self { cluster, nodes, started: BTreeMap::new(), logs: [OnceCell::new(), OnceCell::new()] };
+        let logs = [OnceCell::new(), OnceCell::new()];
+        let scene = Self { cluster, nodes, started: BTreeMap::new(), logs, installed: OnceCell::new() };
         scene.cluster.kubectl_with(&["apply", "--filename", "-"], &scene.pods()?)?;
         for namespace in ["default", "test"] {
             scene.ready(namespace, &["pods", "--all"])?;
@@ -131,6 +134,39 @@ impl Scene {
         self.cluster.load(&install.image)?;
         let [namespace, definitions] = install.once.each_ref().map(|path| path.display().to_string());
         self.cluster.kubectl(&["create", "--filename", &namespace, "--filename", &definitions])?;
+        let _ = self.installed.set(install.clone());
+        self.apply(install)
+    }
+
+    /// Installs the mesh again, after it was removed in part or as a whole.
+    ///
+    /// # Errors
+    /// As [`Self::install`]; it never was installed.
+    pub fn install_again(&self) -> Result<()> {
+        self.apply(self.installed.get().context("the mesh was never installed")?)
+    }
+
+    /// Removes the mesh as its documentation says, all at once.
+    ///
+    /// # Errors
+    /// kubectl failed; it never was installed.
+    pub fn uninstall(&self) -> Result<()> {
+        let install = self.installed.get().context("the mesh was never installed")?;
+        self.cluster.kubectl(&["delete", "--kustomize", &install.overlay.display().to_string()]).map(drop)
+    }
+
+    /// Learns anew what is not asked again and again: the nodes, and where their agents write. To be done when a node or an agent
+    /// may be another one than before.
+    ///
+    /// # Errors
+    /// The API server or podman does not tell them.
+    pub fn look_again(&mut self) -> Result<()> {
+        self.nodes = self.cluster.nodes()?;
+        self.logs = [OnceCell::new(), OnceCell::new()];
+        Ok(())
+    }
+
+    fn apply(&self, install: &Install) -> Result<()> {
         let rendered = self.cluster.kubectl(&["kustomize", &install.overlay.display().to_string()])?;
         self.cluster.kubectl_with(&["apply", "--filename", "-"], &rendered)?;
         self.set_environment("daemonset/culvert", &[("CULVERT_LOG_FORMAT", "json")])?;
@@ -271,8 +307,8 @@ impl Scene {
         Ok([&["exec", "--namespace", namespace, name, "--", "culvert-pod"][..], words].concat())
     }
 
-    /// File of the log of a node's agent, on this machine: the node's own, read without asking the node.
-    fn log_file(&self, node: Node) -> Result<&PathBuf> {
+    /// Folder of the logs of a node's agent, on this machine: the node's own, read without asking the node.
+    fn logs(&self, node: Node) -> Result<&PathBuf> {
         let cell = &self.logs[usize::from(node == Node::B)];
         if let Some(path) = cell.get() {
             return Ok(path);
@@ -281,10 +317,22 @@ impl Scene {
         let selector = format!("spec.nodeName={}", on.name);
         let get = ["pods", "--namespace", SYSTEM, "--selector=app=culvert", "--field-selector", &selector];
         let pods = self.cluster.get(&get)?;
-        let pod = &pods["items"][0]["metadata"];
-        let (name, uid) = (pod["name"].as_str().context("the agent's pod")?, pod["uid"].as_str().context("its UID")?);
-        let path = format!("/proc/{}/root/var/log/pods/{SYSTEM}_{name}_{uid}/agent/0.log", on.pid);
+        // One that was followed may be there still: it drains.
+        let stays = |pod: &&Value| pod["metadata"]["deletionTimestamp"].is_null();
+        let pod = pods["items"].as_array().and_then(|all| all.iter().find(stays)).context("the agent's pod")?;
+        let of =
+            |field: &str| pod["metadata"][field].as_str().with_context(|| format!("the {field} of the agent's pod"));
+        let path = format!("/proc/{}/root/var/log/pods/{SYSTEM}_{}_{}/agent", on.pid, of("name")?, of("uid")?);
         Ok(cell.get_or_init(|| PathBuf::from(path)))
+    }
+
+    /// The log of a node's agent: of its container's last start.
+    fn log_file(&self, node: Node) -> Result<PathBuf> {
+        let folder = self.logs(node)?;
+        let entries = fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))?;
+        let start = |entry: fs::DirEntry| entry.file_name().to_str()?.strip_suffix(".log")?.parse::<u32>().ok();
+        let last = entries.filter_map(Result::ok).filter_map(start).max();
+        Ok(folder.join(format!("{}.log", last.with_context(|| format!("a log in {}", folder.display()))?)))
     }
 }
 
@@ -340,7 +388,7 @@ impl Stage for Scene {
 
     fn log(&self, node: Node, offset: u64) -> Result<(Vec<LogLine>, u64)> {
         let path = self.log_file(node)?;
-        let mut file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+        let mut file = File::open(&path).with_context(|| format!("open {}", path.display()))?;
         let end = file.metadata()?.len();
         let start = offset.min(end);
         file.seek(SeekFrom::Start(start))?;

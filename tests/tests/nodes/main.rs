@@ -6,8 +6,10 @@
 //! | file | what of it |
 //! |---|---|
 //! | `newcomers` | pods that have just been made, also while their node's agent is away |
+//! | `life` | updates, restarts and crashes of agents and of nodes; the mesh removed |
 //! | `support` | pods, policies and load for scenarios |
 
+mod life;
 mod newcomers;
 mod support;
 
@@ -32,6 +34,12 @@ const SCENARIOS: &[Scenario] = &[
         newcomers::a_new_pod_neither_says_nor_hears_what_policy_forbids,
     ),
     ("a_pod_of_the_mesh_starts_as_fast_as_another", newcomers::a_pod_of_the_mesh_starts_as_fast_as_another),
+    ("an_update_under_load_loses_no_connection", life::update),
+    ("between_two_agents_connections_are_refused_and_never_readable", life::gap),
+    ("kubelet_and_containerd_are_restarted_unnoticed", life::daemons),
+    ("a_node_that_was_killed_comes_back_into_the_mesh", life::node),
+    ("a_deleted_daemonset_leaves_nodes_and_pods_as_they_were", life::leave),
+    ("a_mesh_deleted_at_once_leaves_nodes_and_pods_as_they_were", life::remove),
 ];
 
 fn main() -> ExitCode {
@@ -90,7 +98,8 @@ fn play(wanted: &[&Scenario]) -> Vec<&'static str> {
     for (name, scenario) in wanted {
         let begun = Instant::now();
         // One that panics has failed, and the cluster is still to be taken away.
-        let result = catch_unwind(AssertUnwindSafe(|| scenario(&mut scene)));
+        // The one before may have brought other agents.
+        let result = catch_unwind(AssertUnwindSafe(|| scene.look_again().and_then(|()| scenario(&mut scene))));
         let result = result.unwrap_or_else(|_| Err(anyhow!("it panicked; the reason is above")));
         match result.and_then(|()| interrupt::check()) {
             Ok(()) => println!("test {name} ... ok"),
