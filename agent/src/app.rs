@@ -1033,6 +1033,7 @@ impl Control {
         match kubelet {
             Kubelet::Known(dir) => {
                 settings.kubelet_cgroup = dir.id.0;
+                // Which says that it is not known.
                 settings.kubelet_level = dir.level.unwrap_or_default();
                 info!(path = %dir.path.display(), "kubelet's cgroup");
             }

@@ -814,18 +814,21 @@ fn only_the_kubelets_own_connections_are_probes() {
     let (mut datapath, _listener) = node.enrolled(Mode::Strict);
     let kubelet = node.cgroup.join("kubelet");
     let id = std::os::unix::fs::MetadataExt::ino(&fs::metadata(&kubelet).expect("stat"));
-    datapath
-        .settings(SettingsValue { kubelet_cgroup: id, kubelet_level: 2, ..SettingsValue::default() })
-        .expect("settings");
-    assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "not the kubelet");
-    join(&kubelet);
-    let probe = node.dial_from_peer("10.99.0.2:9080");
-    join(&node.cgroup.join("agent"));
-    let probe = probe.expect("a probe is delivered");
-    let (_, shown) = application.accept().expect("accept");
-    assert_eq!(shown, probe.local_addr().expect("the probe's address"), "without SNAT");
-    assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Pass, Reason::Probe), 1);
-    assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "not the kubelet any more");
+    // 0: its depth is not known.
+    for (nth, kubelet_level) in [(1, 2), (2, 0)] {
+        datapath
+            .settings(SettingsValue { kubelet_cgroup: id, kubelet_level, ..SettingsValue::default() })
+            .expect("settings");
+        assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "not the kubelet");
+        join(&kubelet);
+        let probe = node.dial_from_peer("10.99.0.2:9080");
+        join(&node.cgroup.join("agent"));
+        let probe = probe.expect("a probe is delivered");
+        let (_, shown) = application.accept().expect("accept");
+        assert_eq!(shown, probe.local_addr().expect("the probe's address"), "without SNAT");
+        assert_eq!(counted(&datapath, node.cookie, Direction::Inbound, Answer::Pass, Reason::Probe), nth);
+        assert!(refused(node.dial_from_peer("10.99.0.2:9080")), "not the kubelet any more");
+    }
 }
 
 /// [K.5], the fall-back: where the kubelet has no cgroup of its own, whatever the node's own namespace sends to pods is a probe;

@@ -416,12 +416,16 @@ pub struct SettingsValue {
     pub kubelet_cgroup: u64,
     /// Cookie of the node's own network namespace.
     pub host_netns_cookie: u64,
-    /// Depth of the kubelet's cgroup, as `bpf_get_current_ancestor_cgroup_id` counts: the root is 0.
+    /// Depth of the kubelet's cgroup, as `bpf_get_current_ancestor_cgroup_id` counts: the root is 0. 0, where no kubelet is, if it
+    /// is not known: then every level up to [`KUBELET_LEVELS`] is tried.
     pub kubelet_level: u32,
     /// 1: every socket of the node's own namespace counts as the kubelet's (the fall-back of [K.5]).
     pub probes_by_netns: u32,
 }
 const _: () = assert!(size_of::<SettingsValue>() == 24);
+
+/// The deepest level at which a kubelet's cgroup is found whose depth is not known.
+pub const KUBELET_LEVELS: i32 = 16;
 
 /// Value of `GATE`, by the id of a pod's cgroup: what an agent knows of the pod.
 #[repr(C)]

@@ -7,8 +7,8 @@ use aya_ebpf::{
     programs::SockAddrContext,
 };
 use culvert_common::{
-    Addr, Answer, Direction, FlowKey, Peer, PodValue, Reason, SocketKind, SocketValue, Verdict, decide,
-    is_redirect_port, redirect_port,
+    Addr, Answer, Direction, FlowKey, KUBELET_LEVELS, Peer, PodValue, Reason, SettingsValue, SocketKind, SocketValue,
+    Verdict, decide, is_redirect_port, redirect_port,
 };
 
 use crate::{
@@ -71,9 +71,7 @@ fn of_node(ctx: &SockAddrContext, cookie: u64, dst: Addr) -> i32 {
             // SAFETY: only tested for presence.
             && unsafe { POD_ADDRS.get(dst) }.is_some()
     } else {
-        settings.kubelet_cgroup != 0
-            // SAFETY: the helper takes a number, and answers 0 for a level that does not exist.
-            && unsafe { bpf_get_current_ancestor_cgroup_id(settings.kubelet_level as i32) } == settings.kubelet_cgroup
+        settings.kubelet_cgroup != 0 && is_kubelet(settings)
     };
     if kubelet {
         let mut value = SocketValue {
@@ -88,6 +86,23 @@ fn of_node(ctx: &SockAddrContext, cookie: u64, dst: Addr) -> i32 {
         note(sk, &mut value);
     }
     ALLOW
+}
+
+/// Whether the calling process is in the kubelet's cgroup. An id says which cgroup it is wherever it is found, so every level is
+/// tried where its depth is not known.
+#[inline(always)]
+fn is_kubelet(settings: &SettingsValue) -> bool {
+    // SAFETY: the helper takes a number, and answers 0 for a level that does not exist.
+    let is_at = |level| unsafe { bpf_get_current_ancestor_cgroup_id(level) } == settings.kubelet_cgroup;
+    if settings.kubelet_level != 0 {
+        return is_at(settings.kubelet_level as i32);
+    }
+    for level in 1..=KUBELET_LEVELS {
+        if is_at(level) {
+            return true;
+        }
+    }
+    false
 }
 
 #[inline(always)]

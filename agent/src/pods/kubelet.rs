@@ -39,7 +39,7 @@ pub const SHARED: [&str; 8] = [
 /// What is known of the kubelet's cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kubelet {
-    /// This is it. [`CgroupDir::level`] is known.
+    /// This is it. The kernel finds it also where [`CgroupDir::level`] is not known.
     Known(CgroupDir),
     /// There is none at present: the kubelet is being restarted, or lives somewhere else than expected. The reason says
     /// where it was looked for.
@@ -93,12 +93,6 @@ pub fn find_kubelet(hierarchy: &Hierarchy, cgroup_root: &Path, chosen: Option<&P
             continue;
         }
         let Some(dir) = hierarchy.dir(path) else { continue };
-        if dir.level.is_none() {
-            return Ok(Kubelet::Indistinct(format!(
-                "a private cgroup namespace hides how deep {} lies: run the agent in the node's cgroup namespace",
-                hierarchy.mount.display()
-            )));
-        }
         return Ok(Kubelet::Known(dir));
     }
     for path in shared(cgroup_root, chosen) {
