@@ -111,7 +111,7 @@ pub async fn withdraw(
     let cluster = views.borrow().cluster.clone();
     let told = |pod: &&Arc<Pod>| pod.annotations.contains_key(ANNOTATION) || states.contains_key(&pod.uid);
     let own = cluster.pods.values().filter(|pod| *pod.node == *node_name).filter(told);
-    let mut left: Vec<(PodUid, ObjectRef)> = own.map(|pod| (pod.uid.clone(), pod.object.clone())).collect();
+    let mut left: Vec<(Arc<str>, ObjectRef)> = own.map(|pod| (object_uid(pod), pod.object.clone())).collect();
     let until = Instant::now() + WITHDRAW;
     while let Some((uid, pod)) = left.last().cloned() {
         let patched = tokio::time::timeout_at(until, annotate(client, (&uid, &pod), None)).await;
@@ -138,16 +138,21 @@ pub async fn withdraw(
     Ok(())
 }
 
-async fn annotate(client: &Client, (uid, pod): (&PodUid, &ObjectRef), value: Option<&str>) -> Result<(), kube::Error> {
+/// `metadata.uid` of a pod's object.
+fn object_uid(pod: &Pod) -> Arc<str> {
+    pod.mirror_uid.as_ref().unwrap_or(&pod.uid.0).clone()
+}
+
+async fn annotate(client: &Client, (uid, pod): (&str, &ObjectRef), value: Option<&str>) -> Result<(), kube::Error> {
     let pods = Api::<core::Pod>::namespaced(client.clone(), &pod.namespace);
     // With the UID: a pod that has taken the name meanwhile is another one, and the server says so.
-    let patch = json!({"metadata": {"uid": &*uid.0, "annotations": {ANNOTATION: value}}});
+    let patch = json!({"metadata": {"uid": uid, "annotations": {ANNOTATION: value}}});
     pods.patch_status(&pod.name, &PatchParams::default(), &Patch::Merge(patch)).await.map(drop)
 }
 
 async fn write(client: &Client, recorder: &Recorder, news: &News) -> Result<(), kube::Error> {
     match &news.what {
-        What::Annotation(value) => annotate(client, (&news.uid, &news.pod), *value).await,
+        What::Annotation(value) => annotate(client, (&news.object_uid, &news.pod), *value).await,
         What::Failed(note) => {
             recorder.publish(&event(EventType::Warning, "FailedEnrollment", note), &reference(news)).await
         }
@@ -178,7 +183,9 @@ fn reference(news: &News) -> core::ObjectReference {
 /// Something to tell of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct News {
+    /// By which the kubelet's own Events name it too.
     uid: PodUid,
+    object_uid: Arc<str>,
     pod: ObjectRef,
     what: What,
 }
@@ -218,7 +225,9 @@ impl Told {
         let mut news = Vec::new();
         for (uid, pod) in pods {
             let state = states.get(uid);
-            let mut tell = |what| news.push(News { uid: uid.clone(), pod: pod.object.clone(), what });
+            let mut tell = |what| {
+                news.push(News { uid: uid.clone(), object_uid: object_uid(pod), pod: pod.object.clone(), what });
+            };
             let wanted = state.map(|state| match state {
                 enroll::State::Enrolled(_) => ENABLED,
                 enroll::State::Failed(_) => PENDING,
@@ -329,6 +338,17 @@ mod tests {
         assert_eq!(events(told.news(&view, &failed("denied"), late)), [What::Failed("denied".to_owned())]);
         assert_eq!(events(told.news(&view, &states(&[(&pod("in", None), enrolled())]), late)), [What::Entered]);
         assert_eq!(events(told.news(&view, &states(&[(&pod("in", None), enrolled())]), late)), []);
+    }
+
+    /// The API server knows the object of a static pod by another UID than the kubelet knows the pod by.
+    #[test]
+    fn a_static_pod_is_written_to_by_the_uid_of_its_object() {
+        let mirror = Pod { mirror_uid: Some("object".into()), ..pod("static", None) };
+        let stands = states(&[(&mirror, enrolled())]);
+        let news = told().news(&view(vec![mirror.clone(), pod("left", Some(ENABLED))]), &stands, Instant::now());
+        let uids: Vec<_> = news.iter().map(|news| (&*news.object_uid, &*news.uid.0)).collect();
+        let left = pod("left", None).uid;
+        assert_eq!(uids, [(&*left.0, &*left.0), ("object", &*mirror.uid.0)]);
     }
 
     #[test]

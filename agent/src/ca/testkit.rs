@@ -57,6 +57,7 @@ pub(crate) fn pod(name: &str, account: &str, node: &str) -> Pod {
         finished: false,
         ready: true,
         terminating: false,
+        mirror_uid: None,
         has_proxy_container: false,
         named_ports: Default::default(),
         workload_name: "".into(),

@@ -123,6 +123,8 @@ pub struct Node {
 pub struct Pod {
     /// See [`PodUid`].
     pub uid: PodUid,
+    /// `metadata.uid` of a static pod's object; `None` for other pods, whose UID that is.
+    pub mirror_uid: Option<Arc<str>>,
     /// `metadata.namespace` and `metadata.name`.
     pub object: ObjectRef,
     /// `metadata.labels`; pods of one workload mostly share them.

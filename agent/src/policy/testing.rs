@@ -21,6 +21,7 @@ pub(crate) fn pod(namespace: &str, name: &str, ip: &str) -> Pod {
         finished: false,
         ready: true,
         terminating: false,
+        mirror_uid: None,
         has_proxy_container: false,
         named_ports: Default::default(),
         workload_name: name.into(),

@@ -98,8 +98,10 @@ pub(super) fn pod(pod: &core::Pod) -> Result<Pod, Vec<Wrong>> {
     let phase = status.and_then(|status| status.phase.as_deref()).unwrap_or_default();
     let conditions = status.and_then(|status| status.conditions.as_deref()).unwrap_or_default();
     let workload_name = workload_name(meta);
+    let uid = pod_uid(meta, &object, &annotations);
     let result = Pod {
-        uid: pod_uid(meta, &object, &annotations),
+        mirror_uid: meta.uid.as_deref().filter(|shown| !shown.is_empty() && **shown != *uid.0).map(Into::into),
+        uid,
         labels: Arc::new(meta.labels.clone().unwrap_or_default()),
         annotations: annotations
             .into_iter()

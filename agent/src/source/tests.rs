@@ -100,14 +100,17 @@ fn the_uid_of_a_static_pod_is_what_its_cgroup_is_named_by() {
         );
         let view = read(&text);
         assert_eq!(lines(&view), [""; 0]);
-        view.cluster.pods.keys().next().expect("a pod").0.to_string()
+        let pod = view.cluster.pods.values().next().expect("a pod");
+        (pod.uid.0.to_string(), pod.mirror_uid.as_deref().map(str::to_owned))
     };
+    let plain = |uid: &str| (uid.to_owned(), None);
     let (uid, hash) = ("  uid: aaa\n", "kubernetes.io/config.hash: bbb");
-    assert_eq!(pod(uid, ""), "aaa");
-    assert_eq!(pod("", hash), "bbb");
-    assert_eq!(pod(uid, &format!("{hash}, kubernetes.io/config.mirror: bbb")), "bbb");
-    assert_eq!(pod(uid, hash), "aaa", "a pod of the API server cannot take another one's place");
-    assert_eq!(pod("", ""), "default/p");
+    assert_eq!(pod(uid, ""), plain("aaa"));
+    assert_eq!(pod("", hash), plain("bbb"));
+    let mirror = format!("{hash}, kubernetes.io/config.mirror: bbb");
+    assert_eq!(pod(uid, &mirror), ("bbb".to_owned(), Some("aaa".to_owned())));
+    assert_eq!(pod(uid, hash), plain("aaa"), "a pod of the API server cannot take another one's place");
+    assert_eq!(pod("", ""), plain("default/p"));
 }
 
 #[test]
