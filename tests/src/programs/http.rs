@@ -100,7 +100,8 @@ fn deep(port: u16) -> io::Result<TcpListener> {
     }
 }
 
-fn answer(name: &str, stream: TcpStream) -> io::Result<()> {
+/// Answers one request with what was seen of it.
+pub(super) fn answer(name: &str, stream: TcpStream) -> io::Result<()> {
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     let (peer, local) = (plain(stream.peer_addr()?), plain(stream.local_addr()?));
     let mut reader = BufReader::new(&stream);
@@ -131,19 +132,25 @@ fn answer(name: &str, stream: TcpStream) -> io::Result<()> {
     (&stream).flush()
 }
 
-pub(super) fn get_many(
-    to: SocketAddr,
-    path: &str,
-    marker: &str,
-    limit: Duration,
-    count: u32,
-    interval: Duration,
-) -> Result<()> {
-    for nth in 0..count {
+/// How often a client asks.
+pub(super) struct Times {
+    pub(super) count: u32,
+    /// Pause between two requests.
+    pub(super) interval: Duration,
+    /// No more after the first answer.
+    pub(super) until_answered: bool,
+}
+
+pub(super) fn get_many(to: SocketAddr, path: &str, marker: &str, limit: Duration, times: &Times) -> Result<()> {
+    for nth in 0..times.count {
         if nth > 0 {
-            thread::sleep(interval);
+            thread::sleep(times.interval);
         }
-        print(&get(to, path, marker, limit))?;
+        let result = get(to, path, marker, limit);
+        print(&result)?;
+        if times.until_answered && result.status.is_some() {
+            break;
+        }
     }
     Ok(())
 }

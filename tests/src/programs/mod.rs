@@ -16,6 +16,8 @@ mod http;
 mod newcomer;
 mod paced;
 mod probe;
+mod probed;
+mod resolve;
 mod short;
 mod trickle;
 mod udp;
@@ -41,6 +43,8 @@ pub use http::{HttpResult, Seen};
 pub use newcomer::{Heard, Word};
 pub use paced::PacedResult;
 pub use probe::{Probe, ProbeResult};
+pub use probed::{ProbeKind, Probed};
+pub use resolve::ResolveResult;
 pub use short::ShortResult;
 pub use trickle::{TrickleEvent, Trickled};
 pub use udp::UdpResult;
@@ -80,6 +84,9 @@ pub enum Program {
         /// Pause between them, milliseconds.
         #[arg(long, default_value_t = 0)]
         interval_ms: u64,
+        /// End with the first that is answered.
+        #[arg(long)]
+        until_answered: bool,
     },
     /// Serve the exchange protocol: the client's first line says what happens on the connection.
     ExchangeServe {
@@ -245,6 +252,27 @@ pub enum Program {
         #[arg(long, default_value_t = 2_000)]
         timeout_ms: u64,
     },
+    /// Ask a name server for a name's IPv4 addresses, over UDP.
+    Resolve {
+        /// The whole name.
+        #[arg(long)]
+        name: String,
+        /// Address and port of the name server.
+        #[arg(long)]
+        server: SocketAddr,
+        /// Limit of the wait for the answer, milliseconds.
+        #[arg(long, default_value_t = 5_000)]
+        timeout_ms: u64,
+    },
+    /// Serve one kind of a kubelet's probes, and print a line of JSON for each client.
+    Probed {
+        /// What is asked.
+        #[arg(long, value_enum)]
+        kind: ProbeKind,
+        /// Port, IPv4 and IPv6.
+        #[arg(long)]
+        port: u16,
+    },
     /// Try to get something out of the pod past the mesh, and print what came of it.
     Attack {
         /// How.
@@ -333,14 +361,11 @@ impl Program {
                 std::thread::park();
             },
             Self::HttpServe { name, ports } => http::serve(&name, &ports),
-            Self::HttpGet { to, path, marker, timeout_ms, count, interval_ms } => http::get_many(
-                to,
-                &path,
-                &marker,
-                Duration::from_millis(timeout_ms),
-                count,
-                Duration::from_millis(interval_ms),
-            ),
+            Self::HttpGet { to, path, marker, timeout_ms, count, interval_ms, until_answered } => {
+                let (limit, interval) = (Duration::from_millis(timeout_ms), Duration::from_millis(interval_ms));
+                let times = http::Times { count, interval, until_answered };
+                http::get_many(to, &path, &marker, limit, &times)
+            }
             Self::ExchangeServe { ports, speak_first } => exchange::serve(&ports, speak_first),
             Self::Exchange { to, verb, bytes, timeout_ms } => {
                 print(&exchange::call(to, verb, bytes, Duration::from_millis(timeout_ms)))
@@ -369,6 +394,10 @@ impl Program {
             Self::Udp { to, bytes, connected, timeout_ms } => {
                 print(&udp::call(to, bytes, connected, Duration::from_millis(timeout_ms)))
             }
+            Self::Resolve { name, server, timeout_ms } => {
+                print(&resolve::ask(server, &name, Duration::from_millis(timeout_ms)))
+            }
+            Self::Probed { kind, port } => probed::serve(kind, port),
             Self::Attack { way, to, marker, from, from_port, timeout_ms } => {
                 let limit = Duration::from_millis(timeout_ms);
                 print(&attack::run(&attack::Attack { way, to, marker, from, from_port, limit }))

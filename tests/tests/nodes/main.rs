@@ -5,12 +5,23 @@
 //!
 //! | file | what of it |
 //! |---|---|
-//! | `newcomers` | pods that have just been made, also while their node's agent is away |
+//! | `support`, `pods` | agents and load; pods and calls |
 //! | `life` | updates, restarts and crashes of agents and of nodes; the mesh removed |
-//! | `support` | pods, policies and load for scenarios |
+//! | `newcomers` | pods that have just been made, also while their node's agent is away |
+//! | `probes` | a kubelet's probes of STRICT pods, and other processes of its node |
+//! | `host` | pods of the node's own network, static pods, the control plane's |
+//! | `services` | CoreDNS and kube-proxy |
+//! | `owners` | Jobs, init containers, native sidecars, StatefulSets |
+//! | `capabilities` | the agent without one of its capabilities |
 
+mod capabilities;
+mod host;
 mod life;
 mod newcomers;
+mod owners;
+mod pods;
+mod probes;
+mod services;
 mod support;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,19 +45,52 @@ const SCENARIOS: &[Scenario] = &[
         newcomers::a_new_pod_neither_says_nor_hears_what_policy_forbids,
     ),
     ("a_pod_of_the_mesh_starts_as_fast_as_another", newcomers::a_pod_of_the_mesh_starts_as_fast_as_another),
+    (
+        "strict_pods_answer_their_kubelet_and_nobody_else_of_the_node",
+        probes::strict_pods_answer_their_kubelet_and_nobody_else_of_the_node,
+    ),
+    ("pods_of_the_nodes_network_are_left_alone", host::pods_of_the_nodes_network_are_left_alone),
+    ("a_static_pod_is_in_the_mesh_as_others_are", host::a_static_pod_is_in_the_mesh_as_others_are),
+    (
+        "a_control_plane_pod_is_replaced_while_the_agent_is_stopped",
+        host::a_control_plane_pod_is_replaced_while_the_agent_is_stopped,
+    ),
+    ("names_and_services_outside_the_mesh_are_unharmed", services::names_and_services_outside_the_mesh_are_unharmed),
+    (
+        "a_jobs_first_call_is_tunnelled_and_its_end_forgotten",
+        owners::a_jobs_first_call_is_tunnelled_and_its_end_forgotten,
+    ),
+    (
+        "init_containers_and_native_sidecars_are_in_the_mesh",
+        owners::init_containers_and_native_sidecars_are_in_the_mesh,
+    ),
+    ("pods_of_a_stateful_set_call_each_other_by_tunnel", owners::pods_of_a_stateful_set_call_each_other_by_tunnel),
     ("an_update_under_load_loses_no_connection", life::update),
     ("between_two_agents_connections_are_refused_and_never_readable", life::gap),
     ("kubelet_and_containerd_are_restarted_unnoticed", life::daemons),
     ("a_node_that_was_killed_comes_back_into_the_mesh", life::node),
     ("a_deleted_daemonset_leaves_nodes_and_pods_as_they_were", life::leave),
     ("a_mesh_deleted_at_once_leaves_nodes_and_pods_as_they_were", life::remove),
+    // Last: it replaces the agents.
+    (
+        "an_agent_without_one_of_its_capabilities_says_which",
+        capabilities::an_agent_without_one_of_its_capabilities_says_which,
+    ),
 ];
+
+/// Those with clusters of their own: a minute each, so only with `cargo xtask test --full`.
+const FULL: &[Scenario] = &[(
+    "services_outside_the_mesh_do_not_notice_agents_come_and_go",
+    services::services_outside_the_mesh_do_not_notice_agents_come_and_go,
+)];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words = words(&arguments);
     let is_wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
-    let wanted: Vec<&Scenario> = SCENARIOS.iter().filter(|(name, _)| is_wanted(name)).collect();
+    let full = if culvert_tests::full() { FULL } else { &[] };
+    let all = || SCENARIOS.iter().chain(full);
+    let wanted: Vec<&Scenario> = all().filter(|(name, _)| is_wanted(name)).collect();
     if arguments.iter().any(|word| word == "--list") {
         wanted.iter().for_each(|(name, _)| println!("{name}: test"));
         return ExitCode::SUCCESS;
@@ -63,7 +107,7 @@ fn main() -> ExitCode {
         "\ntest result: {word}. {} passed; {} failed; 0 ignored; 0 measured; {} filtered out; finished in {:.2}s\n",
         wanted.len() - failed.len(),
         failed.len(),
-        SCENARIOS.len() - wanted.len(),
+        all().count() - wanted.len(),
         begun.elapsed().as_secs_f64()
     );
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
