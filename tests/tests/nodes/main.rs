@@ -68,9 +68,9 @@ const SCENARIOS: &[Scenario] = &[
     ("an_update_under_load_loses_no_connection", life::update),
     ("between_two_agents_connections_are_refused_and_never_readable", life::gap),
     ("kubelet_and_containerd_are_restarted_unnoticed", life::daemons),
-    ("a_node_that_was_killed_comes_back_into_the_mesh", life::node),
     ("a_deleted_daemonset_leaves_nodes_and_pods_as_they_were", life::leave),
     ("a_mesh_deleted_at_once_leaves_nodes_and_pods_as_they_were", life::remove),
+    ("a_node_that_was_killed_comes_back_into_the_mesh", life::node),
     // Last: it replaces the agents.
     (
         "an_agent_without_one_of_its_capabilities_says_which",
