@@ -222,8 +222,8 @@ pub(crate) fn node(scene: &mut Scene) -> Result<()> {
         command::wait_for("the node's pods were started again", SOON, || {
             Ok((restarts(&server(scene)?) > 0).then_some(()))
         })?;
-        // That of 1.36.3 empties its map of Services when it hears of its node after the first time, and fills in only what
-        // changes later: also without a mesh, no Service would be reached from here.
+        // After a start like this, kube-proxy 1.36.3 makes its map of Services anew and fills in only those that change later;
+        // `nft monitor` shows it. A new one has all.
         let on = format!("--field-selector=spec.nodeName={name}");
         scene.cluster.kubectl(&["delete", "pod", "--namespace=kube-system", "--selector=k8s-app=kube-proxy", &on])?;
         agent_with(scene, Node::B, "of the node that was started again", |agent| {

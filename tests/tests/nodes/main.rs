@@ -70,7 +70,6 @@ const SCENARIOS: &[Scenario] = &[
     ("kubelet_and_containerd_are_restarted_unnoticed", life::daemons),
     ("a_deleted_daemonset_leaves_nodes_and_pods_as_they_were", life::leave),
     ("a_mesh_deleted_at_once_leaves_nodes_and_pods_as_they_were", life::remove),
-    ("a_node_that_was_killed_comes_back_into_the_mesh", life::node),
     // Last: it replaces the agents.
     (
         "an_agent_without_one_of_its_capabilities_says_which",
@@ -78,11 +77,14 @@ const SCENARIOS: &[Scenario] = &[
     ),
 ];
 
-/// Those with clusters of their own: a minute each, so only with `cargo xtask test --full`.
-const FULL: &[Scenario] = &[(
-    "services_outside_the_mesh_do_not_notice_agents_come_and_go",
-    services::services_outside_the_mesh_do_not_notice_agents_come_and_go,
-)];
+/// Those that take minutes: a node that comes back, and clusters of their own. Only with `cargo xtask test --full`.
+const FULL: &[Scenario] = &[
+    ("a_node_that_was_killed_comes_back_into_the_mesh", life::node),
+    (
+        "services_outside_the_mesh_do_not_notice_agents_come_and_go",
+        services::services_outside_the_mesh_do_not_notice_agents_come_and_go,
+    ),
+];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
