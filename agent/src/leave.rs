@@ -65,7 +65,7 @@ impl DaemonSet {
         std::future::pending().await
     }
 
-    /// What is to become of the node when this agent ends now. Takes [`PATIENCE`] at most.
+    /// What is to become of the node when this agent ends now. Takes five seconds at most.
     pub async fn verdict(&self) -> Verdict {
         let until = Instant::now() + PATIENCE;
         loop {
